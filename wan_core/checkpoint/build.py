@@ -25,8 +25,8 @@ def load_strict(
 
     Args:
         module: its state dict names every tensor wanted, with the shape expected.
-        names: our key -> the checkpoint's key. Keys of the module that are missing here, and keys here that the module does
-            not know, are errors.
+        names: our key -> the checkpoint's key. Keys of the module that are missing here, and keys here that the module
+            does not know, are errors.
         dtype: of floating-point tensors after loading; None keeps the file's.
         keep_float32: our keys that stay float32 whatever ``dtype`` says.
         place: False for keys that stay memory-mapped on the CPU in the file's dtype (streamed blocks).

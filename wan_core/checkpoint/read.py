@@ -119,7 +119,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             safetensors file, shards with an index json, or one ``.pth``.
 
     Raises:
-        WanError: nothing there, an empty, truncated or corrupt file, missing shards, or a pickle that wants to run code.
+        WanError: nothing there, an empty, truncated or corrupt file, missing shards, or a pickle that wants code run.
     """
     path = Path(path)
     if not path.exists():
