@@ -1,0 +1,99 @@
+"""Which of the two experts works at a step, and with how much guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..config import TRAIN_STEPS
+from ..errors import WanError
+from .lookup import look_up
+from .schedules import Schedule
+
+Model = Callable[..., Tensor]  # (x [B,C,T,h,w], t [B] or [B,T], condition, *, on_block) -> velocity [B,C,T,h,w]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A model, its guidance scale, and "high", "low", or "only" for a dense model."""
+
+    model: Model
+    guidance: float
+    name: str
+
+
+@dataclass(frozen=True)
+class Switch:
+    """When the low-noise expert takes over.
+
+    Modes:
+        auto: at the variant's own boundary.
+        timestep: below ``value``, a fraction of the 1000 timesteps.
+        step: from step ``value`` on, counted from 0.
+        snr: from a signal-to-noise ratio ((1 - sigma) / sigma)^2 of ``value`` on.
+    """
+
+    mode: str = "auto"
+    value: float | None = None
+
+    def __post_init__(self):
+        needs_value, fits, expected = look_up(_MODES, self.mode, "expert switch")
+        if needs_value and (self.value is None or not fits(self.value)):
+            raise WanError(f"The expert switch by {self.mode} is set to {self.value}: expected {expected}.")
+
+
+_MODES: dict[str, tuple[bool, Callable[[float], bool], str]] = {
+    "auto": (False, lambda value: True, "nothing"),
+    "timestep": (True, lambda value: 0 <= value <= 1, "a fraction of the timesteps, 0 to 1"),
+    "step": (True, lambda value: value >= 0 and value == int(value), "a step number, 0 or more"),
+    "snr": (True, lambda value: value >= 0, "a ratio, 0 or more"),
+}
+MODES = tuple(_MODES)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A high-noise and a low-noise expert; a dense model is both.
+
+    Args:
+        boundary: fraction of the timesteps at and above which the high-noise expert works when the switch is "auto";
+            None for a dense model.
+    """
+
+    high: Expert
+    low: Expert
+    boundary: float | None
+    switch: Switch = Switch()
+
+    def __post_init__(self):
+        if self.switch.mode == "auto" and self.boundary is None and self.high is not self.low:
+            raise WanError("This model has two experts and no boundary of its own: "
+                           "set the expert switch by timestep, step or SNR.")
+
+    @classmethod
+    def dense(cls, model: Model, guidance: float) -> Experts:
+        only = Expert(model, guidance, "only")
+        return cls(only, only, None)
+
+    def at(self, i: int, schedule: Schedule) -> Expert:
+        """The expert of step i, for both halves of the guidance."""
+        if self.high is self.low:
+            return self.high
+        return self.high if self._is_high(i, schedule) else self.low
+
+    def names(self, schedule: Schedule) -> list[str]:
+        """Who works at each step: tells before the run which experts will be needed."""
+        return [self.at(i, schedule).name for i in range(schedule.steps)]
+
+    def _is_high(self, i: int, schedule: Schedule) -> bool:
+        mode, value = self.switch.mode, self.switch.value
+        if mode == "step":
+            return i < value
+        if mode == "snr":
+            sigma = schedule.sigmas[i].item()
+            return ((1 - sigma) / sigma) ** 2 < value
+        # The official rule compares the timestep that the model is told, not the solver's sigma.
+        fraction = self.boundary if mode == "auto" else value
+        return schedule.timesteps[i].item() >= fraction * TRAIN_STEPS
