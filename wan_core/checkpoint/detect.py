@@ -1,0 +1,51 @@
+"""What a file is, from its keys alone, so that a wrong choice is named at once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from types import ModuleType
+from typing import Literal
+
+from ..errors import WanError
+from . import dit, text, vae
+from .read import Checkpoint, _some
+
+Part = Literal["dit", "vae", "text"]
+
+_PARTS: dict[Part, ModuleType] = {"dit": dit, "vae": vae, "text": text}
+_NAMES: dict[Part, str] = {"dit": "a Wan diffusion model", "vae": "a Wan VAE", "text": "a umT5 text encoder"}
+_FOLDERS: dict[Part, str] = {"dit": "Load Wan Model", "vae": "Load Wan VAE", "text": "Load Wan Text Encoder"}
+
+
+def expect(part: Part, checkpoint: Checkpoint) -> str:
+    """The dialect in which a checkpoint holds this part.
+
+    Raises:
+        WanError: it holds another part (named, with the loader to use), a LoRA, quantised weights, or unknown keys.
+    """
+    _refuse_quantised(checkpoint)
+    dialect = _PARTS[part].recognise(checkpoint.tensors.keys())
+    if dialect is None:
+        raise WanError(f"{checkpoint.path} is not {_NAMES[part]}: {_what_it_is(checkpoint)}")
+    return dialect
+
+
+def _what_it_is(checkpoint: Checkpoint) -> str:
+    keys = checkpoint.tensors.keys()
+    for part, module in _PARTS.items():
+        if module.recognise(keys):
+            return f"it is {_NAMES[part]}. Load it with {_FOLDERS[part]}."
+    if _is_lora(keys):
+        return "it is a LoRA. Choose the base model here."
+    return f"none of the known layouts has its keys ({_some(keys, 3) or 'it holds no tensors'})."
+
+
+def _is_lora(keys: Collection[str]) -> bool:
+    return any(".lora_" in key or key.startswith("lora_") for key in keys)
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    marker = next((k for k in checkpoint.tensors if k.endswith(("scaled_fp8", ".comfy_quant", ".scale_weight"))), None)
+    if marker or "_quantization_metadata" in checkpoint.metadata:
+        raise WanError(f"{checkpoint.path} holds quantised weights (it has {marker or '_quantization_metadata'}), "
+                       "which this version does not read. Use the fp16 or bf16 file of the same model.")

@@ -1,0 +1,87 @@
+"""From a checkpoint on disk to a WanDiT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import dit as keys
+from ..checkpoint.build import load_strict
+from ..checkpoint.detect import expect
+from ..checkpoint.read import Checkpoint, open_checkpoint
+from ..config import DiTConfig
+from ..dtypes import resolve_dtype
+from ..offload import BlockSwap
+from .attention import find_backend
+from .dit import WanDiT, keeps_float32
+
+
+@dataclass(frozen=True, eq=False)
+class DiTFile:
+    """A DiT checkpoint whose header has been read and understood; its weights have not."""
+
+    checkpoint: Checkpoint
+    names: dict[str, str]  # our key -> the checkpoint's key
+    config: DiTConfig
+    fingerprint: tuple  # of the files when the header was read
+
+
+def read_dit(path: str | Path) -> DiTFile:
+    """Read a DiT's header: milliseconds for safetensors.
+
+    Raises:
+        WanError: not there, damaged, something else than a Wan DiT, or a relative that is not supported.
+    """
+    checkpoint = open_checkpoint(path)
+    dialect = expect("dit", checkpoint)
+    names = keys.names(checkpoint, dialect)
+    shapes = {own: checkpoint.tensors[theirs].shape for own, theirs in names.items()}
+    config = keys.read_config(shapes, keys.heads_beside(checkpoint.path))
+    return DiTFile(checkpoint, names, config, checkpoint.fingerprint)
+
+
+def build_dit(
+    file: DiTFile,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    attention: str = "auto",
+    swap_blocks: int = 0,
+) -> WanDiT:
+    """The model with its weights on the device, but for the last ``swap_blocks`` blocks, which stay in the file.
+
+    Raises:
+        WanError: see ``load_strict``, ``find_backend`` and ``resolve_dtype``.
+    """
+    dtype = resolve_dtype(dtype, device, file.checkpoint.dtype)
+    backend = find_backend(attention, device, dtype)
+    with torch.device("meta"):
+        model = WanDiT(file.config)
+    swap = BlockSwap(model.blocks, swap_blocks, device=device, dtype=dtype, keep_float32=keeps_float32)
+    load_strict(
+        model, file.checkpoint, file.names, device=device, dtype=dtype, keep_float32=keeps_float32, place=swap.places
+    )
+    file.checkpoint.close()  # the recipe outlives the weights; the mapping must not outlive them too
+    model.attend = backend.run
+    model.swap = swap.adopt() if swap_blocks else None
+    return model
+
+
+def load_dit(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
+) -> WanDiT:
+    """Load a Wan DiT.
+
+    Args:
+        path: a file, a sharded folder, or an index json; official, prefixed, ComfyUI's or diffusers' keys.
+        dtype: of the computation; None means bfloat16 where the device is fast in it, else float32.
+
+    Returns:
+        ``dit(x [B,C_in,T,h,w], t [B] or [B,T] in 0..1000, context [B,L,D]) -> velocity [B,C_out,T,h,w]``, float32.
+
+    Raises:
+        WanError: the file is missing, damaged, or no Wan DiT.
+    """
+    return build_dit(read_dit(path), device=device, dtype=dtype)

@@ -1,0 +1,58 @@
+"""Rotary position embedding over frames, rows and columns.
+
+Sources: RoFormer (arXiv 2104.09864); official ``wan/modules/model.py``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+_THETA = 10000.0
+_SLICE = 8192  # tokens in one float32 slice
+
+
+def axis_pairs(head_dim: int) -> tuple[int, int, int]:
+    """How many of a head's complex pairs rotate with time, height and width."""
+    side = head_dim // 6
+    return head_dim // 2 - 2 * side, side, side
+
+
+@lru_cache(maxsize=8)
+def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> torch.Tensor:
+    """Rotations of every token of a grid (frames, rows, columns): complex64 [L, 1, head_dim / 2].
+
+    Angles are computed in float64 and kept for the next call with the same shape.
+    """
+    axes = [_rotations(n, pairs) for n, pairs in zip(grid, axis_pairs(head_dim), strict=True)]
+    t, h, w = grid
+    table = torch.cat([
+        axes[0].view(t, 1, 1, -1).expand(t, h, w, -1),
+        axes[1].view(1, h, 1, -1).expand(t, h, w, -1),
+        axes[2].view(1, 1, w, -1).expand(t, h, w, -1),
+    ], dim=-1)  # fmt: skip
+    return table.reshape(t * h * w, 1, head_dim // 2).to(torch.complex64).to(device)
+
+
+def _rotations(positions: int, pairs: int) -> torch.Tensor:
+    exponents = torch.arange(pairs, dtype=torch.float64) / pairs
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64), _THETA**-exponents)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rotate queries or keys [B, L, heads, head_dim]; computed in float32, returned in x's dtype."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+
+
+def rotate_(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The same, overwriting x; half precision goes slice by slice to keep the float32 copy small."""
+    if x.dtype == torch.float32:
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(table)
+        return x
+    for a in range(0, x.shape[1], _SLICE):
+        b = a + _SLICE
+        x[:, a:b] = rotate(x[:, a:b], table[a:b])
+    return x

@@ -1,0 +1,99 @@
+"""What flows out of a loader: a small frozen description of a model, never its weights.
+
+Option nodes return a changed copy (``dataclasses.replace``); the engine turns the final recipe into weights.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from .config import Variant, variant_of
+from .errors import WanError
+from .models.load_dit import DiTFile
+from .sampling.experts import Switch
+
+
+@dataclass(frozen=True, eq=False)
+class ModelRecipe:
+    """A dense model, or a pair of experts, and how to run it.
+
+    ``high`` alone is a dense model. ``dtype`` and ``attention`` may be "auto". ``notes`` are remarks for the user that
+    loading made (which file was taken for which expert, say).
+    """
+
+    high: DiTFile
+    low: DiTFile | None = None
+    dtype: str = "auto"
+    attention: str = "auto"
+    switch: Switch = field(default_factory=Switch)
+    swap_blocks: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def variant(self) -> Variant:
+        return variant_of(self.high.config.in_channels)
+
+    @property
+    def files(self) -> tuple[DiTFile, ...]:
+        return (self.high,) if self.low is None else (self.high, self.low)
+
+    def __str__(self) -> str:
+        return f"{self.variant.display_name} ({', '.join(file.checkpoint.path.name for file in self.files)})"
+
+
+def pair(high: ModelRecipe, low: ModelRecipe, switch: Switch) -> ModelRecipe:
+    """Two experts as one model; every other option is the high-noise side's.
+
+    Raises:
+        WanError: one of them is a pair already, their shapes differ, or their names say that they are swapped.
+    """
+    if high.low is not None or low.low is not None:
+        raise WanError("Expected two single models, found a pair of experts already. Connect the loaders themselves.")
+    _check_same_shapes(high.high, low.high)
+    notes = high.notes + low.notes + _pair_notes(high.high.checkpoint.path, low.high.checkpoint.path)
+    return replace(high, low=low.high, switch=switch, notes=notes)
+
+
+def _check_same_shapes(high: DiTFile, low: DiTFile) -> None:
+    if high.config != low.config:
+        differences = [
+            f"{name} {value} and {getattr(low.config, name)}"
+            for name, value in vars(high.config).items()
+            if value != getattr(low.config, name)
+        ]
+        raise WanError(
+            f"These two files are not experts of one model: {high.checkpoint.path.name} ({_kind(high)}) and "
+            f"{low.checkpoint.path.name} ({_kind(low)}) differ in {'; '.join(differences)}. "
+            "Choose the high-noise and the low-noise file of the same model."
+        )
+
+
+def _kind(file: DiTFile) -> str:
+    return variant_of(file.config.in_channels).display_name + f", {file.config.dim} wide"
+
+
+def _pair_notes(high: Path, low: Path) -> tuple[str, ...]:
+    if high.resolve() == low.resolve():
+        return (f"Warning: both experts are the same file, {high.name}; it will run as if it were one dense model.",)
+    says_high, says_low = noise_level_of(high), noise_level_of(low)
+    if says_high == "low" and says_low != "low" or says_low == "high" and says_high != "high":
+        raise WanError(f"The experts seem to be swapped: {high.name} was given as high-noise, {low.name} as low-noise. "
+                       "Both have the same shapes, so only the names tell them apart. Exchange the two inputs, "
+                       "or rename the files if their names are wrong.")
+    if says_high == says_low and says_high is not None:
+        return (f"Warning: by their names both files are {says_high}-noise experts: {high.name}, {low.name}.",)
+    return (f"High-noise expert: {high.name}; low-noise expert: {low.name}.",)
+
+
+def noise_level_of(path: Path) -> str | None:
+    """"high" or "low" as a file's or its folder's name says, or None."""
+    for name in (path.name, path.parent.name):
+        words = re.split(r"[^a-z]+", name.lower().replace("highnoise", "high_noise").replace("lownoise", "low_noise"))
+        for level in ("high", "low"):
+            if level in words or f"{level}noise" in words:
+                return level
+    if path.name == "transformer":
+        return "high"
+    return "low" if path.name == "transformer_2" else None
