@@ -1,0 +1,66 @@
+"""The pack loads into a real ComfyUI, and the harness hears what the server says."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from comfy_server import PACK, Client, PromptRejected, Server
+from PIL import Image
+
+NODE_IDS = (
+    "WanCoreLoadModel", "WanCoreExpertSwitch", "WanCoreBlockSwap", "WanCoreLoadTextEncoder", "WanCoreLoadVAE",
+    "WanCoreAestheticPrompt", "WanCoreEmptyLatent", "WanCoreImageToVideo", "WanCoreVAEEncode", "WanCoreVAEDecode",
+    "WanCoreSampler",
+)  # fmt: skip
+
+
+def blurred_example(radius: int) -> dict:
+    return {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "example.png"}},
+        "2": {"class_type": "ImageBlur", "inputs": {"image": ["1", 0], "blur_radius": radius, "sigma": 1.0}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "harness"}},
+    }
+
+
+def test_pack_imports_without_error(server: Server) -> None:
+    log = server.log.read_text()
+    line = next(line for line in log.splitlines() if line.rstrip().endswith(f"/custom_nodes/{PACK}"))
+    assert re.fullmatch(r"\s*\d+\.\d seconds: .*", line), f"{line}\n{server.tail(80)}"
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("node", NODE_IDS)
+def test_node_is_offered(client: Client, node: str) -> None:
+    about = client.object_info(node)[node]
+    assert about["python_module"] == f"custom_nodes.{PACK}"
+    assert about["display_name"].startswith(("Wan ", "Load Wan "))
+    undocumented = [name for kind in about["input"].values() for name, (_, *rest) in kind.items()
+                    if not (rest and rest[0].get("tooltip"))]  # fmt: skip
+    assert not undocumented, f"inputs without a tooltip: {undocumented}"
+
+
+def test_harness_runs_a_prompt(client: Client) -> None:
+    run = client.run(blurred_example(3))
+    assert run.ok and run.executed == ["1", "2", "3"]
+    (file,) = run.files
+    assert Image.open(io.BytesIO(client.download(file))).format == "PNG"
+
+
+def test_harness_sees_what_was_cached(client: Client) -> None:
+    client.run(blurred_example(5))
+    assert client.run(blurred_example(6)).executed == ["2", "3"]
+
+
+def test_harness_reports_a_rejected_prompt(client: Client) -> None:
+    with pytest.raises(PromptRejected) as rejected:
+        client.submit(blurred_example(10_000))
+    assert list(rejected.value.errors) == ["2"]
+
+
+def test_harness_uploads_an_image(client: Client) -> None:
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(png, "png")
+    name = client.upload_image("red.png", png.getvalue())
+    assert name in client.object_info("LoadImage")["LoadImage"]["input"]["required"]["image"][0]

@@ -1,0 +1,138 @@
+"""Fixtures of all tests: the parts that scripts/test.py fetched, and real ComfyUI servers.
+
+A server runs in a process of its own; nothing of ComfyUI is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from comfy_server import Client, Server, make_base
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ("t2v-A14B", "i2v-A14B", "ti2v-5B")
+
+
+def fetched(variable: str, pattern: str) -> Path:
+    """A folder named in the environment, else where scripts/test.py puts it."""
+    named = os.environ.get(variable)
+    found = [Path(named)] if named else sorted((ROOT / ".cache").glob(pattern))
+    if not found:
+        pytest.fail(f"{variable} is not set and .cache/{pattern} is not there: run `python scripts/test.py` once.")
+    return found[-1]
+
+
+@pytest.fixture(scope="session")
+def comfyui_path() -> Path:
+    return fetched("COMFYUI_PATH", "comfyui-*")
+
+
+@pytest.fixture(scope="session")
+def umt5_tokenizer() -> Path:
+    """The folder of the real tokenizer: spiece.model, tokenizer.json."""
+    return fetched("WAN_TEST_TOKENIZER", "umt5-tokenizer-*")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small checkpoints of every task under ComfyUI's own file names, as a models folder."""
+    folder = tmp_path_factory.mktemp("models")
+    for task in TASKS:
+        make = [sys.executable, "-m", "wan_core", "make-tiny", folder, "--task", task, "--layout", "comfyui"]
+        made = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
+        assert made.returncode == 0, made.stdout + made.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_comfyui(comfyui_path: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A private copy of ComfyUI whose native text encoder is as small as the checkpoint.
+
+    ComfyUI builds umT5 from a fixed configuration file, so that its own CLIPLoader could open the real 11 GB file only.
+    The copy's file is written from the dimensions of the small checkpoint; nothing else is changed. Every server of the
+    tests runs from it.
+    """
+    copy = tmp_path_factory.mktemp("comfyui") / "comfyui"
+    shutil.copytree(comfyui_path, copy, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    path = copy / "comfy/text_encoders/umt5_config_xxl.json"
+    (checkpoint,) = (models / "text_encoders").glob("umt5*.safetensors")
+    small = json.loads(path.read_text()) | umt5_dimensions(checkpoint)
+    path.write_text(json.dumps(small))
+    return copy
+
+
+_NOT_COPIED = (".git", "models", "output", "user", "temp", "custom_nodes", "tests", "tests-unit", ".venv", "venv",
+               "extra_model_paths.yaml")  # fmt: skip
+
+
+def umt5_dimensions(checkpoint: Path) -> dict[str, int]:
+    """ComfyUI's names for the dimensions of a umT5 file, read from its header."""
+    with checkpoint.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    shapes = {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
+    vocabulary, width = shapes["shared.weight"]
+    heads = shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"][1]
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "num_heads": heads,
+        "d_kv": shapes["encoder.block.0.layer.0.SelfAttention.q.weight"][0] // heads,
+        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        "num_layers": 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.block.")),
+    }
+
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def start_server(
+    small_comfyui: Path, models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[StartServer]:
+    """start_server(name, *options): a ComfyUI with this pack and the small checkpoints; stopped when the tests end."""
+    servers: list[Server] = []
+
+    def start(name: str, *options: str) -> Server:
+        base = make_base(tmp_path_factory.mktemp(name), small_comfyui, ROOT)
+        (base / "models").rmdir()
+        (base / "models").symlink_to(models)
+        settings = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "99.0.0"}
+        (base / "user/default/comfy.settings.json").write_text(json.dumps(settings))
+        python = os.environ.get("WAN_TEST_PYTHON", sys.executable)
+        options = ("--cpu", "--disable-api-nodes", "--preview-method", "latent2rgb", *options)
+        servers.append(Server.start(python, small_comfyui, base, *options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(start_server: StartServer) -> Server:
+    """The server that most tests share, with the frontend that ComfyUI pins."""
+    return start_server("server")
+
+
+@pytest.fixture
+def client(server: Server) -> Client:
+    """A client of its own for each test, so that it hears only its own prompts."""
+    return Client(server.url, server.check)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """A failed test shows the end of the log of each server it used."""
+    report = yield
+    if report.failed:
+        for name, value in getattr(item, "funcargs", {}).items():
+            if isinstance(value, Server):
+                report.sections.append((f"end of ComfyUI's log ({name})", value.tail()))
+    return report
