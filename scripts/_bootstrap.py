@@ -82,7 +82,7 @@ def environment_python(folder: Path) -> Path:
 def make_environment() -> Path:
     """The Python of the repository's own environment, made on the first call."""
     python = environment_python(VENV)
-    if _works(python, "--version"):
+    if works(python, "--version"):
         return python
     say(f"making a Python environment in {VENV}")
     made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
@@ -92,7 +92,7 @@ def make_environment() -> Path:
     return python
 
 
-def _works(*command: str | Path) -> bool:
+def works(*command: str | Path) -> bool:
     try:
         return subprocess.run([str(part) for part in command], capture_output=True).returncode == 0
     except OSError:
@@ -102,10 +102,10 @@ def _works(*command: str | Path) -> bool:
 def uv() -> Path:
     """The fast installer: the machine's own, else one put into the environment by pip."""
     on_path = shutil.which("uv")
-    if on_path and _works(on_path, "--version"):
+    if on_path and works(on_path, "--version"):
         return Path(on_path)
     inside = environment_python(VENV).with_name("uv.exe" if os.name == "nt" else "uv")
-    if not _works(inside, "--version"):
+    if not works(inside, "--version"):
         say("installing uv")
         run(make_environment(), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv")
     return inside

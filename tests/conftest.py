@@ -105,9 +105,8 @@ def start_server(
         (base / "models").symlink_to(models)
         settings = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "99.0.0"}
         (base / "user/default/comfy.settings.json").write_text(json.dumps(settings))
-        python = os.environ.get("WAN_TEST_PYTHON", sys.executable)
         options = ("--cpu", "--disable-api-nodes", "--preview-method", "latent2rgb", *options)
-        servers.append(Server.start(python, small_comfyui, base, *options))
+        servers.append(Server.start(sys.executable, small_comfyui, base, *options))
         return servers[-1]
 
     yield start
