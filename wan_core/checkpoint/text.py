@@ -1,0 +1,88 @@
+"""Text encoder checkpoints: dialects, recognition and dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from ..config import TextConfig
+from ..errors import WanError
+from .keys import IDENTITY, Renames
+from .read import Checkpoint
+
+TABLE = "token_embedding.weight"
+SPIECE_MODEL = "spiece_model"  # the SentencePiece model, as bytes, inside ComfyUI's files
+
+DIALECTS: dict[str, Renames] = {
+    "official": IDENTITY,
+    "huggingface": Renames([
+        ("shared", "token_embedding"),
+        ("encoder.embed_tokens", "token_embedding"),  # the same table under its second name
+        ("encoder.final_layer_norm", "norm"),
+        ("encoder.block.{a}.layer.0.layer_norm", "blocks.{a}.norm1"),
+        ("encoder.block.{a}.layer.0.SelfAttention.q", "blocks.{a}.attn.q"),
+        ("encoder.block.{a}.layer.0.SelfAttention.k", "blocks.{a}.attn.k"),
+        ("encoder.block.{a}.layer.0.SelfAttention.v", "blocks.{a}.attn.v"),
+        ("encoder.block.{a}.layer.0.SelfAttention.o", "blocks.{a}.attn.o"),
+        ("encoder.block.{a}.layer.0.SelfAttention.relative_attention_bias", "blocks.{a}.pos_embedding.embedding"),
+        ("encoder.block.{a}.layer.1.layer_norm", "blocks.{a}.norm2"),
+        ("encoder.block.{a}.layer.1.DenseReluDense.wi_0", "blocks.{a}.ffn.gate.0"),
+        ("encoder.block.{a}.layer.1.DenseReluDense.wi_1", "blocks.{a}.ffn.fc1"),
+        ("encoder.block.{a}.layer.1.DenseReluDense.wo", "blocks.{a}.ffn.fc2"),
+    ]),
+}  # fmt: skip
+
+_MARKS = {
+    "official": "blocks.0.attn.q.weight",
+    "huggingface": "encoder.block.0.layer.0.SelfAttention.q.weight",
+}
+_EXTRAS = (SPIECE_MODEL,)
+_SECOND_HALF = ("decoder.", "lm_head.")  # a whole sequence-to-sequence checkpoint: only the encoder is of use
+
+
+def recognise(keys: Collection[str]) -> str | None:
+    """The dialect of a text encoder's keys, or None for another kind of file."""
+    keys = set(keys)
+    return next((dialect for dialect, mark in _MARKS.items() if mark in keys and _has_table(dialect, keys)), None)
+
+
+def names(checkpoint: Checkpoint, dialect: str) -> dict[str, str]:
+    """Our key -> the checkpoint's key, for every weight; unknown keys stand for themselves, so loading refuses them.
+    """
+    renames = DIALECTS[dialect]
+    found: dict[str, str] = {}
+    for key in sorted(checkpoint.tensors, key=lambda key: key.startswith("encoder.embed_tokens")):
+        if key not in _EXTRAS and not (dialect == "huggingface" and key.startswith(_SECOND_HALF)):
+            found.setdefault(renames.to_own(key) or key, key)
+    return found
+
+
+def read_config(shapes: Mapping[str, tuple[int, ...]]) -> TextConfig:
+    """Every dimension from the shapes of our keys.
+
+    Raises:
+        WanError: a tensor is missing, or the shapes belong to T5 instead of umT5.
+    """
+    layers = sum(key.startswith("blocks.") and key.endswith(".attn.q.weight") for key in shapes)
+    biases = sum(key.startswith("blocks.") and key.endswith(".pos_embedding.embedding.weight") for key in shapes)
+    if biases == 1 and layers > 1:
+        raise WanError("This is a T5 text encoder (only its first layer has a position bias), but Wan needs umT5-XXL: "
+                       "use models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_fp16.safetensors.")
+    try:
+        return _config(shapes, layers)
+    except (KeyError, ValueError) as error:
+        raise WanError(f"The text encoder's dimensions cannot be read: {error} is missing or has another shape than "
+                       "expected. Is it a partial download?") from error
+
+
+def _config(shapes: Mapping[str, tuple[int, ...]], layers: int) -> TextConfig:
+    vocabulary, dim = shapes[TABLE]
+    attention_dim, _ = shapes["blocks.0.attn.q.weight"]
+    ffn_dim, _ = shapes["blocks.0.ffn.fc1.weight"]
+    buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+    if attention_dim % heads:
+        raise ValueError(f"attention of width {attention_dim} for {heads} heads")
+    return TextConfig(vocabulary, dim, attention_dim, ffn_dim, heads, layers, buckets)
+
+
+def _has_table(dialect: str, keys: Collection[str]) -> bool:
+    return any(DIALECTS[dialect].to_own(key) == TABLE for key in keys if "embed" in key or "shared" in key)
