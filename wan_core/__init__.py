@@ -1,0 +1,30 @@
+"""Wan2.2 video models in plain PyTorch; works without ComfyUI.
+
+The three loaders below are the stable public surface. They are imported when first used, so that importing the
+package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .models.load_dit import load_dit
+    from .models.load_vae import load_vae
+    from .models.text_encoder import load_text_encoder
+
+__version__ = "0.1.0"
+__all__ = ["load_dit", "load_text_encoder", "load_vae"]
+
+_HOMES = {
+    "load_dit": ".models.load_dit",
+    "load_vae": ".models.load_vae",
+    "load_text_encoder": ".models.text_encoder",
+}
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -16,11 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checkpoint import text as text_layout
 from .config import TEXT_LENGTH, PerExpert
 from .devices import available_bytes, empty_cache
+from .dtypes import resolve_dtype
 from .errors import WanError
 from .models.dit import TextStates, WanDiT
 from .models.load_dit import DiTFile, build_dit
+from .models.load_vae import VAEFile, build_vae
+from .models.text_encoder import TextEncoder, TextFile, build_text_encoder
+from .models.vae import VideoVAE
 from .recipe import ModelRecipe
 from .sampling.experts import Expert, Experts
 from .sampling.guidance import Condition
@@ -70,6 +76,7 @@ class Engine:
         self.make_room(size, device)
         self.loads += 1
         part = load()
+        log.info("wan_core: loaded %s on %s (%.2f GB)", key[0], device, size / 1e9)
         self._loaded[key] = _Loaded(part, size, device)
         return part
 
@@ -95,6 +102,27 @@ class Engine:
             high=Expert(high, guidance.high, "high"), low=Expert(low, guidance.low, "low"),
             boundary=recipe.variant.boundary, switch=recipe.switch,
         )  # fmt: skip
+
+    def text_encoder(self, file: TextFile, device: torch.device | str, dtype: str | torch.dtype | None) -> TextEncoder:
+        """A text encoder with its weights.
+
+        Raises:
+            WanError: the file was changed since its header was read, or see ``build_text_encoder``.
+        """
+        check_unchanged(file)
+        key = ("text", file.fingerprint, str(device), str(dtype))
+        size = _bytes(file, device, dtype, skip=(text_layout.TABLE,))
+        return self.get(key, size, device, lambda: build_text_encoder(file, device=device, dtype=dtype))
+
+    def vae(self, file: VAEFile, device: torch.device | str, dtype: str | torch.dtype | None) -> VideoVAE:
+        """A VAE with its weights.
+
+        Raises:
+            WanError: the file was changed since its header was read, or see ``build_vae``.
+        """
+        check_unchanged(file)
+        key = ("vae", file.fingerprint, str(device), str(dtype))
+        return self.get(key, _bytes(file, device, dtype), device, lambda: build_vae(file, device=device, dtype=dtype))
 
     def release(self, *kinds: str) -> None:
         """Drop what is loaded; with kinds ("dit", "vae", "text"), only those."""
@@ -161,7 +189,7 @@ def pad_text(text: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(text, (0, 0, 0, missing)) if missing > 0 else text
 
 
-def check_unchanged(file: DiTFile) -> None:
+def check_unchanged(file: DiTFile | TextFile | VAEFile) -> None:
     """Refuse a file that was replaced or truncated after its header was read: mapped weights would be wrong or gone."""
     try:
         same = file.checkpoint.fingerprint == file.fingerprint
@@ -174,16 +202,18 @@ def check_unchanged(file: DiTFile) -> None:
 
 def dit_bytes(file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> int:
     """Bytes on the device of one expert, without its swapped blocks."""
-    from .dtypes import resolve_dtype
-
-    width = resolve_dtype(recipe.dtype, device, file.checkpoint.dtype).itemsize
     resident = file.config.layers - recipe.swap_blocks
-    return sum(
-        _numbers(shape) * width
-        for key, shape in ((own, file.checkpoint.tensors[theirs].shape) for own, theirs in file.names.items())
-        if not key.startswith("blocks.") or int(key.split(".")[1]) < resident
-    )
+    return _bytes(file, device, recipe.dtype, skip=tuple(f"blocks.{i}." for i in range(resident, file.config.layers)))
 
 
-def _numbers(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+def _bytes(
+    file: DiTFile | TextFile | VAEFile,
+    device: torch.device | str,
+    dtype: str | torch.dtype | None,
+    skip: tuple[str, ...] = (),
+) -> int:
+    """Bytes of a file's weights in the dtype of the computation, without those whose names begin with ``skip``."""
+    width = resolve_dtype(dtype, device, file.checkpoint.dtype).itemsize
+    tensors = file.checkpoint.tensors
+    kept = (tensors[theirs].shape for own, theirs in file.names.items() if not own.startswith(skip))
+    return sum(math.prod(shape) * width for shape in kept)

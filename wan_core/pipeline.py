@@ -1,0 +1,252 @@
+"""The way from a prompt to a video without ComfyUI: ``generate`` tells it from beginning to end."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import latents
+from .checkpoint.folder import find_parts
+from .config import NEGATIVE_PROMPT, VAES, VARIANTS, PerExpert, Variant
+from .dtypes import resolve_dtype
+from .engine import Engine
+from .errors import WanError
+from .models.load_dit import read_dit
+from .models.load_vae import VAEFile, read_vae
+from .models.text_encoder import TextFile, read_text_encoder
+from .recipe import ModelRecipe, pair
+from .sampling.denoise import Given, StepReport, denoise
+from .sampling.experts import Switch
+from .sampling.guidance import Condition
+from .sampling.lookup import look_up
+from .sampling.schedules import Schedule, schedule
+from .sampling.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Models:
+    """Everything a run needs, as recipes: headers are read, weights are not."""
+
+    dit: ModelRecipe
+    vae: VAEFile
+    text: TextFile
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate. None means the variant's official value.
+
+    Attributes:
+        size: width and height; with an image its product is the area, and the image decides the aspect ratio.
+        seed: negative draws one.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    image: Path | None = None
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    steps: int | None = None
+    shift: float | None = None
+    guidance: PerExpert | None = None
+    solver: str = "unipc"
+    schedule: str = "auto"
+    seed: int = -1
+
+    def completed(self, variant: Variant) -> Request:
+        """With every open choice made, and checked before anything is loaded.
+
+        Raises:
+            WanError: a size, length, solver or schedule that cannot be; an image that is missing or not wanted.
+        """
+        done = replace(
+            self,
+            negative_prompt=self.negative_prompt or NEGATIVE_PROMPT,
+            size=self.size or variant.size,
+            frames=self.frames or variant.frames,
+            steps=variant.steps if self.steps is None else self.steps,
+            shift=variant.shift if self.shift is None else self.shift,
+            guidance=self.guidance or variant.guidance,
+            seed=self.seed if self.seed >= 0 else random.randint(0, sys.maxsize),
+        )
+        look_up(SOLVERS, done.solver, "solver")
+        done.timetable()
+        latents.latent_frames(done.frames)
+        _check_image(done.image, variant)
+        if done.image is None:
+            latents.latent_shape(variant, *done.size, done.frames)
+        return done
+
+    def timetable(self) -> Schedule:
+        return schedule(self.schedule, self.steps, self.shift, solver=self.solver)
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What sampling begins with: noise, and what is known of the video."""
+
+    noise: torch.Tensor  # [1, C, T, h, w]
+    concat: torch.Tensor | None = None  # [1, 20, T, h, w], see Condition
+    given: Given | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A finished latent, and its video on demand.
+
+    Attributes:
+        latent: [C, T, h, w], normalised, float32.
+        video: decodes as it is iterated: chunks [3, f, H, W] in -1..1, float32.
+    """
+
+    latent: torch.Tensor
+    seed: int
+    video: Callable[[], Iterator[torch.Tensor]]
+
+
+def read_models(folder: str | Path, task: str, *, dtype: str = "auto", attention: str = "auto") -> Models:
+    """Find and understand a checkpoint's parts; no weight is read.
+
+    Args:
+        folder: as downloaded: the official layout, ComfyUI's (``diffusion_models/`` ...) or diffusers'.
+
+    Raises:
+        WanError: a part is missing, damaged, or belongs to another variant.
+    """
+    variant = VARIANTS[task]
+    parts = find_parts(folder, variant)
+    high = _recipe(parts.high, variant, dtype, attention)
+    dit = pair(high, _recipe(parts.low, variant, dtype, attention), Switch()) if parts.low else high
+    vae = read_vae(parts.vae)
+    if vae.config.kind != variant.vae:
+        raise WanError(f"{parts.vae} is a {vae.config.kind} VAE, but {variant.display_name} needs {variant.vae} "
+                       f"({VAES[variant.vae].checkpoint}).")
+    tokenizer = parts.tokenizer if parts.tokenizer and parts.tokenizer.exists() else None
+    text = read_text_encoder(parts.text_encoder, tokenizer)
+    if text.config.dim != high.high.config.text_dim:
+        raise WanError(f"{parts.text_encoder} gives embeddings {text.config.dim} wide, but {parts.high} takes "
+                       f"{high.high.config.text_dim}. Use the text encoder of the same checkpoint.")
+    return Models(dit, vae, text)
+
+
+def generate(
+    models: Models,
+    request: Request,
+    engine: Engine,
+    *,
+    device: torch.device,
+    text_device: torch.device | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> Result:
+    """Prompt (and image) -> latent -> video.
+
+    Raises:
+        WanError: see ``Request.completed``; everything that can be checked is, before the first weight is read.
+    """
+    recipe, variant = models.dit, models.dit.variant
+    request = request.completed(variant)
+    positive, negative = _encode_prompts(models, request, engine, text_device or device)
+    start = _start(models, request, engine, device)
+    experts = engine.experts(recipe, request.guidance, device)
+    latent, _ = denoise(
+        start.noise.to(device), experts, request.timetable(), request.solver,
+        Condition(positive, start.concat), Condition(negative, start.concat), given=start.given, on_step=on_step,
+    )  # fmt: skip
+    if engine.keep_one:
+        engine.release("dit")
+    return Result(latent[0].cpu(), request.seed, lambda: _decode(models, engine, latent, device))
+
+
+def _recipe(path: Path, variant: Variant, dtype: str, attention: str) -> ModelRecipe:
+    file = read_dit(path)
+    if file.config.in_channels != variant.in_channels:
+        raise WanError(f"{path} takes {file.config.in_channels} channels, but {variant.display_name} takes "
+                       f"{variant.in_channels}: it is another model. Choose its --task.")
+    return ModelRecipe(file, dtype=dtype, attention=attention)
+
+
+def _check_image(image: Path | None, variant: Variant) -> None:
+    if image is None and variant.image == "channels":
+        raise WanError(f"{variant.display_name} animates an image: give one with --image FILE.")
+    if image is not None and variant.image == "none":
+        raise WanError(f"{variant.display_name} takes no image. Use i2v-A14B or ti2v-5B, or leave --image out.")
+    if image is not None and not Path(image).is_file():
+        raise WanError(f"No such image: {image}.")
+
+
+def _dtype_of(models: Models, device: torch.device) -> torch.dtype:
+    """One dtype for all parts, the DiT's: mixing precisions would only lose the better one."""
+    return resolve_dtype(models.dit.dtype, device, models.dit.high.checkpoint.dtype)
+
+
+def _encode_prompts(
+    models: Models, request: Request, engine: Engine, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    encoder = engine.text_encoder(models.text, device, _dtype_of(models, device))
+    positive, negative = (encoder([text]) for text in (request.prompt, request.negative_prompt))
+    if engine.keep_one:
+        del encoder
+        engine.release("text")
+    return positive, negative
+
+
+def _start(models: Models, request: Request, engine: Engine, device: torch.device) -> Start:
+    variant = models.dit.variant
+    if request.image is None:
+        shape = latents.latent_shape(variant, *request.size, request.frames)
+        return Start(latents.noise(request.seed, shape)[None])
+    image = _open_image(request.image)
+    return _STARTS[variant.image](models, request, engine, device, image)
+
+
+def _start_with_channels(models: Models, request: Request, engine: Engine, device: torch.device, image: Image) -> Start:
+    """I2V-A14B: the image is the first frame of a video that is grey otherwise, encoded, beside the noise."""
+    width, height = latents.i2v_size(request.size[0] * request.size[1], image.width, image.height)
+    shape = latents.latent_shape(models.dit.variant, width, height, request.frames)
+    first = latents.resize_bicubic(latents.image_tensor(image), height, width)
+    vae = engine.vae(models.vae, device, _dtype_of(models, device))
+    frames = (chunk.to(device) for chunk in latents.condition_chunks({0: first}, request.frames))
+    encoded = torch.cat(list(vae.encode_chunks(frames, total_frames=request.frames)), dim=2)
+    mask = latents.given_mask([0], request.frames, *shape[2:]).to(encoded)
+    return Start(latents.noise(request.seed, shape)[None], concat=torch.cat([mask, encoded], dim=1))
+
+
+def _start_with_frame(models: Models, request: Request, engine: Engine, device: torch.device, image: Image) -> Start:
+    """TI2V-5B: the image's latent is the first latent frame, clean throughout."""
+    width, height = latents.ti2v_size(request.size[0] * request.size[1], image.width, image.height)
+    shape = latents.latent_shape(models.dit.variant, width, height, request.frames)
+    vae = engine.vae(models.vae, device, _dtype_of(models, device))
+    first = vae.encode(latents.ti2v_image(image, width, height)[None].to(device))
+    known = torch.zeros(1, *shape, device=device)
+    known[:, :, :1] = first
+    mask = torch.ones(1, 1, shape[1], 1, 1, device=device)
+    mask[:, :, 0] = 0
+    return Start(latents.noise(request.seed, shape)[None], given=Given(known, mask, clean=True))
+
+
+_STARTS = {"channels": _start_with_channels, "frame": _start_with_frame}
+
+
+def _open_image(path: Path) -> Image:
+    from PIL import Image as images
+    from PIL import UnidentifiedImageError
+
+    try:
+        return images.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise WanError(f"{path} is not an image that can be read ({error}).") from error
+
+
+def _decode(models: Models, engine: Engine, latent: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
+    vae = engine.vae(models.vae, device, _dtype_of(models, device))
+    for chunk in vae.decode_chunks(latent.to(device)):
+        yield chunk[0].cpu()
