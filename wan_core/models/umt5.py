@@ -8,7 +8,8 @@ Parameter names are the official checkpoint's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -19,19 +20,45 @@ from torch import Tensor, nn
 from ..config import TextConfig
 
 
+class Scratch:
+    """The one buffer through which matrices pass that must be moved or cast before use.
+
+    Fresh memory for each of them would cost several times the cast itself, for the system clears every page.
+    """
+
+    def __init__(self):
+        self.buffer: Tensor | None = None
+
+    def fitted(self, weight: Tensor, like: Tensor) -> Tensor:
+        """The weight with the device and dtype of ``like``; valid until the next call."""
+        if weight.device == like.device and weight.dtype == like.dtype:
+            return weight
+        if self.buffer is None or self.buffer.numel() < weight.numel():
+            self.buffer = like.new_empty(weight.numel())
+        return self.buffer[: weight.numel()].view_as(weight).copy_(weight)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What the blocks need to know of one batch: prompts lie end to end, without padding."""
+
+    lengths: tuple[int, ...]  # tokens of each prompt
+    buckets: dict[int, Tensor]  # of each length that occurs
+    scratch: Scratch
+
+
 class Linear(nn.Module):
     """A matrix without bias that may lie elsewhere, or in another dtype, than the numbers it is applied to.
 
-    A matrix that already fits is used as it is; a memory-mapped one is read and cast for the one product, so a
-    bfloat16 file serves a float32 computation without a float32 copy of the model.
+    So a memory-mapped bfloat16 file serves a float32 computation without a float32 copy of the model.
     """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(device=x.device, dtype=x.dtype))
+    def forward(self, x: Tensor, scratch: Scratch) -> Tensor:
+        return F.linear(x, scratch.fitted(self.weight, like=x))
 
 
 class Embedding(nn.Module):
@@ -82,12 +109,23 @@ class Attention(nn.Module):
         self.v = Linear(config.dim, config.attention_dim)
         self.o = Linear(config.attention_dim, config.dim)
 
-    def forward(self, x: Tensor, lengths: Sequence[int], biases: Mapping[int, Tensor]) -> Tensor:
-        """x [N, D] with N = sum(lengths) -> [N, D]."""
-        q, k, v = (rearrange(layer(x), "n (h d) -> h n d", h=self.heads) for layer in (self.q, self.k, self.v))
-        prompts = zip(*(t.split(list(lengths), dim=1) for t in (q, k, v)), strict=True)
-        mixed = [_attend(*one, biases[length]) for one, length in zip(prompts, lengths, strict=True)]
-        return self.o(rearrange(torch.cat(mixed, dim=1), "h n d -> n (h d)"))
+    def forward(self, x: Tensor, packing: Packing, biases: Mapping[int, Tensor]) -> Tensor:
+        """x [N, D] with N tokens in all; biases [heads, L, L] for each length L that occurs."""
+        projected = (layer(x, packing.scratch) for layer in (self.q, self.k, self.v))
+        q, k, v = (rearrange(t, "n (h d) -> h n d", h=self.heads).split(packing.lengths, dim=1) for t in projected)
+        mixed = [_attend(*one, biases[one[0].shape[1]]) for one in zip(q, k, v, strict=True)]
+        return self.o(rearrange(torch.cat(mixed, dim=1), "h n d -> n (h d)"), packing.scratch)
+
+
+class GELU(nn.Module):
+    """The tanh approximation, every step rounded to the dtype of x.
+
+    PyTorch's own rounds once at the end; in half precision the official model's numbers come from these roundings.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = x + 0.044715 * x.pow(3)
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * inner))
 
 
 class FeedForward(nn.Module):
@@ -95,12 +133,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.gate = nn.Sequential(Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"))
+        self.gate = nn.Sequential(Linear(config.dim, config.ffn_dim), GELU())
         self.fc1 = Linear(config.dim, config.ffn_dim)
         self.fc2 = Linear(config.ffn_dim, config.dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x) * self.gate(x))
+    def forward(self, x: Tensor, scratch: Scratch) -> Tensor:
+        project, activation = self.gate
+        return self.fc2(self.fc1(x, scratch) * activation(project(x, scratch)), scratch)
 
 
 class Block(nn.Module):
@@ -112,10 +151,10 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
         self.pos_embedding = RelativeBias(config.buckets, config.heads)
 
-    def forward(self, x: Tensor, lengths: Sequence[int], buckets: Mapping[int, Tensor]) -> Tensor:
-        biases = {length: self.pos_embedding(table) for length, table in buckets.items()}
-        x = clamp_float16(x + self.attn(self.norm1(x), lengths, biases))
-        return clamp_float16(x + self.ffn(self.norm2(x)))
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        biases = {length: self.pos_embedding(buckets) for length, buckets in packing.buckets.items()}
+        x = clamp_float16(x + self.attn(self.norm1(x), packing, biases))
+        return clamp_float16(x + self.ffn(self.norm2(x), packing.scratch))
 
 
 class Umt5Encoder(nn.Module):
@@ -144,19 +183,19 @@ class Umt5Encoder(nn.Module):
             [B, L, D] in the encoder's compute dtype (that of its norms), zero where the mask is.
         """
         mask = mask.bool()
-        lengths = mask.sum(dim=1).tolist()
         x = self.token_embedding(ids[mask], like=self.norm.weight)
-        buckets = {length: self._buckets(length).to(x.device) for length in set(lengths)}
+        packing = self._packing(mask.sum(dim=1).tolist(), x.device)
         for index, block in enumerate(self.blocks):
             if on_block is not None:
                 on_block(index)
-            x = block(x, lengths, buckets)
+            x = block(x, packing)
         states = x.new_zeros(*ids.shape, self.config.dim)
         states[mask.to(x.device)] = self.norm(x)
         return states
 
-    def _buckets(self, length: int) -> Tensor:
-        return distance_buckets(length, self.config.buckets, self.config.max_distance)
+    def _packing(self, lengths: list[int], device: torch.device) -> Packing:
+        buckets = {n: distance_buckets(n, self.config.buckets, self.config.max_distance) for n in set(lengths)}
+        return Packing(tuple(lengths), {n: table.to(device) for n, table in buckets.items()}, Scratch())
 
 
 @lru_cache(maxsize=8)
