@@ -1,0 +1,321 @@
+"""The loop: experts, given frames, inpainting, stopping and going on, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from wan_core.errors import WanError
+from wan_core.sampling.denoise import Given, StepReport, denoise, noised
+from wan_core.sampling.experts import Expert, Experts, Switch
+from wan_core.sampling.guidance import Condition
+from wan_core.sampling.schedules import from_sigmas, schedule
+from wan_core.sampling.solvers import SOLVERS
+
+SHAPE = (2, 4, 3, 4, 5)  # two videos, because every rule must hold for each
+POSITIVE, NEGATIVE = Condition(torch.full((2, 1, 1), 0.4)), Condition(torch.full((2, 1, 1), -0.2))
+
+
+def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Toy:
+    """A velocity that mixes space and time; remembers what it was told."""
+
+    def __init__(self, bend: float = 1.0):
+        self.bend = bend
+        self.calls: list[tuple[Tensor, Tensor, Condition]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition, on_block=None) -> Tensor:
+        self.calls.append((x, t, condition))
+        if on_block:
+            on_block(0)
+        t = t.view(x.shape[0], 1, -1, 1, 1)
+        around = x.roll(1, dims=2) + x.roll(1, dims=3) - x.roll(1, dims=4)
+        return torch.tanh(self.bend * around + condition.text.mean()) + x * t / 1000
+
+
+AUTO = Switch()
+
+
+def pair(high: Toy, low: Toy, guidance: tuple[float, float] = (4.0, 3.0), switch: Switch = AUTO) -> Experts:
+    return Experts(Expert(high, guidance[0], "high"), Expert(low, guidance[1], "low"), 0.875, switch)
+
+
+def run(experts: Experts, solver: str = "unipc", steps: int = 6, **options) -> Tensor:
+    along = schedule("auto", steps, 12, solver=solver)
+    return denoise(normal(0), experts, along, solver, POSITIVE, NEGATIVE, **options)[0]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("switch", [AUTO, Switch("step", 3), Switch("snr", 0.01)])
+def test_twins_as_experts_equal_the_dense_run_bit_for_bit(solver: str, switch: Switch):
+    """One solver state crosses the switch: nothing restarts there."""
+    toy = Toy()
+    twins = pair(toy, toy, (3.0, 3.0), switch)
+    assert set(twins.names(schedule("auto", 6, 12, solver=solver))) == {"high", "low"}
+    assert torch.equal(run(twins, solver), run(Experts.dense(toy, 3.0), solver))
+
+
+def test_each_expert_works_on_its_side_with_its_guidance():
+    high, low = Toy(1.0), Toy(0.5)
+    run(pair(high, low, (4.0, 1.0), Switch("step", 2)))
+    assert [c for _, _, c in high.calls] == [POSITIVE, NEGATIVE] * 2
+    assert [c for _, _, c in low.calls] == [POSITIVE] * 4  # guidance 1: half the calls
+
+
+def test_the_model_is_told_the_schedule_s_timestep_for_every_video():
+    toy = Toy()
+    run(Experts.dense(toy, 1.0))
+    told = [t.tolist() for _, t, _ in toy.calls]
+    assert told == [[t, t] for t in schedule("unipc", 6, 12).timesteps.tolist()]
+
+
+def test_a_batch_is_its_videos_one_by_one():
+    toy = Toy()
+    both = run(Experts.dense(toy, 3.0))
+    for i in range(2):
+        alone, _ = denoise(normal(0)[i : i + 1], Experts.dense(toy, 3.0), schedule("unipc", 6, 12), "unipc",
+                           Condition(POSITIVE.text[:1]), Condition(NEGATIVE.text[:1]))  # fmt: skip
+        torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_stopping_and_going_on_is_bit_identical(solver: str, stop: int):
+    toy = Toy()
+    experts, along = pair(toy, Toy(0.5)), schedule("auto", 6, 12, solver=solver)
+    x, history = denoise(normal(0), experts, along, solver, POSITIVE, NEGATIVE, end=stop)
+    history = type(history).from_tensors(history.to_tensors())
+    x, _ = denoise(x, experts, along, solver, POSITIVE, NEGATIVE, start=stop, history=history)
+    assert torch.equal(x, run(experts, solver))
+
+
+def test_euler_may_go_on_without_history():
+    experts, along = Experts.dense(Toy(), 3.0), schedule("unipc", 6, 12)
+    x, _ = denoise(normal(0), experts, along, "euler", POSITIVE, NEGATIVE, end=4)
+    x, _ = denoise(x, experts, along, "euler", POSITIVE, NEGATIVE, start=4, end=10_000)
+    assert torch.equal(x, run(experts, "euler"))
+
+
+def test_reports_tell_the_story_of_each_step():
+    reports: list[StepReport] = []
+    along = schedule("unipc", 6, 12)
+    experts = pair(Toy(), Toy(), switch=Switch("step", 3))
+    final, _ = denoise(normal(0), experts, along, "unipc", POSITIVE, NEGATIVE, start=2, end=5, on_step=reports.append)
+    assert [(r.index, r.done, r.total, r.expert) for r in reports] == [
+        (2, 1, 3, "high"), (3, 2, 3, "low"), (4, 3, 3, "low")]  # fmt: skip
+    assert [r.sigma for r in reports] == along.sigmas[3:6].tolist()
+    assert reports[-1].x is final
+    assert reports[0].x0.shape == SHAPE
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_last_estimate_of_a_full_run_is_its_result(solver: str):
+    reports: list[StepReport] = []
+    final = run(Experts.dense(Toy(), 3.0), solver, on_step=reports.append)
+    torch.testing.assert_close(reports[-1].x0, final, rtol=1e-5, atol=1e-6)
+
+
+class Cancelled(Exception):
+    pass
+
+
+def test_a_callback_may_cancel():
+    def cancel(_: object) -> None:
+        raise Cancelled
+
+    toy = Toy()
+    with pytest.raises(Cancelled):
+        run(Experts.dense(toy, 3.0), on_block=cancel)
+    assert len(toy.calls) == 1
+    with pytest.raises(Cancelled):
+        run(Experts.dense(toy, 3.0), on_step=cancel)
+    assert len(toy.calls) == 3
+
+
+# --- TI2V: clean given frames
+
+
+def first_frame_given(frames: int = 1) -> Given:
+    mask = torch.ones(1, 1, *SHAPE[2:])
+    mask[:, :, :frames] = 0
+    return Given(normal(7), mask, clean=True)
+
+
+def official_ti2v(toy: Toy, given: Given, steps: int, scale: float) -> Tensor:
+    """The loop of the official textimage2video.py around Euler steps, which need no scheduler."""
+    along = schedule("unipc", steps, 12)
+    z, mask = given.latent, given.mask
+    x = (1 - mask) * z + mask * normal(0)
+    for i in range(steps):
+        t = (mask[:, 0, :, 0, 0] * along.timesteps[i]).float().expand(2, -1)
+        uncond = toy(x, t, NEGATIVE)
+        v = uncond + scale * (toy(x, t, POSITIVE) - uncond)
+        x = x + (along.sigmas[i + 1] - along.sigmas[i]).float() * v
+        x = (1 - mask) * z + mask * x
+    return x
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_given_frames_stay_clean_as_in_the_official_loop(frames: int):
+    given, toy = first_frame_given(frames), Toy()
+    reports: list[StepReport] = []
+    along = schedule("unipc", 6, 12)
+    made, _ = denoise(normal(0), Experts.dense(toy, 3.0), along, "euler", POSITIVE, NEGATIVE, given=given,
+                      on_step=reports.append)  # fmt: skip
+    for x in [*(x for x, _, _ in toy.calls), *(r.x for r in reports), made]:
+        assert torch.equal(x[:, :, :frames], given.latent[:, :, :frames])
+    torch.testing.assert_close(made, official_ti2v(Toy(), given, 6, 3.0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_given_frames_are_told_timestep_zero(solver: str):
+    toy = Toy()
+    made = run(Experts.dense(toy, 1.0), solver, given=first_frame_given())
+    assert torch.equal(made[:, :, 0], normal(7)[:, :, 0])
+    for _, t, _ in toy.calls:
+        assert t.shape == (2, 3)
+        assert (t[:, 0] == 0).all() and (t[:, 1:] == t[0, 1]).all() and t[0, 1] in schedule("auto", 6, 12,
+                                                                                          solver=solver).timesteps
+
+
+def test_nothing_given_is_the_plain_run():
+    nothing = Given(normal(7), torch.ones(1, 1, 1, 1, 1), clean=True)
+    toy = Toy()
+    assert torch.equal(run(Experts.dense(toy, 3.0), given=nothing), run(Experts.dense(toy, 3.0)))
+    noisy = Given(normal(7), torch.ones(1, 1, 1, 1, 1), noise=normal(0))
+    assert torch.equal(run(Experts.dense(toy, 3.0), given=noisy), run(Experts.dense(toy, 3.0)))
+
+
+# --- inpainting
+
+
+def hole() -> Tensor:
+    mask = torch.zeros(1, 1, *SHAPE[2:])
+    mask[..., 1:3, 2:] = 1
+    return mask
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_inpainting_shows_kept_places_at_the_step_s_noise_and_ends_clean(solver: str):
+    toy, given = Toy(), Given(normal(7), hole(), normal(0))
+    along = schedule("auto", 6, 12, solver=solver)
+    made = run(Experts.dense(toy, 1.0), solver, given=given)
+    kept = (hole() == 0).expand(SHAPE)
+    for x, t, _ in toy.calls:
+        i = along.timesteps.tolist().index(t[0].item())
+        expected = noised(normal(7), normal(0), along.sigmas[i].item())
+        torch.testing.assert_close(x[kept], expected[kept], rtol=0, atol=1e-6)
+        assert t.shape == (2,)
+    assert torch.equal(made[kept], normal(7)[kept])
+    assert not torch.allclose(made[~kept], normal(7)[~kept], atol=0.1)
+
+
+def test_kept_places_without_noise_are_our_own_mistake():
+    with pytest.raises(ValueError, match="noise"):
+        Given(normal(7), hole())
+
+
+COMFY_MASK_RUN = """
+from types import SimpleNamespace
+from comfy import model_base, model_sampling
+from comfy.k_diffusion.sampling import sample_euler
+from comfy.samplers import KSamplerX0Inpaint
+
+class Sampling(model_sampling.ModelSamplingDiscreteFlow, model_sampling.CONST):
+    pass
+
+sampling = Sampling()
+
+def denoised(x, sigma, mask, clean):
+    t = sampling.timestep(sigma).float()
+    if clean:
+        t = model_base.WAN22.process_timestep(None, t, x, denoise_mask=mask)
+    around = x.roll(1, dims=2) + x.roll(1, dims=3) - x.roll(1, dims=4)
+    v = torch.tanh(around + 0.4) + x * t.view(x.shape[0], 1, -1, 1, 1) / 1000
+    return sampling.calculate_denoised(sigma, v, x)
+
+for clean in (True, False):
+    def inpaint(x, sigma, noise, latent_image):
+        if clean:
+            return model_base.WAN22.scale_latent_inpaint(None, sigma, noise, latent_image)
+        return sampling.noise_scaling(sigma.reshape(-1, 1, 1, 1, 1), noise, latent_image)
+    model = lambda x, sigma, **_: denoised(x, sigma, inputs["mask"], clean)
+    wrapped = KSamplerX0Inpaint(lambda *a, **k: model(*a), inputs["sigmas"])
+    wrapped.inner_model = type("Model", (), {"__call__": lambda self, x, sigma, **_: model(x, sigma)})()
+    wrapped.inner_model.inner_model = SimpleNamespace(scale_latent_inpaint=inpaint)
+    wrapped.noise, wrapped.latent_image = inputs["noise"], inputs["latent"]
+    start = sampling.noise_scaling(inputs["sigmas"][0], inputs["noise"], inputs["latent"])
+    outputs[clean] = sample_euler(wrapped, start, inputs["sigmas"], {"denoise_mask": inputs["mask"]}, disable=True)
+"""
+
+
+def test_masks_mean_what_they_mean_in_comfyui(in_comfyui):
+    """Soft edges, a wholly kept frame and a wholly free one, against KSamplerX0Inpaint around ComfyUI's Euler."""
+    mask = torch.rand(SHAPE[0], 1, *SHAPE[2:], generator=torch.Generator().manual_seed(3))
+    mask[:, :, 0], mask[:, :, 1] = 0, 1
+    mask = mask.expand(SHAPE).contiguous()
+    along = schedule("simple", 6, 5)
+    theirs = in_comfyui(COMFY_MASK_RUN, mask=mask, sigmas=along.sigmas.float(), noise=normal(0), latent=normal(7))
+    for clean, expected in theirs.items():
+        given = Given(normal(7), mask, normal(0), clean)
+        made, _ = denoise(normal(0), Experts.dense(Toy(), 1.0), along, "euler", POSITIVE, None, given=given)
+        assert ((made - expected).abs().max() / expected.abs().max()).item() <= 1e-5
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"start": 6}, "start step is 6.*6 steps.*0 to 5"), ({"start": 99}, "start step is 99"), ({"start": -1}, "-1"),
+    ({"start": 3, "end": 3}, "not after"), ({"start": 4, "end": 2}, "not after"),
+])  # fmt: skip
+def test_steps_outside_the_schedule_are_refused_before_the_model_is_asked(options: dict, message: str):
+    toy = Toy()
+    with pytest.raises(WanError, match=message):
+        run(Experts.dense(toy, 3.0), **options)
+    assert not toy.calls
+
+
+def test_a_history_of_another_step_is_refused():
+    experts, along = Experts.dense(Toy(), 3.0), schedule("unipc", 6, 12)
+    x, history = denoise(normal(0), experts, along, "unipc", POSITIVE, NEGATIVE, end=2)
+    with pytest.raises(WanError, match="goes on at step 2, but the start step is 3"):
+        denoise(x, experts, along, "unipc", POSITIVE, NEGATIVE, start=3, history=history)
+
+
+def test_an_unknown_solver_names_the_known_ones():
+    with pytest.raises(WanError, match=r"'unipcc'.*unipc, dpm\+\+, euler, heun.*mean 'unipc'"):
+        denoise(normal(0), Experts.dense(Toy(), 3.0), schedule("unipc", 6, 12), "unipcc", POSITIVE, NEGATIVE)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_answer_that_is_not_finite_names_step_and_expert(bad: float):
+    class Broken(Toy):
+        def __call__(self, x: Tensor, *rest, **options) -> Tensor:
+            answer = super().__call__(x, *rest, **options)
+            answer[0, 0, 0, 0, 0] = bad
+            return answer
+
+    with pytest.raises(WanError, match="Step 3 of 6: the low-noise expert.*NaN.*bfloat16"):
+        run(pair(Toy(), Broken(), switch=Switch("step", 2)))
+
+
+def test_a_start_that_is_not_finite_is_refused():
+    x = normal(0)
+    x[0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(WanError, match="latent to start from"):
+        denoise(x, Experts.dense(Toy(), 3.0), schedule("unipc", 6, 12), "unipc", POSITIVE, NEGATIVE)
+
+
+def test_video_to_video_starts_between_noise_and_latent():
+    latent, white = normal(7), normal(0)
+    assert torch.equal(noised(latent, white, 1.0), white)
+    assert torch.equal(noised(latent, white, 0.0), latent)
+    exact = Experts.dense(lambda x, t, condition, on_block=None: white - latent, 1.0)
+    along = from_sigmas([0.6, 0.3, 0.0])
+    made, _ = denoise(noised(latent, white, 0.6), exact, along, "unipc", POSITIVE, None)
+    torch.testing.assert_close(made, latent, rtol=0, atol=1e-5)
