@@ -60,7 +60,13 @@ def small_comfyui(comfyui_path: Path, models: Path, tmp_path_factory: pytest.Tem
     tests runs from it.
     """
     copy = tmp_path_factory.mktemp("comfyui") / "comfyui"
-    shutil.copytree(comfyui_path, copy, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    copy.mkdir()
+    for part in comfyui_path.iterdir():
+        if part.is_file():
+            shutil.copy(part, copy)
+        elif part.name not in _USER_FOLDERS:
+            shutil.copytree(part, copy / part.name)
+    (copy / "extra_model_paths.yaml").unlink(missing_ok=True)
     path = copy / "comfy/text_encoders/umt5_config_xxl.json"
     (checkpoint,) = (models / "text_encoders").glob("umt5*.safetensors")
     small = json.loads(path.read_text()) | umt5_dimensions(checkpoint)
@@ -68,8 +74,7 @@ def small_comfyui(comfyui_path: Path, models: Path, tmp_path_factory: pytest.Tem
     return copy
 
 
-_NOT_COPIED = (".git", "models", "output", "user", "temp", "custom_nodes", "tests", "tests-unit", ".venv", "venv",
-               "extra_model_paths.yaml")  # fmt: skip
+_USER_FOLDERS = (".git", ".venv", "venv", "models", "custom_nodes", "input", "output", "temp", "user")
 
 
 def umt5_dimensions(checkpoint: Path) -> dict[str, int]:
@@ -94,13 +99,13 @@ StartServer = Callable[..., Server]
 
 @pytest.fixture(scope="session")
 def start_server(
-    small_comfyui: Path, models: Path, tmp_path_factory: pytest.TempPathFactory
+    comfyui_path: Path, small_comfyui: Path, models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[StartServer]:
     """start_server(name, *options): a ComfyUI with this pack and the small checkpoints; stopped when the tests end."""
     servers: list[Server] = []
 
     def start(name: str, *options: str) -> Server:
-        base = make_base(tmp_path_factory.mktemp(name), small_comfyui, ROOT)
+        base = make_base(tmp_path_factory.mktemp(name), comfyui_path, ROOT)
         (base / "models").rmdir()
         (base / "models").symlink_to(models)
         settings = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "99.0.0"}
