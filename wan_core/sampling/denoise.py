@@ -130,9 +130,9 @@ def denoise(
     """
     step = look_up(SOLVERS, solver, "solver")
     end = schedule.steps if end is None else min(end, schedule.steps)
-    history = history or History()
-    _check_range(start, end, schedule, history)
     x = _checked_finite(x.float())
+    history = (history or History()).to(x.device)
+    _check_range(start, end, schedule, history)
     given = given.to(x.device) if given else None
     velocity = _Velocity(experts, schedule, positive, negative, given, on_block)
 

@@ -53,6 +53,10 @@ class History:
         step = int(saved["step"]) if "step" in saved else None
         return cls(step, int(saved["order"]), tuple(saved[f"x0.{i}"] for i in range(count)), saved.get("x"))
 
+    def to(self, device: torch.device) -> History:
+        x = None if self.x is None else self.x.to(device)
+        return History(self.step, self.order, tuple(x0.to(device) for x0 in self.x0s), x)
+
 
 Solver = Callable[[Tensor, int, Schedule, Velocity, History], tuple[Tensor, History]]
 
