@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -72,8 +73,8 @@ class Engine:
         if key in self._loaded:
             self._loaded.move_to_end(key)
             return self._loaded[key].part
-        self._evict_for(size, device)
         self.make_room(size, device)
+        self._evict_for(size, device)
         self.loads += 1
         part = load()
         log.info("wan_core: loaded %s on %s (%.2f GB)", key[0], device, size / 1e9)
@@ -131,6 +132,17 @@ class Engine:
         gc.collect()
         empty_cache()
 
+    def shrink(self, wanted: int, device: torch.device | str) -> int:
+        """Drop the least recently used parts on a device until ``wanted`` bytes are free; returns how many are."""
+        before = self.bytes_on(device)
+        for key in [k for k, entry in self._loaded.items() if entry.device == torch.device(device)]:
+            if before - self.bytes_on(device) >= wanted:
+                break
+            del self._loaded[key]
+        gc.collect()
+        empty_cache()
+        return before - self.bytes_on(device)
+
     def bytes_on(self, device: torch.device | str) -> int:
         """Bytes of weights held for a device."""
         return sum(entry.bytes for entry in self._loaded.values() if entry.device == torch.device(device))
@@ -154,7 +166,7 @@ class LazyDiT:
         self.file = file
         self.recipe = recipe
         self.device = device
-        self._owner: WanDiT | None = None
+        self._owner: weakref.ref[WanDiT] | None = None  # weak, so that the engine can release it during the run
         self._texts: dict[int, tuple[Condition, TextStates]] = {}
 
     def __call__(
@@ -175,8 +187,8 @@ class LazyDiT:
         return torch.cat([x, extra.expand(len(x), *extra.shape[1:])], dim=1)
 
     def _text(self, dit: WanDiT, condition: Condition, batch: int) -> TextStates:
-        if dit is not self._owner:  # released and loaded again: the old states belong to old weights
-            self._owner, self._texts = dit, {}
+        if self._owner is None or dit is not self._owner():  # loaded again: the old states belong to old weights
+            self._owner, self._texts = weakref.ref(dit, lambda _: self._texts.clear()), {}
         if id(condition) not in self._texts:
             text = pad_text(condition.text)
             self._texts[id(condition)] = condition, dit.text_states(text.expand(batch, *text.shape[1:]))

@@ -1,0 +1,31 @@
+"""The nodes: ComfyUI's side of the pack."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .experts import ExpertSwitch
+from .latents import EmptyLatent, ImageToVideo
+from .load import LoadModel
+from .options import BlockSwap
+from .sample import Sampler
+from .text import LoadTextEncoder
+from .vae import LoadVAE, VAEDecode, VAEEncode
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadModel,
+    ExpertSwitch,
+    BlockSwap,
+    LoadTextEncoder,
+    LoadVAE,
+    EmptyLatent,
+    ImageToVideo,
+    VAEEncode,
+    Sampler,
+    VAEDecode,
+]
+
+
+class WanCoreExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

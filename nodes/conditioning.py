@@ -1,0 +1,127 @@
+"""CONDITIONING, as ComfyUI's nodes write it, turned into what the model is told."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from comfy.utils import common_upscale
+
+from ..wan_core.config import Variant
+from ..wan_core.errors import WanError
+from ..wan_core.recipe import ModelRecipe
+from ..wan_core.sampling.guidance import Condition
+from .spaces import normalise
+
+log = logging.getLogger(__name__)
+
+IMAGE_CHANNELS = 16  # of the given frames' latent, beside the four of their mask
+
+_HARMLESS = {"pooled_output", "attention_mask", "concat_latent_image", "concat_mask"}
+_NEEDS_MODEL = {
+    "vace_frames": "a VACE model", "vace_mask": "a VACE model", "vace_strength": "a VACE model",
+    "reference_latents": "a Fun or S2V model", "concat_mask_index": "a Fun Control model",
+    "camera_conditions": "a Fun Camera model", "time_dim_concat": "a Phantom model",
+    "audio_embed": "an S2V or HuMo model", "reference_motion": "an S2V model", "control_video": "an S2V model",
+    "face_video_pixels": "an Animate model", "pose_video_latent": "an Animate model",
+}  # fmt: skip
+_NOT_DONE = {
+    "control": "ControlNet", "gligen": "GLIGEN", "hooks": "hooks", "area": "areas", "mask": "masked prompts",
+    "start_percent": "prompts for a part of the steps", "end_percent": "prompts for a part of the steps",
+    "clip_start_percent": "scheduled prompts",
+}  # fmt: skip
+
+
+def condition(conditioning: list, name: str, model: ModelRecipe, shape: torch.Size, device: torch.device) -> Condition:
+    """One side of the guidance.
+
+    Args:
+        conditioning: [[embedding [B,L,D], dict]], from ComfyUI's nodes or ours.
+        name: "positive" or "negative", for messages.
+        shape: of the latent to be sampled, [B,C,T,h,w].
+
+    Raises:
+        WanError: more than one prompt, an embedding of another width, or keys that ask for another model.
+    """
+    text, options = _only_entry(conditioning, name)
+    _check_text(text, name, model, batch=shape[0])
+    _check_keys(options, name, model.variant)
+    if model.variant.image != "channels":
+        return Condition(text)
+    return Condition(text, given_frames(options, name, model.variant, shape).to(device))
+
+
+def given_frames(options: dict, name: str, variant: Variant, shape: torch.Size) -> torch.Tensor:
+    """The twenty channels beside the noise, [B,20,T,h,w]: which frames are given, and their normalised latent.
+
+    As ComfyUI's WAN21.concat_cond reads concat_latent_image (raw) and concat_mask (0 = given).
+    """
+    image = options.get("concat_latent_image")
+    if image is None:
+        raise WanError(f"{variant.display_name} animates an image, but the {name} conditioning carries none. Put Wan "
+                       "Image to Video (or ComfyUI's WanImageToVideo) between the prompts and the sampler, or load a "
+                       "T2V model.")
+    if image.ndim != 5 or image.shape[1] != IMAGE_CHANNELS or image.shape[2] != shape[2]:
+        raise WanError(f"The image latent in the {name} conditioning has shape {list(image.shape)}; "
+                       f"{variant.display_name} expects [1, {IMAGE_CHANNELS}, {shape[2]}, {shape[3]}, {shape[4]}] for "
+                       "this latent. Use the same number of frames in both, and the Wan2.1 VAE.")
+    image = _resized(normalise(image, "wan2.1"), shape)
+    mask = _given_mask(options.get("concat_mask"), shape).to(image)
+    batch = max(len(image), len(mask))
+    return torch.cat([mask.expand(batch, *mask.shape[1:]), image.expand(batch, *image.shape[1:])], dim=1)
+
+
+def _given_mask(mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+    """ComfyUI's concat_mask (0 = given; one channel or four) -> [B,4,T,h,w] with 1 = given; none means none given."""
+    if mask is None:
+        return torch.zeros(1, 4, *shape[2:])
+    if mask.shape[1] != 4:
+        mask = mask.mean(dim=1, keepdim=True)
+    given = _resized(1.0 - mask.float(), shape)[:, :, : shape[2]]
+    missing = shape[2] - given.shape[2]
+    return torch.nn.functional.pad(given, (0, 0, 0, 0, 0, missing)).expand(-1, 4, -1, -1, -1)
+
+
+def _resized(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    if x.shape[-2:] == shape[-2:]:
+        return x
+    return common_upscale(x, shape[-1], shape[-2], "bilinear", "center")
+
+
+def _only_entry(conditioning: list, name: str) -> tuple[torch.Tensor, dict]:
+    if len(conditioning) != 1:
+        raise WanError(f"The {name} conditioning holds {len(conditioning)} prompts; Wan Sampler takes one. Join "
+                       "prompts as text, or with Conditioning (Concat) instead of Conditioning (Combine).")
+    return conditioning[0][0], conditioning[0][1]
+
+
+def _check_text(text: torch.Tensor, name: str, model: ModelRecipe, batch: int) -> None:
+    width = model.high.config.text_dim
+    if text.ndim != 3 or text.shape[-1] != width:
+        raise WanError(f"The {name} prompt was encoded {text.shape[-1]} wide, but {model} takes {width}: another "
+                       "text encoder made it. Use Load Wan Text Encoder with umT5-XXL "
+                       "(umt5_xxl_fp8_e4m3fn_scaled.safetensors), or ComfyUI's CLIPLoader with type wan.")
+    if len(text) not in (1, batch):
+        raise WanError(f"The {name} conditioning holds a batch of {len(text)} prompts for {batch} latents: "
+                       f"expected 1 or {batch}.")
+
+
+def _check_keys(options: dict, name: str, variant: Variant) -> None:
+    for key in options:
+        if key in _NEEDS_MODEL:
+            raise WanError(f"The {name} conditioning carries {key}, which needs {_NEEDS_MODEL[key]}; this is "
+                           f"{variant.display_name}. Remove the node that adds it.")
+        if key in _NOT_DONE:
+            raise WanError(f"The {name} conditioning uses {_NOT_DONE[key]} ({key}), which Wan Sampler does not do. "
+                           "Remove the node that adds it.")
+    if "concat_latent_image" in options and variant.image != "channels":
+        raise WanError(f"The {name} conditioning carries an image for an I2V model, but {variant.display_name} "
+                       f"{_INSTEAD[variant.image]}")
+    for key in options.keys() - _HARMLESS:
+        log.info("Wan Sampler: the %s conditioning's %s is not used by %s.", name, key, variant.display_name)
+
+
+_INSTEAD = {
+    "none": "takes none. Load wan2.2_i2v_high_noise_14B and wan2.2_i2v_low_noise_14B, or leave the image out.",
+    "frame": "takes it as the first latent frame. Use Wan Image to Video, or ComfyUI's Wan22ImageToVideoLatent.",
+}

@@ -1,0 +1,166 @@
+"""ComfyUI as plain functions and callbacks: its folders, devices, progress bar, interrupt button and memory manager."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import comfy.model_management as management
+import folder_paths
+import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from comfy.utils import ProgressBar
+
+from ..wan_core.errors import WanError
+
+if TYPE_CHECKING:
+    from ..wan_core.engine import Engine
+    from ..wan_core.sampling.denoise import StepReport
+
+log = logging.getLogger(__name__)
+
+DTYPES = ["auto", "bfloat16", "float16", "float32"]
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
+
+File = TypeVar("File")
+
+
+@cache
+def engine() -> Engine:
+    """The process's one engine, known to ComfyUI's memory manager."""
+    from ..wan_core.engine import Engine
+    from .memory import Residency
+
+    engine = Engine()
+    engine.make_room = Residency(engine, management.get_torch_device()).make_room
+    return engine
+
+
+def model_names(folder: str) -> list[str]:
+    """What a loader offers: the files of one of ComfyUI's model folders, with sharded checkpoints as one entry each."""
+    files = folder_paths.get_filename_list(folder)
+    shards = [name for name in files if _SHARD.search(name)]
+    sharded = {os.path.dirname(name) for name in shards} - {""}
+    whole = [name for name in files if name not in shards]
+    return sorted([*whole, *(name for name in sharded if _has_index(folder, name))])
+
+
+def _has_index(folder: str, name: str) -> bool:
+    return any(any(Path(base, name).glob("*.index.json")) for base in folder_paths.get_folder_paths(folder))
+
+
+def model_path(folder: str, name: str) -> Path:
+    """Where a loader's entry lies.
+
+    Raises:
+        WanError: the list does not offer it.
+    """
+    if name in model_names(folder):
+        for base in folder_paths.get_folder_paths(folder):
+            if Path(base, name).exists():
+                return Path(base, name)
+    places = " or ".join(folder_paths.get_folder_paths(folder))
+    raise WanError(f"There is no {name!r} in {places}. Put the file there and press R in ComfyUI to refresh the lists.")
+
+
+def read_header(read: Callable[[Path], File], folder: str, name: str) -> File:
+    """What ``read`` makes of a checkpoint; read again only when the file was changed.
+
+    Raises:
+        WanError: as ``read``.
+    """
+    path = model_path(folder, name)
+    stamp = _stamp(path)
+    known = _headers.get((read, path))
+    if known is None or known[0] != stamp:
+        known = _headers[read, path] = stamp, read(path)
+    return known[1]
+
+
+_headers: dict[tuple[Callable, Path], tuple[tuple, object]] = {}
+
+
+def fingerprint(folder: str, name: str) -> tuple:
+    """Changes when the file is replaced on disk, so that ComfyUI runs the loader again."""
+    try:
+        return _stamp(model_path(folder, name))
+    except (WanError, OSError) as error:
+        return (str(error),)
+
+
+def _stamp(path: Path) -> tuple:
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+def complaint(check: Callable[[], object]) -> bool | str:
+    """The result that ComfyUI wants of ``validate_inputs``: True, or what a check raised as the user's error."""
+    try:
+        check()
+    except (WanError, OSError) as error:
+        return str(error)
+    return True
+
+
+def device() -> torch.device:
+    """Where the transformer runs."""
+    return management.get_torch_device()
+
+
+def vae_device() -> torch.device:
+    return management.vae_device()
+
+
+def text_device(choice: str) -> torch.device:
+    """"cpu", or ComfyUI's own choice for "default"."""
+    return torch.device("cpu") if choice == "cpu" else management.text_encoder_device()
+
+
+def storage_device() -> torch.device:
+    """Where what travels between nodes is kept."""
+    return management.intermediate_device()
+
+
+def check_cancelled(*_: object) -> None:
+    """A callback that raises ComfyUI's own exception once the user has pressed cancel; takes and ignores anything."""
+    management.throw_exception_if_processing_interrupted()
+
+
+class Chunks:
+    """A progress bar over the pieces of several videos, and a place to cancel after each piece."""
+
+    def __init__(self, total: int):
+        self.bar = ProgressBar(total)
+
+    def __call__(self, done: int, total: int) -> None:
+        check_cancelled()
+        self.bar.update(1)
+
+
+class Steps:
+    """A progress bar over sampling steps, with a frame of the clean estimate where previews are on."""
+
+    def __init__(self, total: int):
+        self.bar = ProgressBar(total)
+
+    def __call__(self, report: StepReport) -> None:
+        check_cancelled()
+        self.bar.update_absolute(report.done, report.total, preview(report.x0))
+
+
+def preview(x0: torch.Tensor) -> tuple | None:
+    """A frame from the middle of the first video [B,C,T,h,w], as ComfyUI's progress bar takes it, or None."""
+    if args.preview_method == LatentPreviewMethod.NoPreviews:
+        return None
+    from PIL import Image
+
+    from ..wan_core.latents import preview_rgb
+
+    middle = x0.shape[2] // 2
+    pixels = preview_rgb(x0[0, :, middle : middle + 1])[0]
+    return "JPEG", Image.fromarray(pixels.numpy()), args.preview_size

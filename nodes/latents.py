@@ -1,0 +1,235 @@
+"""Wan Empty Latent and Wan Image to Video: what sampling begins with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import node_helpers
+import torch
+from comfy_api.latest import io
+
+from ..wan_core import latents
+from ..wan_core.config import VAES, Variant
+from ..wan_core.errors import WanError
+from ..wan_core.recipe import ModelRecipe
+from . import host
+from .spaces import check_vae, denormalise
+from .types import WanModel
+from .vae import WanVAE
+
+_SMALLEST_MULTIPLE = 16  # every Wan model needs sides that are multiples of this
+
+
+def _size_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "width", default=832, min=16, max=16384, step=16,
+            tooltip="Width in pixels: a multiple of 16 for the A14B models, of 32 for the 5B.",
+        ),
+        io.Int.Input(
+            "height", default=480, min=16, max=16384, step=16,
+            tooltip="Height in pixels: a multiple of 16 for the A14B models, of 32 for the 5B.",
+        ),
+        io.Int.Input(
+            "frames", default=81, min=1, max=16385, step=4,
+            tooltip="Length in frames, 4n + 1. A14B: 81 frames are 5 s at 16 fps; 5B: 121 frames are 5 s at 24 fps.",
+        ),
+    ]  # fmt: skip
+
+
+def _batch_input() -> io.Input:
+    return io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many videos to make at once.")
+
+
+def _check_numbers(width: int | None, height: int | None, frames: int | None) -> None:
+    """Refuse at queue time what no Wan model can do; a None comes from a link and is not known yet."""
+    for name, side in (("width", width), ("height", height)):
+        if side is not None and (side < 1 or side % _SMALLEST_MULTIPLE):
+            nearest = max(round(side / _SMALLEST_MULTIPLE), 1) * _SMALLEST_MULTIPLE
+            raise WanError(f"The {name} is {side}: it must be a multiple of {_SMALLEST_MULTIPLE} (of 32 for the 5B). "
+                           f"The nearest is {nearest}.")
+    if frames is not None:
+        latents.latent_frames(frames)
+
+
+class EmptyLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanCoreEmptyLatent",
+            display_name="Wan Empty Latent",
+            category="Wan 2.2/latent",
+            description="An empty latent video of the shape that the model works on: text to video starts here.",
+            inputs=[
+                WanModel.Input("model", tooltip="Decides the latent's channels and stride."),
+                *_size_inputs(),
+                _batch_input(),
+            ],
+            outputs=[io.Latent.Output(display_name="latent")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width: int | None, height: int | None, frames: int | None) -> bool | str:
+        return host.complaint(lambda: _check_numbers(width, height, frames))
+
+    @classmethod
+    def execute(cls, model: ModelRecipe, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
+        shape = latents.latent_shape(model.variant, width, height, frames)
+        return io.NodeOutput({"samples": _empty(shape, batch_size)})
+
+
+def _empty(shape: tuple[int, ...], batch: int) -> torch.Tensor:
+    return torch.zeros(batch, *shape, device=host.storage_device())
+
+
+class ImageToVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanCoreImageToVideo",
+            display_name="Wan Image to Video",
+            category="Wan 2.2/latent",
+            description="Makes images the first (and, with I2V-A14B, the last) frames of the video. For TI2V-5B the "
+            "image may be left out: the latent is then empty and the model goes by the text alone.",
+            inputs=[
+                WanModel.Input("model", tooltip="I2V-A14B or TI2V-5B: decides how the image enters."),
+                io.Vae.Input("vae", tooltip="Encodes the images: Wan2.1 VAE for I2V-A14B, Wan2.2 VAE for TI2V-5B."),
+                io.Conditioning.Input("positive", tooltip="The prompt; comes out again with the image added."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt; comes out again with the image added."),
+                *_size_inputs(),
+                io.Combo.Input(
+                    "fit", options=["area", "exact"], default="area",
+                    tooltip="area: keep the image's aspect ratio, with about width x height pixels, as the official "
+                    "code does; exact: scale and crop the image to width x height.",
+                ),
+                _batch_input(),
+                io.Image.Input(
+                    "start_image", optional=True,
+                    tooltip="The first frame. Several images are the first frames (for TI2V-5B 4n + 1 of them).",
+                ),
+                io.Image.Input(
+                    "end_image", optional=True,
+                    tooltip="The last frame (I2V-A14B only). Several images are the last frames.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive"),
+                io.Conditioning.Output(display_name="negative"),
+                io.Latent.Output(display_name="latent"),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, width: int | None, height: int | None, frames: int | None) -> bool | str:
+        return host.complaint(lambda: _check_numbers(width, height, frames))
+
+    @classmethod
+    def execute(
+        cls, model: ModelRecipe, vae: object, positive: list, negative: list, width: int, height: int, frames: int,
+        fit: str, batch_size: int, start_image: torch.Tensor | None = None, end_image: torch.Tensor | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        check_vae(vae, model.variant)
+        wanted = Wanted(width, height, frames, fit, batch_size, start_image, end_image)
+        values, latent = _STARTS[model.variant.image](model.variant, vae, wanted)
+        added = (node_helpers.conditioning_set_values(side, values) for side in (positive, negative))
+        return io.NodeOutput(*added, latent)
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """The widgets and images of Wan Image to Video; images are [k,H,W,3] in 0..1."""
+
+    width: int
+    height: int
+    frames: int
+    fit: str
+    batch: int
+    start: torch.Tensor | None
+    end: torch.Tensor | None
+
+    @property
+    def area(self) -> int:
+        return self.width * self.height
+
+
+def _without_image(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict, dict]:
+    if wanted.start is not None or wanted.end is not None:
+        raise WanError(f"{variant.display_name} takes no image. Load an I2V-A14B or TI2V-5B model, "
+                       "or remove the image.")
+    shape = latents.latent_shape(variant, wanted.width, wanted.height, wanted.frames)
+    return {}, {"samples": _empty(shape, wanted.batch)}
+
+
+def _with_channels(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict, dict]:
+    """I2V-A14B: the given frames in a video that is grey otherwise, encoded; concat_mask is 0 where one is given."""
+    width, height = _i2v_size(variant, wanted)
+    shape = latents.latent_shape(variant, width, height, wanted.frames)
+    given = _given_images(wanted, width, height)
+    encoded = _encode(vae, given, wanted.frames)
+    mask = 1 - latents.given_mask(list(given), wanted.frames, *shape[2:])
+    values = {"concat_latent_image": encoded, "concat_mask": mask.to(encoded.device)}
+    return values, {"samples": _empty(shape, wanted.batch)}
+
+
+def _i2v_size(variant: Variant, wanted: Wanted) -> tuple[int, int]:
+    image = wanted.start if wanted.start is not None else wanted.end
+    if image is None:
+        raise WanError(f"{variant.display_name} animates an image: connect start_image, end_image, or both. "
+                       "For text alone load a T2V-A14B or TI2V-5B model.")
+    if wanted.fit == "exact":
+        return wanted.width, wanted.height
+    return latents.i2v_size(wanted.area, image.shape[2], image.shape[1], VAES[variant.vae])
+
+
+def _given_images(wanted: Wanted, width: int, height: int) -> dict[int, torch.Tensor]:
+    """Frame number -> [3,H,W] in -1..1. In "area" the image that gave the aspect ratio is only scaled."""
+    start = [] if wanted.start is None else list(wanted.start[: wanted.frames])
+    end = [] if wanted.end is None else list(wanted.end[-wanted.frames :])
+    scaled = wanted.fit == "area"
+    given = {i: _fitted(image, width, height, scaled) for i, image in enumerate(start)}
+    first = wanted.frames - len(end)
+    return given | {first + i: _fitted(image, width, height, scaled and not start) for i, image in enumerate(end)}
+
+
+def _fitted(image: torch.Tensor, width: int, height: int, scaled: bool) -> torch.Tensor:
+    if scaled:
+        return latents.resize_bicubic(latents.image_tensor(image.cpu()), height, width)
+    return latents.ti2v_image(image.cpu(), width, height)[:, 0]
+
+
+def _encode(vae: object, given: dict[int, torch.Tensor], frames: int) -> torch.Tensor:
+    """Given frames -> raw latent [1,C,T,h,w], with our VAE or ComfyUI's."""
+    chunks = latents.condition_chunks(given, frames)
+    if isinstance(vae, WanVAE):
+        return vae.encode_chunks(chunks, frames)
+    video = torch.cat(list(chunks), dim=2)[0].movedim(0, -1)
+    return vae.encode(video.add(1).div(2))
+
+
+def _with_frame(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict, dict]:
+    """TI2V-5B: the image's latent is the first latent frame, and noise_mask 0 keeps it there."""
+    if wanted.end is not None:
+        raise WanError(f"{variant.display_name} takes a start image only. Remove the end image, or load I2V-A14B.")
+    if wanted.start is None:
+        return _without_image(variant, vae, wanted)
+    width, height = _ti2v_size(variant, wanted)
+    shape = latents.latent_shape(variant, width, height, wanted.frames)
+    images = wanted.start[: wanted.frames]
+    given = {i: latents.ti2v_image(image.cpu(), width, height)[:, 0] for i, image in enumerate(images)}
+    encoded = _encode(vae, given, len(images))
+    samples = denormalise(torch.zeros(1, *shape), variant.vae).to(encoded)
+    samples[:, :, : encoded.shape[2]] = encoded
+    mask = torch.ones(1, 1, *shape[1:]).to(encoded)
+    mask[:, :, : encoded.shape[2]] = 0
+    copies = (wanted.batch, 1, 1, 1, 1)
+    return {}, {"samples": samples.repeat(copies), "noise_mask": mask.repeat(copies)}
+
+
+def _ti2v_size(variant: Variant, wanted: Wanted) -> tuple[int, int]:
+    if wanted.fit == "exact":
+        return wanted.width, wanted.height
+    image = wanted.start
+    return latents.ti2v_size(wanted.area, image.shape[2], image.shape[1], variant.size_multiple)
+
+
+_STARTS = {"none": _without_image, "channels": _with_channels, "frame": _with_frame}

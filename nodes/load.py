@@ -1,0 +1,63 @@
+"""Load Wan Model: a checkpoint's header becomes a recipe."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..wan_core.dtypes import resolve_dtype
+from ..wan_core.models.attention import BACKENDS, find_backend
+from ..wan_core.models.load_dit import DiTFile, read_dit
+from ..wan_core.recipe import ModelRecipe
+from . import host
+from .types import WanModel
+
+FOLDER = "diffusion_models"
+
+
+class LoadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanCoreLoadModel",
+            display_name="Load Wan Model",
+            category="Wan 2.2/loaders",
+            description="Chooses one Wan diffusion model. Only the file's header is read now; the weights are read "
+            "when sampling begins. T2V-A14B and I2V-A14B are two files each: load both and join them with Wan Expert "
+            "Switch.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name", options=host.model_names(FOLDER),
+                    tooltip="A Wan2.2 model in ComfyUI's diffusion_models folder: one file, or the folder of a sharded "
+                    "checkpoint as the official download has it.",
+                ),
+                io.Combo.Input(
+                    "dtype", options=host.DTYPES, default="auto",
+                    tooltip="Number format of the computation. auto: bfloat16 where the device is fast in it, else "
+                    "float16 on older GPUs and float32 on CPUs.",
+                ),
+                io.Combo.Input(
+                    "attention", options=["auto", *BACKENDS], default="auto",
+                    tooltip="How attention is computed. auto is sdpa, PyTorch's own; the others are faster on some "
+                    "GPUs and must be installed (sage: pip install sageattention).",
+                ),
+            ],
+            outputs=[WanModel.Output(display_name="model")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, model_name: str, dtype: str, attention: str) -> bool | str:
+        return host.complaint(lambda: _recipe(model_name, dtype, attention))
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, dtype: str, attention: str) -> tuple:
+        return host.fingerprint(FOLDER, model_name)
+
+    @classmethod
+    def execute(cls, model_name: str, dtype: str, attention: str) -> io.NodeOutput:
+        return io.NodeOutput(_recipe(model_name, dtype, attention))
+
+
+def _recipe(name: str, dtype: str, attention: str) -> ModelRecipe:
+    file: DiTFile = host.read_header(read_dit, FOLDER, name)
+    find_backend(attention, host.device(), resolve_dtype(dtype, host.device(), file.checkpoint.dtype))
+    return ModelRecipe(file, dtype=dtype, attention=attention)

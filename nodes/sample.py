@@ -1,0 +1,234 @@
+"""Wan Sampler: the story of ``wan_core.pipeline`` with ComfyUI's latents, conditioning, progress and cancel."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from comfy.utils import reshape_mask
+from comfy_api.latest import io
+
+from ..wan_core import latents
+from ..wan_core.config import PerExpert, Variant
+from ..wan_core.errors import WanError
+from ..wan_core.recipe import ModelRecipe
+from ..wan_core.sampling.denoise import Given, denoise, noised
+from ..wan_core.sampling.lookup import look_up
+from ..wan_core.sampling.schedules import AUTO, SCHEDULES, Schedule, from_sigmas, schedule, truncate
+from ..wan_core.sampling.solvers import SOLVERS
+from . import host
+from .conditioning import condition
+from .graph import check_decoders
+from .spaces import denormalise, normalise, samples_for
+from .types import WanModel
+
+log = logging.getLogger(__name__)
+
+_LAST = 10000
+
+
+class Sampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanCoreSampler",
+            display_name="Wan Sampler",
+            category="Wan 2.2/sampling",
+            description="Turns noise into a latent video. With two experts one run goes through both.",
+            inputs=[
+                WanModel.Input("model", tooltip="From Load Wan Model, or both experts joined by Wan Expert Switch."),
+                io.Conditioning.Input("positive", tooltip="What the video shall show; for I2V with the image added."),
+                io.Conditioning.Input("negative", tooltip="What it shall not show; unused where cfg is 1."),
+                io.Latent.Input("latent", tooltip="An empty latent, a video to change, or a run to go on with."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="Decides the noise. It is drawn on the CPU: a seed means the same video on every device.",
+                ),
+                io.Int.Input(
+                    "steps", default=20, min=1, max=1000,
+                    tooltip="Steps of the whole schedule. Official: 40 for A14B, 50 for the 5B; 4 to 8 with a 4-step "
+                    "LoRA.",
+                ),
+                io.Float.Input(
+                    "cfg_high", default=3.5, min=0.0, max=100.0, step=0.1, round=0.01,
+                    tooltip="Guidance of the high-noise expert. Official: T2V 4, I2V 3.5. 1 turns guidance off and "
+                    "halves the time.",
+                ),
+                io.Float.Input(
+                    "cfg_low", default=3.5, min=0.0, max=100.0, step=0.1, round=0.01,
+                    tooltip="Guidance of the low-noise expert, and of a model that has only one. Official: T2V 3, I2V "
+                    "3.5, 5B 5. 1 turns guidance off and halves the time.",
+                ),
+                io.Float.Input(
+                    "shift", default=5.0, min=0.01, max=100.0, step=0.01, round=0.001,
+                    tooltip="Moves the steps towards noise. Official: T2V-A14B 12, I2V-A14B 5, TI2V-5B 5.",
+                ),
+                io.Combo.Input(
+                    "solver", options=list(SOLVERS), default="unipc",
+                    tooltip="unipc is the official default; dpm++ the official alternative; euler is what 4-step LoRAs "
+                    "were made for; heun is more exact and takes twice the time.",
+                ),
+                io.Combo.Input(
+                    "schedule", options=[AUTO, *SCHEDULES], default=AUTO,
+                    tooltip="Where the steps lie. auto: the official grid of the solver; simple: ComfyUI's; diffusers: "
+                    "that of the library diffusers.",
+                ),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.01, max=1.0, step=0.01, round=0.001,
+                    tooltip="Below 1 the latent's content is kept in part: video to video.",
+                ),
+                io.Int.Input(
+                    "start_step", default=0, min=0, max=_LAST,
+                    tooltip="The first step to do, counted from 0. Above 0 the latent is what an earlier sampler "
+                    "returned, or a video to be noised.",
+                ),
+                io.Int.Input(
+                    "end_step", default=_LAST, min=1, max=_LAST,
+                    tooltip="Stop before this step and return the latent with the noise that is left in it, for "
+                    "another sampler to go on with.",
+                ),
+                io.Boolean.Input(
+                    "add_noise", default=True,
+                    tooltip="Off: the latent has its noise already, because an earlier sampler stopped at end_step.",
+                ),
+                io.Sigmas.Input(
+                    "sigmas", optional=True,
+                    tooltip="Noise levels from ComfyUI's schedulers; they replace steps, shift and schedule.",
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="latent")],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(
+        cls, steps: int, shift: float, solver: str, schedule: str, denoise: float, start_step: int, end_step: int,
+        sigmas: object = "not connected",
+    ) -> bool | str:  # fmt: skip
+        values = Settings(0, steps, PerExpert(1, 1), shift, solver, schedule, denoise, start_step, end_step, True)
+        return host.complaint(lambda: _check_settings(values, has_sigmas=sigmas is None))
+
+    @classmethod
+    def execute(
+        cls, model: ModelRecipe, positive: list, negative: list, latent: dict, seed: int, steps: int, cfg_high: float,
+        cfg_low: float, shift: float, solver: str, schedule: str, denoise: float, start_step: int, end_step: int,
+        add_noise: bool, sigmas: torch.Tensor | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        samples_for(latent, model.variant)
+        check_decoders(cls.hidden.prompt, cls.hidden.unique_id, model.variant)
+        guidance = PerExpert(low=cfg_low, high=cfg_high)
+        settings = Settings(
+            seed, steps, guidance, shift, solver, schedule, denoise, start_step, end_step, add_noise, sigmas
+        )
+        return io.NodeOutput(sample(model, positive, negative, latent, settings))
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """The sampler's widgets; ``sigmas`` replace steps, shift and schedule."""
+
+    seed: int
+    steps: int
+    guidance: PerExpert
+    shift: float
+    solver: str
+    schedule: str
+    denoise: float
+    start: int
+    end: int
+    add_noise: bool
+    sigmas: torch.Tensor | None = None
+
+    def timetable(self) -> Schedule:
+        if self.sigmas is not None:
+            return truncate(from_sigmas(self.sigmas), self.denoise)
+        return schedule(self.schedule, self.steps, self.shift, solver=self.solver, denoise=self.denoise)
+
+    @property
+    def from_pure_noise(self) -> bool:
+        """Whether the run begins where nothing of the latent is left; the official code then takes noise alone."""
+        return self.start == 0 and self.denoise > 0.9999 and self.sigmas is None
+
+
+def _check_settings(settings: Settings, *, has_sigmas: bool) -> None:
+    """Refuse at queue time what cannot be; a None comes from a link and is not known yet.
+
+    Raises:
+        WanError: an unknown solver or schedule, numbers out of range, a start past the end.
+    """
+    if settings.solver is not None:
+        look_up(SOLVERS, settings.solver, "solver")
+    if None in (settings.start, settings.end):
+        return
+    if settings.end <= settings.start or settings.start < 0:
+        raise WanError(f"The start step is {settings.start} and the end step {settings.end}: nothing would be done. "
+                       "The end step must be after the start step, and the start step 0 or more.")
+    if has_sigmas or None in (settings.steps, settings.shift, settings.solver, settings.schedule, settings.denoise):
+        return
+    steps = settings.timetable().steps
+    if settings.start >= steps:
+        raise WanError(f"The start step is {settings.start}, but the schedule has {steps} steps: "
+                       f"expected 0 to {steps - 1}.")
+
+
+def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, settings: Settings) -> dict:
+    """A LATENT -> the LATENT after the steps, both raw. Everything is checked before the first weight is read.
+
+    Raises:
+        WanError: what does not fit together.
+    """
+    device, kind = host.device(), model.variant.vae
+    raw = samples_for(latent, model.variant)
+    plan = settings.timetable()
+    sides = ("positive", positive), ("negative", negative)
+    conditions = [condition(side, name, model, raw.shape, device) for name, side in sides]
+    clean = normalise(raw, kind) if raw.any() else raw.float()  # ComfyUI: all zeros means empty, in both spaces
+    noise = _noise(settings.seed, latent, raw.shape)
+    start = _start(clean, noise, plan, settings)
+    experts = host.engine().experts(model, settings.guidance, device)
+    steps = min(settings.end, plan.steps) - settings.start
+    x, _ = denoise(
+        start.to(device), experts, plan, settings.solver, *conditions,
+        given=_given(latent, clean, noise, model.variant), start=settings.start, end=settings.end,
+        on_step=host.Steps(steps), on_block=host.check_cancelled,
+    )  # fmt: skip
+    sampled = denormalise(_as_stored(x, plan, settings.end), kind)
+    return latent | {"samples": sampled.to(host.storage_device())}
+
+
+def _noise(seed: int, latent: dict, shape: torch.Size) -> torch.Tensor:
+    """Noise [B,C,T,h,w]; a latent that was picked out of a batch keeps the noise of its place there."""
+    places = latent.get("batch_index") or list(range(shape[0]))
+    if len(places) != shape[0]:
+        raise WanError(f"The latent holds {shape[0]} videos, but its batch_index names {len(places)}: "
+                       "the node before the sampler made a broken latent.")
+    return latents.noise(seed, (max(places) + 1, *shape[1:]))[places]
+
+
+def _start(clean: torch.Tensor, noise: torch.Tensor, plan: Schedule, settings: Settings) -> torch.Tensor:
+    """The sample at the noise level of the start step."""
+    if settings.from_pure_noise:
+        return noise if settings.add_noise else clean
+    sigma = plan.sigmas[min(settings.start, plan.steps - 1)].item()
+    if settings.add_noise:
+        return noised(clean, noise, sigma)
+    return clean * (1 - sigma) if sigma < 1 else clean
+
+
+def _as_stored(x: torch.Tensor, plan: Schedule, end: int) -> torch.Tensor:
+    """ComfyUI keeps a latent that is still noisy divided by its share of the data, 1 - sigma; so do we.
+
+    Hence a run may be begun here and ended by KSampler (Advanced), or the other way round.
+    """
+    sigma = plan.sigmas[min(end, plan.steps)].item()
+    return x / (1 - sigma) if sigma < 1 else x
+
+
+def _given(latent: dict, clean: torch.Tensor, noise: torch.Tensor, variant: Variant) -> Given | None:
+    """The part of the video that the LATENT's noise_mask (1 = denoise, 0 = keep) keeps."""
+    mask = latent.get("noise_mask")
+    if mask is None:
+        return None
+    mask = reshape_mask(mask.float(), clean.shape).to(clean)
+    return Given(clean, mask, noise, clean=variant.image == "frame")

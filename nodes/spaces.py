@@ -1,0 +1,70 @@
+"""ComfyUI's LATENT is in the VAE's raw space; wan_core works in the normalised one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..wan_core.config import VAES, VAEKind, Variant
+from ..wan_core.errors import WanError
+from ..wan_core.models.vae import LATENT_MEAN, LATENT_STD
+
+
+def normalise(raw: torch.Tensor, kind: VAEKind) -> torch.Tensor:
+    """Raw latent [B,C,T,h,w] -> (raw - mean) / std, float32."""
+    return (raw.float() - _constant(LATENT_MEAN[kind], raw)) / _constant(LATENT_STD[kind], raw)
+
+
+def denormalise(latent: torch.Tensor, kind: VAEKind) -> torch.Tensor:
+    """The inverse of ``normalise``."""
+    return latent.float() * _constant(LATENT_STD[kind], latent) + _constant(LATENT_MEAN[kind], latent)
+
+
+def _constant(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, device=like.device).view(1, -1, 1, 1, 1)
+
+
+def samples_for(latent: Mapping, variant: Variant) -> torch.Tensor:
+    """The raw samples [B,C,T,h,w] of a LATENT that fits the model.
+
+    Raises:
+        WanError: an image latent, or one of another VAE; it says which node makes the right one.
+    """
+    samples, spec = latent["samples"], VAES[variant.vae]
+    if samples.ndim == 5 and samples.shape[1] == spec.channels:
+        return samples
+    raise WanError(f"The latent has shape {list(samples.shape)}, but {variant.display_name} works on "
+                   f"[batch, {spec.channels}, frames, height / {spec.spatial_stride}, width / {spec.spatial_stride}]"
+                   f"{_whose(samples)}. Use {_MAKERS[spec.channels]}; encode videos with "
+                   f"{spec.comfy_name}.")
+
+
+_MAKERS = {
+    16: "Wan Empty Latent, or ComfyUI's EmptyHunyuanLatentVideo",
+    48: "Wan Empty Latent, or ComfyUI's Wan22ImageToVideoLatent",
+}
+
+
+def _whose(samples: torch.Tensor) -> str:
+    if samples.ndim == 4:
+        return ": this is the latent of an image"
+    owner = next((spec.kind for spec in VAES.values() if samples.shape[1] == spec.channels), None)
+    return f": this is a latent of the {owner} VAE" if owner else ""
+
+
+def check_vae(vae: object, variant: Variant) -> None:
+    """Refuse a VAE of the other kind by its number of latent channels.
+
+    Raises:
+        WanError: it names the file to use.
+    """
+    channels, spec = getattr(vae, "latent_channels", None), VAES[variant.vae]
+    if channels not in (None, spec.channels):
+        raise wrong_vae(f"This VAE makes latents of {channels} channels", variant)
+
+
+def wrong_vae(found: str, variant: Variant) -> WanError:
+    spec = VAES[variant.vae]
+    return WanError(f"{found}, but {variant.display_name} works in the {spec.channels} channels of the {spec.kind} "
+                    f"VAE. Load {spec.comfy_name} (the official {spec.checkpoint}).")

@@ -1,0 +1,236 @@
+"""Load Wan VAE, the VAE object that ComfyUI's own nodes call, and Wan VAE Encode and Decode."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+
+import torch
+from comfy_api.latest import io
+
+from ..wan_core.config import TEMPORAL_STRIDE, VAES
+from ..wan_core.dtypes import resolve_dtype
+from ..wan_core.errors import WanError
+from ..wan_core.latents import latent_frames, pixel_frames
+from ..wan_core.models.load_vae import VAEFile, read_vae
+from ..wan_core.models.vae import VideoVAE
+from . import host
+
+log = logging.getLogger(__name__)
+
+FOLDER = "vae"
+
+
+class LoadVAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanCoreLoadVAE",
+            display_name="Load Wan VAE",
+            category="Wan 2.2/loaders",
+            description="Chooses a Wan video autoencoder: the Wan2.1 VAE for T2V-A14B and I2V-A14B, the Wan2.2 VAE for "
+            "TI2V-5B. Its weights are read when something is encoded or decoded.",
+            inputs=[
+                io.Combo.Input(
+                    "vae_name", options=host.model_names(FOLDER),
+                    tooltip="A Wan VAE in ComfyUI's vae folder: wan_2.1_vae.safetensors or Wan2.1_VAE.pth for the A14B "
+                    "models, wan2.2_vae.safetensors or Wan2.2_VAE.pth for the 5B.",
+                ),
+                io.Combo.Input(
+                    "dtype", options=host.DTYPES, default="auto",
+                    tooltip="Number format of the computation. auto: bfloat16 where the device is fast in it; float32 "
+                    "is the most exact.",
+                ),
+            ],
+            outputs=[io.Vae.Output(display_name="vae")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, vae_name: str, dtype: str) -> bool | str:
+        return host.complaint(lambda: _open(vae_name, dtype))
+
+    @classmethod
+    def fingerprint_inputs(cls, vae_name: str, dtype: str) -> tuple:
+        return host.fingerprint(FOLDER, vae_name)
+
+    @classmethod
+    def execute(cls, vae_name: str, dtype: str) -> io.NodeOutput:
+        return io.NodeOutput(WanVAE(_open(vae_name, dtype), dtype))
+
+
+def _open(name: str, dtype: str) -> VAEFile:
+    resolve_dtype(dtype, "cpu")
+    return host.read_header(read_vae, FOLDER, name)
+
+
+class WanVAE:
+    """A Wan VAE on a VAE socket: ComfyUI's interface over the engine's VAE.
+
+    Pixels are [F,H,W,3] or [B,F,H,W,3] in 0..1, latents raw [B,C,T,h,w]. Both directions stream: only a few frames
+    are on the device at a time, and the user can cancel between them.
+    """
+
+    latent_dim = 3
+    output_channels = 3
+    not_video = False
+
+    def __init__(self, file: VAEFile, dtype: str):
+        spec = VAES[file.config.kind]
+        stride = spec.spatial_stride
+        self.file = file
+        self.dtype = dtype
+        self.latent_channels = spec.channels
+        self.downscale_ratio = (lambda frames: max(0, (frames + 3) // TEMPORAL_STRIDE), stride, stride)
+        self.upscale_ratio = (lambda frames: max(0, frames * TEMPORAL_STRIDE - 3), stride, stride)
+        self.downscale_index_formula = self.upscale_index_formula = (TEMPORAL_STRIDE, stride, stride)
+
+    def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
+        """Pixels -> raw latent. As ComfyUI's VAE: sides are cropped to the stride, frames to 4n + 1."""
+        videos = pixel_samples if pixel_samples.ndim == 5 else pixel_samples[None]
+        videos = _cropped(videos[..., :3], self.spacial_compression_encode())
+        bar = host.Chunks(len(videos) * latent_frames(videos.shape[1]))
+        return torch.cat([self.encode_chunks(_pieces(video), videos.shape[1], bar) for video in videos])
+
+    def encode_chunks(
+        self, chunks: Iterable[torch.Tensor], frames: int, bar: host.Chunks | None = None
+    ) -> torch.Tensor:
+        """A stream of [1,3,f,H,W] in -1..1 -> raw latent [1,C,T,h,w]."""
+        vae = self._weights()
+        encoded = list(vae.encode_chunks(chunks, bar or host.Chunks(latent_frames(frames)), total_frames=frames))
+        return vae.denormalise(torch.cat(encoded, dim=2)).to(host.storage_device())
+
+    def decode(self, samples_in: torch.Tensor, vae_options: dict | None = None) -> torch.Tensor:
+        """Raw latent -> pixels [B,F,H,W,3], filled chunk by chunk."""
+        vae = self._weights()
+        batch, _, frames, height, width = _video_latent(samples_in, self.latent_channels).shape
+        stride = self.spacial_compression_decode()
+        size = (batch, pixel_frames(frames), height * stride, width * stride, 3)
+        video = torch.empty(size, device=host.storage_device())
+        bar = host.Chunks(batch * frames)
+        for i in range(batch):
+            _fill(video[i], vae.decode_chunks(vae.normalise(samples_in[i : i + 1]), bar))
+        return video
+
+    def encode_tiled(self, pixel_samples: torch.Tensor, **tiles: int | None) -> torch.Tensor:
+        """Streams over time like ``encode``; tiles in space are not made yet."""
+        return self.encode(pixel_samples)
+
+    def decode_tiled(self, samples: torch.Tensor, **tiles: int | None) -> torch.Tensor:
+        """Streams over time like ``decode``; tiles in space are not made yet."""
+        return self.decode(samples)
+
+    def spacial_compression_encode(self) -> int:
+        return VAES[self.file.config.kind].spatial_stride
+
+    def spacial_compression_decode(self) -> int:
+        return VAES[self.file.config.kind].spatial_stride
+
+    def temporal_compression_encode(self) -> int:
+        return TEMPORAL_STRIDE
+
+    def temporal_compression_decode(self) -> int:
+        return TEMPORAL_STRIDE
+
+    def throw_exception_if_invalid(self) -> None:
+        """A WanVAE was checked when it was made."""
+
+    def get_sd(self) -> dict[str, torch.Tensor]:
+        """The weights by their official names, for VAESave."""
+        return {own: self.file.checkpoint.tensor(theirs).clone() for own, theirs in self.file.names.items()}
+
+    def get_ram_usage(self) -> int:
+        return 0
+
+    def _weights(self) -> VideoVAE:
+        return host.engine().vae(self.file, host.vae_device(), self.dtype)
+
+
+def _cropped(videos: torch.Tensor, stride: int) -> torch.Tensor:
+    """[B,F,H,W,3] -> the middle that the VAE can encode, without the last frames that do not fill a latent frame."""
+    _, frames, height, width, _ = videos.shape
+    kept, h, w = pixel_frames(1 + (frames - 1) // TEMPORAL_STRIDE), height // stride * stride, width // stride * stride
+    if (kept, h, w) != (frames, height, width):
+        log.warning("Wan VAE: %d frames of %dx%d are cropped to %d of %dx%d.", frames, width, height, kept, w, h)
+    top, left = (height - h) // 2, (width - w) // 2
+    return videos[:, :kept, top : top + h, left : left + w]
+
+
+def _pieces(video: torch.Tensor) -> Iterator[torch.Tensor]:
+    """[F,H,W,3] in 0..1 -> [1,3,f,H,W] in -1..1, one frame and then four at a time."""
+    for piece in (video[:1], *video[1:].split(TEMPORAL_STRIDE)):
+        yield piece.movedim(-1, 0)[None].float() * 2 - 1
+
+
+def _fill(video: torch.Tensor, chunks: Iterable[torch.Tensor]) -> None:
+    """[1,3,f,H,W] in -1..1, one after the other, into [F,H,W,3] in 0..1."""
+    start = 0
+    for chunk in chunks:
+        pixels = chunk[0].movedim(0, -1)
+        video[start : start + len(pixels)] = pixels.add(1).div(2)
+        start += len(pixels)
+
+
+def _video_latent(samples: torch.Tensor, channels: int) -> torch.Tensor:
+    if samples.ndim == 5 and samples.shape[1] == channels:
+        return samples
+    owner = next((spec for spec in VAES.values() if samples.ndim == 5 and samples.shape[1] == spec.channels), None)
+    advice = f"It belongs to the {owner.kind} VAE: load {owner.comfy_name}." if owner else "It is none of Wan's."
+    raise WanError(f"The latent has shape {list(samples.shape)}, but this VAE decodes "
+                   f"[batch, {channels}, frames, height, width]. {advice}")
+
+
+class VAEEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanCoreVAEEncode",
+            display_name="Wan VAE Encode",
+            category="Wan 2.2/latent",
+            description="Encodes a video (a batch of images), a few frames at a time, so that memory does not grow "
+            "with its length.",
+            inputs=[
+                io.Vae.Input("vae", tooltip="From Load Wan VAE, or ComfyUI's Load VAE."),
+                io.Image.Input(
+                    "image", tooltip="The frames of one video: 1, 5, 9, ... (4n + 1) images whose sides are multiples "
+                    "of 8, or 16 for the Wan2.2 VAE.",
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="latent")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, vae: object, image: torch.Tensor) -> io.NodeOutput:
+        latent_frames(len(image))
+        _check_sides(image, vae.spacial_compression_encode())
+        return io.NodeOutput({"samples": vae.encode(image[..., :3])})
+
+
+def _check_sides(image: torch.Tensor, stride: int) -> None:
+    _, height, width, _ = image.shape
+    if height % stride or width % stride:
+        nearest = "x".join(str(max(round(side / stride), 1) * stride) for side in (width, height))
+        raise WanError(f"The images are {width}x{height}; this VAE needs multiples of {stride}. The nearest size is "
+                       f"{nearest}: resize or crop them first.")
+
+
+class VAEDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanCoreVAEDecode",
+            display_name="Wan VAE Decode",
+            category="Wan 2.2/latent",
+            description="Decodes a latent to a video (a batch of images), a few frames at a time, so that device "
+            "memory does not grow with its length.",
+            inputs=[
+                io.Vae.Input("vae", tooltip="From Load Wan VAE, or ComfyUI's Load VAE; of the model's kind."),
+                io.Latent.Input("samples", tooltip="The latent of one or several videos."),
+            ],
+            outputs=[io.Image.Output(display_name="images")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, vae: object, samples: dict) -> io.NodeOutput:
+        latent = samples["samples"]
+        images = vae.decode(_video_latent(latent, getattr(vae, "latent_channels", latent.shape[1])))
+        return io.NodeOutput(images.reshape(-1, *images.shape[-3:]))
