@@ -158,6 +158,8 @@ def _is_small(key: str) -> bool:
 
 
 def _check_ids(ids: Sequence[Sequence[int]], vocabulary: int) -> None:
+    if not ids:
+        raise WanError("There is no prompt to encode: expected a list of one or more texts.")
     for one in ids:
         if not 0 < len(one) <= TEXT_LENGTH:
             raise WanError(f"A prompt has {len(one)} tokens; expected 1 to {TEXT_LENGTH}.")
