@@ -179,14 +179,18 @@ def _refuse(problem: str, places: list[Path]) -> Path:
 
 
 def _fast_json(model: bytes) -> str:
-    """The fast tokenizer's description of a SentencePiece model, as Hugging Face converts umT5's."""
+    """The fast tokenizer's description of a SentencePiece model, as Hugging Face converts umT5's.
+
+    But for one thing: it falls back to bytes, as most text lies outside a tiny vocabulary and both files should make
+    the same of it.
+    """
     from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
     from tokenizers import Tokenizer as FastTokenizer
 
     processor = _processor(model, "the model given")
     size = processor.get_piece_size()
     vocabulary = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(size)]
-    fast = FastTokenizer(models.Unigram(vocabulary, unk_id=processor.unk_id(), byte_fallback=False))
+    fast = FastTokenizer(models.Unigram(vocabulary, unk_id=processor.unk_id(), byte_fallback=True))
     fast.normalizer = normalizers.Replace(Regex(" {2,}"), " ")
     fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     fast.post_processor = processors.TemplateProcessing(
