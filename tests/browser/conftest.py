@@ -98,7 +98,7 @@ class App:
 
     def links(self) -> list[tuple[int, int, int, int]]:
         """Every link whose two ends exist: origin node and slot, target node and slot."""
-        return [tuple(link) for link in self.page.evaluate(_LINKS)]
+        return [tuple(map(int, link)) for link in self.page.evaluate(_LINKS)]
 
     def missing_nodes(self) -> list[str]:
         """Types on the canvas that the server does not offer."""
@@ -109,9 +109,10 @@ class App:
         """Nodes drawn as DOM elements, which only Nodes 2.0 does."""
         return self.page.locator("[data-node-id]").count()
 
-    def dialog_text(self) -> str:
-        """What an open dialog says; empty without one."""
-        return "\n".join(self.page.get_by_role("dialog").all_inner_texts())
+    def alerts(self) -> list[str]:
+        """What the frontend tells the user in messages and dialogs: an invalid workflow, missing nodes or models."""
+        shown = self.page.locator(".p-toast-message, [role=dialog], [data-testid=error-overlay]")
+        return shown.all_inner_texts()
 
     def set_widgets(self, values: dict[str, Any]) -> None:
         """Set every widget of these names, in whichever node, as if typed in."""

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import pytest
 
+
+def node(order: int, kind: str, widgets: list, **sockets: list) -> dict:
+    place = {"id": order + 1, "order": order, "pos": [60 + 340 * order, 120], "size": [280, 300]}
+    return place | {"type": kind, "flags": {}, "mode": 0, "properties": {}, "widgets_values": widgets, **sockets}
+
+
 BLUR = {
     "last_node_id": 3,
     "last_link_id": 2,
     "nodes": [
-        {"id": 1, "type": "LoadImage", "pos": [60, 120], "size": [280, 320], "inputs": [],
-         "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": [1]}], "widgets_values": ["example.png", "image"]},
-        {"id": 2, "type": "ImageBlur", "pos": [400, 120], "size": [270, 82],
-         "inputs": [{"name": "image", "type": "IMAGE", "link": 1}],
-         "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": [2]}], "widgets_values": [3, 1.0]},
-        {"id": 3, "type": "SaveImage", "pos": [720, 120], "size": [280, 270],
-         "inputs": [{"name": "images", "type": "IMAGE", "link": 2}], "outputs": [], "widgets_values": ["browser"]},
+        node(0, "LoadImage", ["example.png", "image"], outputs=[{"name": "IMAGE", "type": "IMAGE", "links": [1]}]),
+        node(1, "ImageBlur", [3, 1.0], inputs=[{"name": "image", "type": "IMAGE", "link": 1}],
+             outputs=[{"name": "IMAGE", "type": "IMAGE", "links": [2]}]),
+        node(2, "SaveImage", ["browser"], inputs=[{"name": "images", "type": "IMAGE", "link": 2}]),
     ],
     "links": [[1, 1, 0, 2, 0, "IMAGE"], [2, 2, 0, 3, 0, "IMAGE"]],
     "groups": [],
@@ -36,7 +39,7 @@ def test_drop_and_run(app, blur: Path, tmp_path: Path) -> None:
     app.drop(blur)
     assert sorted(app.node_types()) == ["ImageBlur", "LoadImage", "SaveImage"]
     assert app.links() == [(1, 0, 2, 0), (2, 0, 3, 0)]
-    assert not app.missing_nodes()
+    assert not app.missing_nodes() and not app.alerts()
     app.set_widgets({"blur_radius": 5})
     prompt = app.run()["prompt_id"]
     saved = app.server.client.get(f"/history/{prompt}")[prompt]["outputs"]["3"]["images"][0]
@@ -48,11 +51,12 @@ def test_drop_and_run(app, blur: Path, tmp_path: Path) -> None:
 
 
 def test_missing_node_is_seen(app, tmp_path: Path) -> None:
-    strange = BLUR | {"nodes": [*BLUR["nodes"], {"id": 4, "type": "NoSuchNode", "pos": [60, 520], "size": [200, 60]}]}
+    strange = BLUR | {"nodes": [*BLUR["nodes"], node(3, "NoSuchNode", [])]}
     path = tmp_path / "strange.json"
     path.write_text(json.dumps(strange))
     app.drop(path)
     assert app.missing_nodes() == ["NoSuchNode"]
+    assert app.alerts()
 
 
 def test_nodes2_is_what_the_setting_says(app, blur: Path) -> None:

@@ -43,7 +43,7 @@ def test_node_is_offered(client: Client, node: str) -> None:
 
 def test_harness_runs_a_prompt(client: Client) -> None:
     run = client.run(blurred_example(3))
-    assert run.ok and run.executed == ["1", "2", "3"]
+    assert run.ok and run.executed[-2:] == ["2", "3"]  # another test may have loaded the image before
     (file,) = run.files
     assert Image.open(io.BytesIO(client.download(file))).format == "PNG"
 
