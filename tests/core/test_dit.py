@@ -1,0 +1,200 @@
+"""The diffusion transformer against diffusers and ComfyUI, float32, random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from wan_core.checkpoint.dit import DIALECTS, diffusers_config
+from wan_core.config import DiTConfig
+from wan_core.errors import WanError
+from wan_core.models.attention import find_backend
+from wan_core.models.dit import WanDiT
+from wan_core.tiny import _random_weights
+
+TOLERANCE = 2e-5  # of the largest reference value
+
+T2V = DiTConfig(16, 16, 256, 512, layers=2, text_dim=96, freq_dim=256, heads=2)
+I2V = DiTConfig(36, 16, 256, 512, layers=2, text_dim=96, freq_dim=256, heads=2)
+TI2V = DiTConfig(48, 48, 256, 512, layers=2, text_dim=96, freq_dim=256, heads=2)
+
+_COMFYUI = """
+from comfy.ldm.wan.model import WanModel
+import comfy.ops
+model = WanModel(model_type=inputs["kind"], in_dim=inputs["in_dim"], out_dim=inputs["out_dim"], dim=256, ffn_dim=512,
+                 freq_dim=256, text_dim=96, num_heads=2, num_layers=2, operations=comfy.ops.manual_cast)
+model.load_state_dict(inputs["weights"])
+with torch.no_grad():
+    outputs["velocity"] = model(inputs["x"], inputs["t"], inputs["context"])
+"""
+
+
+def make(config: DiTConfig, seed: int = 0) -> WanDiT:
+    model = WanDiT(config)
+    model.load_state_dict(_random_weights(WanDiT, config, torch.Generator().manual_seed(seed)))
+    return model.eval().requires_grad_(False)
+
+
+def as_diffusers(model: WanDiT) -> WanTransformer3DModel:
+    settings = {k: v for k, v in diffusers_config(model.config).items() if not k.startswith("_")}
+    with torch.device("meta"):
+        reference = WanTransformer3DModel(**settings)
+    weights = {DIALECTS["diffusers"].to_theirs(key): value for key, value in model.state_dict().items()}
+    reference.load_state_dict(weights, strict=True, assign=True)
+    # A buffer that no checkpoint holds is made again, off the meta device.
+    reference.rope = type(reference.rope)(model.config.dim // model.config.heads, (1, 2, 2), 1024)
+    return reference.eval()
+
+
+def inputs(config: DiTConfig, batch: int, frames: int, height: int, width: int, text: int = 20) -> tuple[Tensor, ...]:
+    torch.manual_seed(1)
+    x = torch.randn(batch, config.in_channels, frames, height, width)
+    return x, torch.tensor([937.0, 3.0])[:batch], torch.randn(batch, text, config.text_dim)
+
+
+def assert_close(ours: Tensor, reference: Tensor) -> None:
+    assert ours.shape == reference.shape and ours.dtype == torch.float32
+    assert (ours - reference).abs().max() <= TOLERANCE * reference.abs().max()
+
+
+@pytest.mark.parametrize("config", [T2V, I2V, TI2V], ids=["t2v", "i2v", "ti2v"])
+@pytest.mark.parametrize("shape", [(1, 3, 6, 10), (2, 5, 4, 14), (1, 1, 2, 2)], ids=str)
+def test_agrees_with_diffusers(config: DiTConfig, shape: tuple[int, ...]):
+    model = make(config)
+    x, t, context = inputs(config, *shape)
+    assert_close(model(x, t, context), as_diffusers(model)(x, t, context).sample.detach())
+
+
+def test_a_timestep_for_each_frame_agrees_with_diffusers():
+    model = make(TI2V)
+    x, t, context = inputs(TI2V, 2, 4, 6, 4)
+    per_frame = t[:, None].repeat(1, 4)
+    per_frame[:, 0] = 0
+    reference = as_diffusers(model)(x, per_frame.repeat_interleave(6, dim=1), context).sample.detach()
+    assert_close(model(x, per_frame, context), reference)
+    assert (model(x, t, context) - reference).abs().max() > 0.01 * reference.abs().max()  # the frame's own time matters
+
+
+def test_any_timesteps_run_frame_by_frame():
+    """More than two distinct timesteps, out of order, give what each frame would get by itself in the modulation."""
+    model = make(TI2V)
+    x, _, context = inputs(TI2V, 1, 4, 4, 4)
+    t = torch.tensor([[0.0, 500.0, 500.0, 10.0]])
+    assert_close(model(x, t, context), as_diffusers(model)(x, t.repeat_interleave(4, 1), context).sample.detach())
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "shape"),
+    [(T2V, "t2v", (1, 3, 6, 10)), (I2V, "t2v", (2, 2, 4, 6)), (TI2V, "t2v", (1, 3, 5, 7))],
+    ids=["t2v", "i2v", "ti2v-odd-size"],
+)
+def test_agrees_with_comfyui(in_comfyui, config: DiTConfig, kind: str, shape: tuple[int, ...]):
+    """Latent sizes that are no multiple of the patch are padded and cropped as ComfyUI does."""
+    model = make(config)
+    x, t, context = inputs(config, *shape)
+    reference = in_comfyui(_COMFYUI, kind=kind, in_dim=config.in_channels, out_dim=config.out_channels,
+                           weights=model.state_dict(), x=x, t=t, context=context)["velocity"]  # fmt: skip
+    assert_close(model(x, t, context), reference.float())
+
+
+def test_frame_timesteps_agree_with_comfyui(in_comfyui):
+    model = make(TI2V)
+    x, t, context = inputs(TI2V, 1, 3, 4, 4)
+    t = t[:, None].repeat(1, 3)
+    t[:, 0] = 0
+    reference = in_comfyui(_COMFYUI, kind="t2v", in_dim=48, out_dim=48, weights=model.state_dict(), x=x, t=t,
+                           context=context)["velocity"]  # fmt: skip
+    assert_close(model(x, t, context), reference.float())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DiTConfig(16, 16, 5120, 13824, 1, 4096, 256, 40), DiTConfig(48, 48, 3072, 14336, 1, 4096, 256, 24)],
+    ids=["A14B-block", "5B-block"],
+)
+def test_a_block_of_full_width_agrees_with_diffusers(config: DiTConfig):
+    model = make(config)
+    x, t, context = inputs(config, 1, 2, 4, 6, text=32)
+    assert_close(model(x, t, context), as_diffusers(model)(x, t, context).sample.detach())
+
+
+def test_prompts_of_different_length_in_one_batch_equal_one_by_one():
+    """The rows after a prompt are zeros, and every one of them is attended to."""
+    model = make(T2V)
+    x, t, context = inputs(T2V, 2, 2, 4, 4, text=512)
+    context[0, 7:] = 0
+    context[1, 200:] = 0
+    together = model(x, t, context)
+    for i in range(2):
+        assert_close(model(x[i : i + 1], t[i : i + 1], context[i : i + 1]), together[i : i + 1])
+    assert (model(x[:1], t[:1], context[:1, :7]) - together[:1]).abs().max() > 1e-3
+
+
+def test_text_states_are_computed_once_and_change_nothing():
+    model = make(T2V)
+    x, t, context = inputs(T2V, 1, 2, 4, 4)
+    calls = []
+    for block in model.blocks:
+        block.cross_attn.k.register_forward_hook(lambda *_: calls.append(1))
+    states = model.text_states(context)
+    first, second = model(x, t, states), model(x, t, states)
+    assert len(calls) == T2V.layers
+    assert torch.equal(first, second) and torch.equal(first, model(x, t, context))
+
+
+def test_gradients_take_the_same_path():
+    """Training runs the same formulas out of place: same values, and autograd sees every weight."""
+    model = make(TI2V)
+    x, t, context = inputs(TI2V, 1, 2, 4, 4)
+    with torch.no_grad():
+        expected = model(x, t, context)
+    model.requires_grad_(True)
+    out = model(x, t, context)
+    assert_close(out.detach(), expected)
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_it_can_be_cancelled_before_any_block():
+    class Cancelled(Exception): ...
+
+    def cancel(index: int) -> None:
+        if index == 1:
+            raise Cancelled
+
+    x, t, context = inputs(T2V, 1, 1, 4, 4)
+    with pytest.raises(Cancelled):
+        make(T2V)(x, t, context, on_block=cancel)
+
+
+def test_bfloat16_stays_near_float32():
+    model = make(T2V)
+    x, t, context = inputs(T2V, 1, 2, 4, 4)
+    exact = model(x, t, context)
+    half = model.to(torch.bfloat16)(x, t, context)
+    assert half.dtype == torch.float32
+    assert (half - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("x", "t", "context", "message"),
+    [
+        ((1, 36, 1, 4, 4), (1,), (1, 3, 96), r"\[1, 36, 1, 4, 4\]; expected \[B, 16"),
+        ((1, 16, 2, 4, 4), (3,), (1, 3, 96), r"\[3\]; expected \[1\] or \[1, 2\]"),
+        ((1, 16, 1, 4, 4), (1,), (1, 3, 64), "64 wide, but this model takes 96"),
+    ],
+)
+def test_wrong_inputs_are_named(x, t, context, message: str):
+    with pytest.raises(WanError, match=message):
+        make(T2V)(torch.zeros(x), torch.zeros(t), torch.zeros(context))
+
+
+def test_attention_backends_that_are_missing_say_what_to_install():
+    cpu = torch.device("cpu")
+    assert find_backend("auto", cpu, torch.float32).name == "sdpa"
+    with pytest.raises(WanError, match="pip install sageattention|does not run with"):
+        find_backend("sage", cpu, torch.float32)
+    with pytest.raises(WanError, match="expected one of auto, sdpa, sage, flash2, flash3"):
+        find_backend("flash", cpu, torch.float32)
