@@ -272,7 +272,10 @@ class Server:
         self.client = Client(self.url, self.check)
 
     @classmethod
-    def start(cls, python: Path | str, comfyui: Path, base: Path, *options: str, timeout: float = 180) -> Server:
+    def start(
+        cls, python: Path | str, comfyui: Path, base: Path, *options: str,
+        timeout: float = 180, env: dict[str, str] | None = None,
+    ) -> Server:  # fmt: skip
         """Start ComfyUI on a free port, with all its folders under ``base``, and wait until it answers.
 
         Raises:
@@ -281,7 +284,7 @@ class Server:
         port, log = _free_port(), base / "server.log"
         command = [str(python), str(comfyui / "main.py"), "--base-directory", str(base), "--port", str(port),
                    "--database-url", f"sqlite:///{base / 'comfyui.db'}", "--disable-auto-launch", *options]  # fmt: skip
-        env = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONUTF8="1")
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **(env or {})}
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=comfyui, env=env)
         server = cls(process, base, log, port)
@@ -307,7 +310,9 @@ class Server:
             raise ServerFailed(f"ComfyUI ended with code {self.process.returncode}. The end of its log:\n{self.tail()}")
 
     def tail(self, lines: int = 40) -> str:
-        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        """The end of its log, without Python's import timings."""
+        log = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join([line for line in log if not line.startswith("import time:")][-lines:])
 
     def stop(self) -> None:
         self.process.terminate()

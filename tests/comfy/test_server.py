@@ -28,7 +28,13 @@ def test_pack_imports_without_error(server: Server) -> None:
     log = server.log.read_text()
     line = next(line for line in log.splitlines() if line.rstrip().endswith(f"/custom_nodes/{PACK}"))
     assert re.fullmatch(r"\s*\d+\.\d seconds: .*", line), f"{line}\n{server.tail(80)}"
-    assert "Traceback" not in log
+    assert "Traceback" not in log and "Unable to parse pyproject.toml" not in log
+
+
+def test_pack_adds_little_to_the_start(server: Server) -> None:
+    timings = re.findall(rf"^import time:\s*\d+ \|\s*(\d+) \|.*/{PACK}\.nodes$", server.log.read_text(), re.MULTILINE)
+    (microseconds,) = map(int, timings)
+    assert microseconds < 300_000
 
 
 @pytest.mark.parametrize("node", NODE_IDS)
@@ -36,8 +42,8 @@ def test_node_is_offered(client: Client, node: str) -> None:
     about = client.object_info(node)[node]
     assert about["python_module"] == f"custom_nodes.{PACK}"
     assert about["display_name"].startswith(("Wan ", "Load Wan "))
-    undocumented = [name for kind in about["input"].values() for name, (_, *rest) in kind.items()
-                    if not (rest and rest[0].get("tooltip"))]  # fmt: skip
+    inputs = about["input"].get("required", {}) | about["input"].get("optional", {})
+    undocumented = [name for name, (_, *more) in inputs.items() if not (more and more[0].get("tooltip"))]
     assert not undocumented, f"inputs without a tooltip: {undocumented}"
 
 
