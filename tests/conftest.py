@@ -20,24 +20,37 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("t2v-A14B", "i2v-A14B", "ti2v-5B")
 
 
-def fetched(variable: str, pattern: str) -> Path:
-    """A folder named in the environment, else where scripts/test.py puts it."""
-    named = os.environ.get(variable)
-    found = [Path(named)] if named else sorted((ROOT / ".cache").glob(pattern))
-    if not found:
-        pytest.fail(f"{variable} is not set and .cache/{pattern} is not there: run `python scripts/test.py` once.")
-    return found[-1]
+FETCHED = {"COMFYUI_PATH": "comfyui-*", "WAN_TEST_TOKENIZER": "umt5-tokenizer-*", "WAN_TEST_FRONTEND": "frontend-*"}
+
+
+def pytest_configure() -> None:
+    """scripts/test.py names what it fetched in the environment; a plain ``pytest`` afterwards finds it in .cache."""
+    for variable, pattern in FETCHED.items():
+        if found := sorted((ROOT / ".cache").glob(pattern)):
+            os.environ.setdefault(variable, str(found[-1]))
+
+
+def fetched(variable: str) -> Path:
+    if variable not in os.environ:
+        pytest.fail(f"{variable} is not set: run `python scripts/test.py` once.")
+    return Path(os.environ[variable])
 
 
 @pytest.fixture(scope="session")
 def comfyui_path() -> Path:
-    return fetched("COMFYUI_PATH", "comfyui-*")
+    return fetched("COMFYUI_PATH")
 
 
 @pytest.fixture(scope="session")
 def umt5_tokenizer() -> Path:
     """The folder of the real tokenizer: spiece.model, tokenizer.json."""
-    return fetched("WAN_TEST_TOKENIZER", "umt5-tokenizer-*")
+    return fetched("WAN_TEST_TOKENIZER")
+
+
+@pytest.fixture(scope="session")
+def newest_frontend() -> Path:
+    """A newer frontend than the one ComfyUI pins, as its --front-end-root takes it."""
+    return fetched("WAN_TEST_FRONTEND")
 
 
 @pytest.fixture(scope="session")

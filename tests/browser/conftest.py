@@ -188,19 +188,15 @@ def server_with(start_server: Callable[..., Server], request: pytest.FixtureRequ
     """The server of a frontend, started once; the pinned one is the server that all other tests share."""
     started: dict[str, Server] = {}
 
+    def start_frontend() -> Server:
+        return start_server("newest", "--front-end-root", str(request.getfixturevalue("newest_frontend")))
+
     def get(frontend: str) -> Server:
         if frontend not in started:
-            started[frontend] = (request.getfixturevalue("server") if frontend == "pinned" else
-                                 start_server("newest", "--front-end-root", str(newest_frontend())))  # fmt: skip
+            started[frontend] = start_frontend() if frontend == "newest" else request.getfixturevalue("server")
         return started[frontend]
 
     return get
-
-
-def newest_frontend() -> Path:
-    named = os.environ.get("WAN_TEST_FRONTEND")
-    found = [Path(named)] if named else sorted((ROOT / ".cache").glob("frontend-*"))
-    return found[-1] if found else pytest.fail("No second frontend: run `python scripts/test.py` once.")
 
 
 @pytest.fixture(scope="session", params=[(name, nodes2) for name in FRONTENDS for nodes2 in (False, True)],
