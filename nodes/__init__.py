@@ -8,6 +8,7 @@ from .experts import ExpertSwitch
 from .latents import EmptyLatent, ImageToVideo
 from .load import LoadModel
 from .options import BlockSwap
+from .prompt import AestheticPrompt
 from .sample import Sampler
 from .text import LoadTextEncoder
 from .vae import LoadVAE, VAEDecode, VAEEncode
@@ -18,6 +19,7 @@ NODES: list[type[io.ComfyNode]] = [
     BlockSwap,
     LoadTextEncoder,
     LoadVAE,
+    AestheticPrompt,
     EmptyLatent,
     ImageToVideo,
     VAEEncode,

@@ -8,7 +8,6 @@ from comfy_api.latest import io, ui
 
 from ..wan_core.recipe import ModelRecipe, pair
 from ..wan_core.sampling.experts import MODES, Switch
-from . import host
 from .types import WanModel
 
 log = logging.getLogger(__name__)
@@ -42,9 +41,10 @@ class ExpertSwitch(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, mode: str | None, boundary: float | None) -> bool | str:
-        linked = mode is None or boundary is None
-        return True if linked else host.complaint(lambda: _switch(mode, boundary))
+    def validate_inputs(cls, mode: str | None, boundary: float | None) -> bool:
+        if None not in (mode, boundary):  # None: comes from a link
+            _switch(mode, boundary)
+        return True
 
     @classmethod
     def execute(cls, high: ModelRecipe, low: ModelRecipe, mode: str, boundary: float) -> io.NodeOutput:

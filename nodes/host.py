@@ -98,10 +98,13 @@ def _stamp(path: Path) -> tuple:
     return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
-def complaint(check: Callable[[], object]) -> bool | str:
-    """The result that ComfyUI wants of ``validate_inputs``: True, or what a check raised as the user's error."""
+def check_file(read: Callable[[Path], object], folder: str, name: str) -> bool | str:
+    """A loader's ``validate_inputs``, run when the graph is queued: True, or what is wrong with the file.
+
+    A check of several inputs raises instead: ComfyUI repeats a returned text for each of them.
+    """
     try:
-        check()
+        read_header(read, folder, name)
     except (WanError, OSError) as error:
         return str(error)
     return True

@@ -41,7 +41,7 @@ def _batch_input() -> io.Input:
     return io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many videos to make at once.")
 
 
-def _check_numbers(width: int | None, height: int | None, frames: int | None) -> None:
+def _check_numbers(width: int | None, height: int | None, frames: int | None) -> bool:
     """Refuse at queue time what no Wan model can do; a None comes from a link and is not known yet."""
     for name, side in (("width", width), ("height", height)):
         if side is not None and (side < 1 or side % _SMALLEST_MULTIPLE):
@@ -50,6 +50,7 @@ def _check_numbers(width: int | None, height: int | None, frames: int | None) ->
                            f"The nearest is {nearest}.")
     if frames is not None:
         latents.latent_frames(frames)
+    return True
 
 
 class EmptyLatent(io.ComfyNode):
@@ -69,8 +70,8 @@ class EmptyLatent(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int | None, height: int | None, frames: int | None) -> bool | str:
-        return host.complaint(lambda: _check_numbers(width, height, frames))
+    def validate_inputs(cls, width: int | None, height: int | None, frames: int | None) -> bool:
+        return _check_numbers(width, height, frames)
 
     @classmethod
     def execute(cls, model: ModelRecipe, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
@@ -120,8 +121,8 @@ class ImageToVideo(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, width: int | None, height: int | None, frames: int | None) -> bool | str:
-        return host.complaint(lambda: _check_numbers(width, height, frames))
+    def validate_inputs(cls, width: int | None, height: int | None, frames: int | None) -> bool:
+        return _check_numbers(width, height, frames)
 
     @classmethod
     def execute(

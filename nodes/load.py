@@ -45,8 +45,8 @@ class LoadModel(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, model_name: str, dtype: str, attention: str) -> bool | str:
-        return host.complaint(lambda: _recipe(model_name, dtype, attention))
+    def validate_inputs(cls, model_name: str) -> bool | str:
+        return host.check_file(read_dit, FOLDER, model_name)
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, dtype: str, attention: str) -> tuple:
@@ -54,10 +54,6 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, dtype: str, attention: str) -> io.NodeOutput:
-        return io.NodeOutput(_recipe(model_name, dtype, attention))
-
-
-def _recipe(name: str, dtype: str, attention: str) -> ModelRecipe:
-    file: DiTFile = host.read_header(read_dit, FOLDER, name)
-    find_backend(attention, host.device(), resolve_dtype(dtype, host.device(), file.checkpoint.dtype))
-    return ModelRecipe(file, dtype=dtype, attention=attention)
+        file: DiTFile = host.read_header(read_dit, FOLDER, model_name)
+        find_backend(attention, host.device(), resolve_dtype(dtype, host.device(), file.checkpoint.dtype))
+        return io.NodeOutput(ModelRecipe(file, dtype=dtype, attention=attention))

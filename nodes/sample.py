@@ -105,9 +105,9 @@ class Sampler(io.ComfyNode):
     def validate_inputs(
         cls, steps: int, shift: float, solver: str, schedule: str, denoise: float, start_step: int, end_step: int,
         sigmas: object = "not connected",
-    ) -> bool | str:  # fmt: skip
+    ) -> bool:  # fmt: skip
         values = Settings(0, steps, PerExpert(1, 1), shift, solver, schedule, denoise, start_step, end_step, True)
-        return host.complaint(lambda: _check_settings(values, has_sigmas=sigmas is None))
+        return _check_settings(values, has_sigmas=sigmas is None)
 
     @classmethod
     def execute(
@@ -151,7 +151,7 @@ class Settings:
         return self.start == 0 and self.denoise > 0.9999 and self.sigmas is None
 
 
-def _check_settings(settings: Settings, *, has_sigmas: bool) -> None:
+def _check_settings(settings: Settings, *, has_sigmas: bool) -> bool:
     """Refuse at queue time what cannot be; a None comes from a link and is not known yet.
 
     Raises:
@@ -160,16 +160,17 @@ def _check_settings(settings: Settings, *, has_sigmas: bool) -> None:
     if settings.solver is not None:
         look_up(SOLVERS, settings.solver, "solver")
     if None in (settings.start, settings.end):
-        return
+        return True
     if settings.end <= settings.start or settings.start < 0:
         raise WanError(f"The start step is {settings.start} and the end step {settings.end}: nothing would be done. "
                        "The end step must be after the start step, and the start step 0 or more.")
     if has_sigmas or None in (settings.steps, settings.shift, settings.solver, settings.schedule, settings.denoise):
-        return
+        return True
     steps = settings.timetable().steps
     if settings.start >= steps:
         raise WanError(f"The start step is {settings.start}, but the schedule has {steps} steps: "
                        f"expected 0 to {steps - 1}.")
+    return True
 
 
 def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, settings: Settings) -> dict:

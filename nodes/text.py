@@ -49,8 +49,8 @@ class LoadTextEncoder(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, text_encoder_name: str, dtype: str) -> bool | str:
-        return host.complaint(lambda: _open(text_encoder_name, dtype))
+    def validate_inputs(cls, text_encoder_name: str) -> bool | str:
+        return host.check_file(_read, FOLDER, text_encoder_name)
 
     @classmethod
     def fingerprint_inputs(cls, text_encoder_name: str, dtype: str, device: str) -> tuple:
@@ -58,7 +58,8 @@ class LoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder_name: str, dtype: str, device: str) -> io.NodeOutput:
-        return io.NodeOutput(WanCLIP(_open(text_encoder_name, dtype), dtype, device))
+        resolve_dtype(dtype, "cpu")
+        return io.NodeOutput(WanCLIP(host.read_header(_read, FOLDER, text_encoder_name), dtype, device))
 
 
 class WanCLIP:
@@ -118,11 +119,6 @@ class WanCLIP:
 
     def get_ram_usage(self) -> int:
         return 0
-
-
-def _open(name: str, dtype: str) -> TextFile:
-    resolve_dtype(dtype, "cpu")
-    return host.read_header(_read, FOLDER, name)
 
 
 def _read(path: Path) -> TextFile:

@@ -46,8 +46,8 @@ class LoadVAE(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, vae_name: str, dtype: str) -> bool | str:
-        return host.complaint(lambda: _open(vae_name, dtype))
+    def validate_inputs(cls, vae_name: str) -> bool | str:
+        return host.check_file(read_vae, FOLDER, vae_name)
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str, dtype: str) -> tuple:
@@ -55,12 +55,8 @@ class LoadVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name: str, dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(WanVAE(_open(vae_name, dtype), dtype))
-
-
-def _open(name: str, dtype: str) -> VAEFile:
-    resolve_dtype(dtype, "cpu")
-    return host.read_header(read_vae, FOLDER, name)
+        resolve_dtype(dtype, "cpu")
+        return io.NodeOutput(WanVAE(host.read_header(read_vae, FOLDER, vae_name), dtype))
 
 
 class WanVAE:
@@ -157,8 +153,9 @@ def _cropped(videos: torch.Tensor, stride: int) -> torch.Tensor:
 
 def _pieces(video: torch.Tensor) -> Iterator[torch.Tensor]:
     """[F,H,W,3] in 0..1 -> [1,3,f,H,W] in -1..1, one frame and then four at a time."""
-    for piece in (video[:1], *video[1:].split(TEMPORAL_STRIDE)):
-        yield piece.movedim(-1, 0)[None].float() * 2 - 1
+    starts = [0, *range(1, len(video), TEMPORAL_STRIDE)]
+    for start, end in zip(starts, [*starts[1:], len(video)], strict=True):
+        yield video[start:end].movedim(-1, 0)[None].float() * 2 - 1
 
 
 def _fill(video: torch.Tensor, chunks: Iterable[torch.Tensor]) -> None:
