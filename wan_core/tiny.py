@@ -25,6 +25,7 @@ from .config import (
     NEGATIVE_PROMPT,
     TEXT_ENCODER_CHECKPOINT,
     TOKENIZER_FOLDER,
+    TRAIN_STEPS,
     VAES,
     VARIANTS,
     DiTConfig,
@@ -146,6 +147,7 @@ def _diffusers(models: TinyModels, folder: Path) -> None:
     _save(text, folder / "text_encoder" / "model.safetensors")
     _save_json(folder / "text_encoder" / "config.json", _huggingface_config(models.text))
     write_tokenizer_folder(folder / "tokenizer", models.spiece)
+    _save_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(models.variant))
     _save_json(folder / "model_index.json", _model_index(models.variant))
 
 
@@ -217,9 +219,19 @@ def _huggingface_config(config: TextConfig) -> dict:
     }  # fmt: skip
 
 
-def _model_index(variant: Variant) -> dict:
-    kind = "WanImageToVideoPipeline" if variant.image == "channels" else "WanPipeline"
+def _scheduler_config(variant: Variant) -> dict:
     return {
+        "_class_name": "UniPCMultistepScheduler", "_diffusers_version": "0.35.0", "solver_order": 2,
+        "num_train_timesteps": TRAIN_STEPS, "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+        "flow_shift": variant.shift,
+    }  # fmt: skip
+
+
+def _model_index(variant: Variant) -> dict:
+    from_image = variant.image == "channels"
+    no_clip = {"image_encoder": [None, None], "image_processor": [None, None]} if from_image else {}
+    kind = "WanImageToVideoPipeline" if from_image else "WanPipeline"
+    return no_clip | {
         "_class_name": kind, "_diffusers_version": "0.35.0", "boundary_ratio": variant.boundary,
         "expand_timesteps": variant.image == "frame", "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": ["diffusers", "WanTransformer3DModel"] if variant.experts == 2 else [None, None],
