@@ -50,16 +50,20 @@ _VOCABULARY_TEXTS = (
 
 @dataclass(frozen=True)
 class TinySizes:
-    """Dimensions of the small models; heads are 128 wide and text 4096, as in the real ones."""
+    """Dimensions of the small models.
+
+    Heads are 128 wide and text 4096, as in the real ones. The text encoder is as deep as the real one, but very thin:
+    ComfyUI knows a umT5-XXL by its last layer and by its width.
+    """
 
     dim: int = 256
     ffn_dim: int = 512
     layers: int = 2
     text_dim: int = 4096
-    text_layers: int = 2
-    text_attention: int = 64
+    text_layers: int = 24
+    text_attention: int = 8
     text_heads: int = 1
-    text_ffn: int = 64
+    text_ffn: int = 8
     vae_dim: int = 16
 
 
