@@ -213,7 +213,7 @@ def _start_with_channels(models: Models, request: Request, engine: Engine, devic
     width, height = latents.i2v_size(request.size[0] * request.size[1], image.width, image.height)
     shape = latents.latent_shape(models.dit.variant, width, height, request.frames)
     first = latents.resize_bicubic(latents.image_tensor(image), height, width)
-    vae = engine.vae(models.vae, device, _dtype_of(models, device))
+    vae = engine.vae(models.vae, device, torch.float32)  # as the official pipelines do, whatever the DiT runs in
     frames = (chunk.to(device) for chunk in latents.condition_chunks({0: first}, request.frames))
     encoded = torch.cat(list(vae.encode_chunks(frames, total_frames=request.frames)), dim=2)
     mask = latents.given_mask([0], request.frames, *shape[2:]).to(encoded)
@@ -224,7 +224,7 @@ def _start_with_frame(models: Models, request: Request, engine: Engine, device: 
     """TI2V-5B: the image's latent is the first latent frame, clean throughout."""
     width, height = latents.ti2v_size(request.size[0] * request.size[1], image.width, image.height)
     shape = latents.latent_shape(models.dit.variant, width, height, request.frames)
-    vae = engine.vae(models.vae, device, _dtype_of(models, device))
+    vae = engine.vae(models.vae, device, torch.float32)  # as the official pipelines do, whatever the DiT runs in
     first = vae.encode(latents.ti2v_image(image, width, height)[None].to(device))
     known = torch.zeros(1, *shape, device=device)
     known[:, :, :1] = first
@@ -247,6 +247,6 @@ def _open_image(path: Path) -> Image:
 
 
 def _decode(models: Models, engine: Engine, latent: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
-    vae = engine.vae(models.vae, device, _dtype_of(models, device))
+    vae = engine.vae(models.vae, device, torch.float32)  # as the official pipelines do, whatever the DiT runs in
     for chunk in vae.decode_chunks(latent.to(device)):
         yield chunk[0].cpu()
