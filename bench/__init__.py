@@ -1,0 +1,1 @@
+"""Measurements against peers and of our own costs: ``python -m bench --help``."""

@@ -1,0 +1,34 @@
+"""``python -m bench COMMAND``: a command is a module with ``add_arguments(parser)`` and ``run(options)``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "cpu": "DiT and VAEs beside diffusers and ComfyUI: time and peak memory, on the CPU",
+    "import": "what the pack adds to ComfyUI's start, and how long reading a checkpoint's header takes",
+    "peak": "peak memory of one contender (what cpu runs in a process of its own)",
+}
+_MODULES = {"import": "imports"}  # a keyword is no module name
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition(":")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    asked = next((word for word in sys.argv[1:] if word in COMMANDS), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name == asked:
+            _module(name).add_arguments(command)
+    options = parser.parse_args()
+    return _module(options.command).run(options)
+
+
+def _module(name: str):
+    return importlib.import_module(f"bench.{_MODULES.get(name, name)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
