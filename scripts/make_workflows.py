@@ -1,0 +1,248 @@
+"""Write the example workflows: for each graph the editor's JSON and its API twin.
+
+    python scripts/make_workflows.py http://127.0.0.1:8188
+
+The address is a running ComfyUI with this pack: it says which inputs a node has, in which order, and their defaults.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from workflow_format import BYPASSED, Graph, Output
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from wan_core.config import NEGATIVE_PROMPT, VAES, VARIANTS, Variant  # noqa: E402
+
+MODELS, PROMPT, SIZE, SAMPLING, VIDEO = "#3f789e", "#4f8f5b", "#a1793d", "#8a4f9e", "#a14b4b"
+POSITIVE, NEGATIVE = ("#232", "#353"), ("#322", "#533")
+GAP, HALF, MARGIN, TITLE = 24, 12, 20, 30  # between groups; inside a group; above a node
+TOP = 120  # the first row of nodes: below a group's title and the model's lane
+MODEL_LANE, CLIP_LANE, VAE_LANE, HEIGHT = 60, 896, 922, 950
+
+TEXT_ENCODER = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+BOXING_CATS = "Two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted stage."
+SURFING_CAT = (
+    "Summer beach vacation style, a white cat wearing sunglasses sits on a surfboard. The fluffy-furred feline gazes "
+    "directly at the camera with a relaxed expression. Blurred beach scenery forms the background featuring "
+    "crystal-clear waters, distant green hills, and a blue sky dotted with white clouds. The cat assumes a naturally "
+    "relaxed posture, as if savoring the sea breeze and warm sunlight. A close-up shot highlights the feline's "
+    "intricate details and the refreshing atmosphere of the seaside."
+)
+
+
+def main(url: str) -> None:
+    with urllib.request.urlopen(url + "/object_info") as answer:
+        schemas = json.load(answer)
+    for task, (name, prompt) in WORKFLOWS.items():
+        graph = Graph(name, schemas)
+        describe(graph, VARIANTS[task], prompt)
+        write(ROOT / "workflows" / f"{name}.json", graph.ui())
+        write(ROOT / "workflows/api" / f"{name}.json", graph.api())
+
+
+WORKFLOWS = {
+    "t2v-A14B": ("wan22_t2v_a14b", BOXING_CATS),
+    "i2v-A14B": ("wan22_i2v_a14b", SURFING_CAT),
+    "ti2v-5B": ("wan22_ti2v_5b", SURFING_CAT),
+}
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def describe(g: Graph, variant: Variant, prompt: str) -> None:
+    """The way of the data, left to right: models, prompt, size or image, sampling, video."""
+    model, clip, vae, x = add_models(g, variant)
+    model, clip = g.lead(model, (x - HALF, MODEL_LANE)), g.lead(clip, (x - HALF, CLIP_LANE))
+    vae = g.lead(vae, (x - HALF, VAE_LANE))
+
+    positive, negative, x = add_prompts(g, x, clip, prompt)
+    model, vae = g.lead(model, (x - HALF, MODEL_LANE)), g.lead(vae, (x - HALF, VAE_LANE))
+
+    if variant.image == "none":
+        latent, x = add_size(g, x, variant, model)
+    else:
+        positive, negative, latent, vae, x = add_image(g, x, variant, model, vae, positive, negative)
+    model = g.lead(model, (x - HALF, MODEL_LANE))
+
+    sampled, x = add_sampler(g, x, variant, model, positive, negative, latent)
+    vae = g.lead(vae, (x - HALF, VAE_LANE), (x - HALF, TOP + 40))
+
+    x = add_video(g, x, variant, sampled, vae)
+    add_notes(g, x, variant)
+
+
+def add_models(g: Graph, variant: Variant) -> tuple[Output, Output, Output, int]:
+    width, row = 340, 190
+    files = [download("diffusion_models", name) for name in variant.comfy_names]
+    titles = ["High-noise expert", "Low-noise expert"] if variant.experts == 2 else [None]
+    loaded = [g.node("WanCoreLoadModel", (MARGIN, TOP + row * i), (width, 110), title=titles[i], models=[file],
+                     model_name=file["name"])[0] for i, file in enumerate(files)]  # fmt: skip
+    text_encoder = download("text_encoders", TEXT_ENCODER)
+    vae = download("vae", VAES[variant.vae].comfy_name)
+    y = TOP + row * len(loaded)
+    clip = g.node("WanCoreLoadTextEncoder", (MARGIN, y), (width, 110), models=[text_encoder],
+                  text_encoder_name=text_encoder["name"])[0]  # fmt: skip
+    vae = g.node("WanCoreLoadVAE", (MARGIN, y + row), (width, 85), models=[vae], vae_name=vae["name"])[0]
+
+    x, model = MARGIN + width + 35, loaded[0]
+    if variant.experts == 2:
+        model = g.node("WanCoreExpertSwitch", (x, TOP), (230, 105), high=loaded[0], low=loaded[1],
+                       boundary=variant.boundary)[0]  # fmt: skip
+        x += 230 + 30
+    model = g.node("WanCoreBlockSwap", (x, TOP), (230, 60), mode=BYPASSED, model=model)[0]
+    x += 230 + MARGIN
+    g.group("1 · Models", (0, 0), (x, HEIGHT), MODELS)
+    return model, clip, vae, x + GAP
+
+
+def add_prompts(g: Graph, x: int, clip: Output, prompt: str) -> tuple[Output, Output, int]:
+    left, right, width = x + MARGIN, x + MARGIN + 290 + 45, 290
+    worded = g.node("WanCoreAestheticPrompt", (left, TOP), (290, 735), colours=POSITIVE, text=prompt)[0]
+    clip = g.lead(clip, (right - 22, CLIP_LANE), (right - 22, TOP + 220))
+    positive = g.node("CLIPTextEncode", (right, TOP), (width, 100), title="Positive prompt", colours=POSITIVE,
+                      clip=clip, text=worded)[0]  # fmt: skip
+    negative = g.node("CLIPTextEncode", (right, TOP + 200), (width, 240), title="Negative prompt", colours=NEGATIVE,
+                      clip=clip, text=NEGATIVE_PROMPT)[0]  # fmt: skip
+    end = right + width + MARGIN
+    g.group("2 · Prompt", (x, 0), (end - x, HEIGHT), PROMPT)
+    return positive, negative, end + GAP
+
+
+def add_size(g: Graph, x: int, variant: Variant, model: Output) -> tuple[Output, int]:
+    width, height = variant.size
+    latent = g.node("WanCoreEmptyLatent", (x + MARGIN, TOP + 280), (250, 135), model=model, width=width, height=height,
+                    frames=variant.frames)[0]  # fmt: skip
+    end = x + 250 + 2 * MARGIN
+    g.group("3 · Size", (x, 0), (end - x, HEIGHT), SIZE)
+    return latent, end + GAP
+
+
+def add_image(g: Graph, x: int, variant: Variant, model: Output, vae: Output, positive: Output,
+              negative: Output) -> tuple[Output, Output, Output, Output, int]:  # fmt: skip
+    width, height = variant.size
+    image = g.node("LoadImage", (x + MARGIN, TOP + 330), (250, 340), title="Start image", image="example.png")[0]
+    left = x + MARGIN + 250 + 45
+    vae = g.lead(vae, (left - 22, VAE_LANE))
+    start = g.node("WanCoreImageToVideo", (left, TOP), (270, 270), model=model,
+                   vae=g.lead(vae, (left - 22, TOP + 60)), positive=positive, negative=negative,
+                   width=width, height=height, frames=variant.frames, start_image=image)  # fmt: skip
+    end = left + 270 + MARGIN
+    g.group("3 · Image and size", (x, 0), (end - x, HEIGHT), SIZE)
+    return start[0], start[1], start[2], vae, end + GAP
+
+
+def add_sampler(g: Graph, x: int, variant: Variant, model: Output, positive: Output, negative: Output,
+                latent: Output) -> tuple[Output, int]:  # fmt: skip
+    sampled = g.node("WanCoreSampler", (x + MARGIN, TOP), (290, 410), model=model, positive=positive, negative=negative,
+                     latent=latent, seed=42, steps=variant.steps, cfg_high=variant.guidance.high,
+                     cfg_low=variant.guidance.low, shift=variant.shift)[0]  # fmt: skip
+    end = x + 290 + 2 * MARGIN
+    g.group("4 · Sampling", (x, 0), (end - x, HEIGHT), SAMPLING)
+    return sampled, end + GAP
+
+
+def add_video(g: Graph, x: int, variant: Variant, latent: Output, vae: Output) -> int:
+    left, width = x + MARGIN, 500
+    images = g.node("WanCoreVAEDecode", (left, TOP), (230, 50), vae=vae, samples=latent)[0]
+    video = g.node("CreateVideo", (left + 270, TOP), (230, 80), images=images, fps=float(variant.fps))[0]
+    row = TOP + 130
+    video = g.lead(video, (left + width - 10, row), (left + 10, row))
+    g.node("SaveVideo", (left, TOP + 200), (width, 560), video=video, filename_prefix=f"video/{g.name}")
+    end = left + width + MARGIN
+    g.group("5 · Video", (x, 0), (end - x, HEIGHT), VIDEO)
+    return end
+
+
+def add_notes(g: Graph, end: int, variant: Variant) -> None:
+    notes = {"Files": files_note, "Size, length and memory": size_note, "Settings": settings_note}
+    width = (end - (len(notes) - 1) * GAP) // len(notes)
+    for i, (title, text) in enumerate(notes.items()):
+        g.note(title, (i * (width + GAP), HEIGHT + GAP + TITLE), (width, 220), text(variant))
+
+
+def download(directory: str, name: str) -> dict[str, str]:
+    """A file with the address that ComfyUI's own templates give for it."""
+    repository = "Wan_2.1_ComfyUI_repackaged" if directory == "text_encoders" else "Wan_2.2_ComfyUI_Repackaged"
+    url = f"https://huggingface.co/Comfy-Org/{repository}/resolve/main/split_files/{directory}/{name}"
+    return {"name": name, "url": url, "directory": directory}
+
+
+def files_note(variant: Variant) -> str:
+    files = [download("diffusion_models", name) for name in variant.comfy_names]
+    files += [download("text_encoders", TEXT_ENCODER), download("vae", VAES[variant.vae].comfy_name)]
+    rows = "\n".join(f"- {file['directory']} / [{file['name']}]({file['url']})" for file in files)
+    return f"Put these into ComfyUI's **models** folder, then press **R**.\n\n{rows}\n\n{INSTEAD[variant.task]}"
+
+
+_OFFICIAL = "https://huggingface.co/Wan-AI/Wan2.2-{}"
+_WHOLE_TEXT_ENCODER = download("text_encoders", "umt5_xxl_fp16.safetensors")["url"]
+_NO_FP8 = (
+    "This version of the pack reads 16- and 32-bit weights, fp8 not yet. Until then take [umt5_xxl_fp16.safetensors]"
+    f"({_WHOLE_TEXT_ENCODER})"
+)
+INSTEAD = {
+    task: f"{_NO_FP8}, and in place of the two models the folders high_noise_model and low_noise_model of "
+    f"[Wan2.2-{name}]({_OFFICIAL.format(name)}), put into a folder below diffusion_models."
+    for task, name in (("t2v-A14B", "T2V-A14B"), ("i2v-A14B", "I2V-A14B"))
+} | {"ti2v-5B": f"{_NO_FP8}."}
+
+
+def size_note(variant: Variant) -> str:
+    sizes = ", ".join(f"{width} × {height}" for width, height in variant.sizes)
+    multiple = variant.size_multiple
+    return "\n\n".join((
+        f"**Sizes** {sizes}. Sides are multiples of {multiple}. Right-click the node for these.",
+        f"**Length** 4n + 1 frames; {variant.frames} at {variant.fps} fps are 5 seconds.",
+        *IMAGE_NOTES[variant.image],
+        MEMORY_NOTES[variant.task],
+        "Out of memory? Enable **Wan Block Swap**: select it, press Ctrl+B. More blocks, less memory, same video.",
+    ))  # fmt: skip
+
+
+_FIT = "**fit** area keeps the image's aspect ratio at about width × height pixels; exact crops to the size."
+_NO_IMAGE = "**Without an image** select Start image and press Ctrl+B to bypass it: the video follows the text alone."
+IMAGE_NOTES = {"none": (), "channels": (_FIT,), "frame": (_NO_IMAGE, _FIT)}
+_A14B_MEMORY = (
+    "**Memory** Each expert has 14 billion weights, 28 GB in bfloat16; only one is on the GPU at a time. The official "
+    "code needs 41 GB at 832 × 480 and 60 GB at 1280 × 720."
+)
+MEMORY_NOTES = {
+    "t2v-A14B": _A14B_MEMORY,
+    "i2v-A14B": _A14B_MEMORY,
+    "ti2v-5B": "**Memory** 5 billion weights, 10 GB in bfloat16. The official code runs it on a 24 GB GPU.",
+}
+
+
+def settings_note(variant: Variant) -> str:
+    guidance = variant.guidance
+    scales = f"cfg {guidance.high:g}"
+    if guidance.high != guidance.low:
+        scales = f"cfg_high {guidance.high:g}, cfg_low {guidance.low:g}"
+    lines = [
+        f"**Official** {variant.steps} steps, {scales}, shift {variant.shift:g}, solver unipc, schedule auto. "
+        "Right-click Wan Sampler to bring these back.",
+        "**Cheaper** 832 × 480, 49 frames and 20 steps show whether a prompt works. cfg 1 halves the time, and "
+        "ignores the negative prompt.",
+        "**Seed** The same seed gives the same noise on every device.",
+        "**Prompt** Wan Aesthetic Prompt adds words of light, lens and movement; all none leaves the text as it is. "
+        "English and Chinese both work.",
+    ]
+    if variant.experts == 2:
+        lines.insert(1, f"**Experts** Mode auto: the high-noise expert works while the timestep is at least "
+                     f"{variant.boundary * 1000:g} of 1000, then the low-noise expert takes over.")  # fmt: skip
+    return "\n\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,69 @@
+// @ts-check
+/// <reference path="./types.d.ts" />
+
+/**
+ * Widgets are always found by name, never by place: a later version may add some.
+ * @param {Node} node
+ * @param {string} name
+ * @returns {Widget | undefined}
+ */
+export function findWidget(node, name) {
+  return node.widgets?.find((widget) => widget.name === name)
+}
+
+/**
+ * Sets widgets as if the user had typed the values; names that the node lacks are passed over.
+ * @param {Node} node
+ * @param {Record<string, unknown>} values
+ */
+export function setWidgets(node, values) {
+  for (const [name, value] of Object.entries(values)) {
+    const widget = findWidget(node, name)
+    if (!widget) continue
+    widget.value = value
+    widget.callback?.(value)
+  }
+  node.setDirtyCanvas(true, true)
+}
+
+/**
+ * Calls `listener` after the widget's own callback, whenever the user changes the widget.
+ * @param {Widget} widget
+ * @param {(value: unknown) => void} listener
+ */
+export function onChange(widget, listener) {
+  const before = widget.callback
+  widget.callback = function (...args) {
+    const result = before?.apply(this, args)
+    listener(widget.value)
+    return result
+  }
+}
+
+/**
+ * Calls `listener` each time values are put into the node: when a workflow is opened, or the node pasted.
+ * @param {Node} node
+ * @param {() => void} listener
+ */
+export function onConfigured(node, listener) {
+  const before = node.onConfigure
+  node.onConfigure = function (...args) {
+    before?.apply(this, args)
+    listener()
+  }
+}
+
+/**
+ * A menu entry with a submenu of named sets of widget values.
+ * @param {Node} node
+ * @param {string} title
+ * @param {Record<string, Record<string, unknown>>} presets
+ * @returns {MenuItem}
+ */
+export function presetMenu(node, title, presets) {
+  const options = Object.entries(presets).map(([content, values]) => ({
+    content,
+    callback: () => setWidgets(node, values)
+  }))
+  return { content: title, submenu: { options } }
+}
