@@ -1,14 +1,10 @@
 // @ts-check
 /// <reference path="./types.d.ts" />
-import { findWidget, onChange, onConfigured } from './widgets.js'
+import { texts } from './texts.js'
+import { findWidget, onChange, onConfigured, setWidgets } from './widgets.js'
 
-/** What `boundary` means in each mode, and a value to begin with when the user changes to that mode. */
-const MODES = {
-  auto: { label: 'boundary' },
-  timestep: { label: 'low below timestep', start: 0.875 },
-  step: { label: 'low from step', start: 20 },
-  snr: { label: 'low from SNR', start: 0.02 }
-}
+/** A boundary to begin with when the user changes to a mode, because each measures in units of its own. */
+const STARTS = { timestep: 0.875, step: 20, snr: 0.02 }
 
 /**
  * Says what the boundary of Wan Expert Switch means, and greys it where it is ignored.
@@ -20,15 +16,14 @@ export function watchExpertSwitch(node) {
   if (!mode || !boundary) return
 
   const show = () => {
-    const about = MODES[/** @type {keyof typeof MODES} */ (mode.value)]
-    if (!about) return
-    boundary.label = about.label
+    const labels = /** @type {Record<string, string>} */ (texts().boundary)
+    boundary.label = labels[String(mode.value)] ?? boundary.label
     boundary.disabled = mode.value === 'auto'
     node.setDirtyCanvas(true, true)
   }
   onChange(mode, (value) => {
-    const start = MODES[/** @type {keyof typeof MODES} */ (value)]?.start
-    if (start !== undefined) boundary.value = start
+    const start = /** @type {Record<string, number>} */ (STARTS)[String(value)]
+    if (start !== undefined) setWidgets(node, { boundary: start })
     show()
   })
   onConfigured(node, show)

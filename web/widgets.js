@@ -52,18 +52,3 @@ export function onConfigured(node, listener) {
     listener()
   }
 }
-
-/**
- * A menu entry with a submenu of named sets of widget values.
- * @param {Node} node
- * @param {string} title
- * @param {Record<string, Record<string, unknown>>} presets
- * @returns {MenuItem}
- */
-export function presetMenu(node, title, presets) {
-  const options = Object.entries(presets).map(([content, values]) => ({
-    content,
-    callback: () => setWidgets(node, values)
-  }))
-  return { content: title, submenu: { options } }
-}

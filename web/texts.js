@@ -1,0 +1,24 @@
+// @ts-check
+/// <reference path="./types.d.ts" />
+import { app } from '../../scripts/app.js'
+
+const TEXTS = {
+  en: {
+    settings: 'Wan: official settings',
+    size: 'Wan: size',
+    length: 'Wan: length',
+    boundary: { auto: 'boundary', timestep: 'below', step: 'from step', snr: 'from SNR' }
+  },
+  zh: {
+    settings: 'Wan：官方设置',
+    size: 'Wan：尺寸',
+    length: 'Wan：时长',
+    boundary: { auto: '边界', timestep: '低于', step: '起始步', snr: '信噪比起' }
+  }
+}
+
+/** Short texts in the language of the interface, which ComfyUI's own translations do not reach. */
+export function texts() {
+  const language = String(app.extensionManager.setting.get('Comfy.Locale') ?? 'en')
+  return language.startsWith('zh') ? TEXTS.zh : TEXTS.en
+}
