@@ -180,15 +180,17 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
         WanError: what does not fit together.
     """
     device, kind = host.device(), model.variant.vae
-    raw = samples_for(latent, model.variant)
+    raw = samples_for(latent, model.variant).cpu()
     plan = settings.timetable()
     sides = ("positive", positive), ("negative", negative)
     conditions = [condition(side, name, model, raw.shape, device) for name, side in sides]
     clean = normalise(raw, kind) if raw.any() else raw.float()  # ComfyUI: all zeros means empty, in both spaces
     noise = _noise(settings.seed, latent, raw.shape)
     start = _start(clean, noise, plan, settings)
-    experts = host.engine().experts(model, settings.guidance, device)
     steps = min(settings.end, plan.steps) - settings.start
+    if model.low is None and model.variant.experts == 2 and steps == plan.steps:
+        log.warning("Wan Sampler: one expert of %s does all %d steps. Join both with Wan Expert Switch.", model, steps)
+    experts = host.engine().experts(model, settings.guidance, device)
     x, _ = denoise(
         start.to(device), experts, plan, settings.solver, *conditions,
         given=_given(latent, clean, noise, model.variant), start=settings.start, end=settings.end,
