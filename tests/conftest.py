@@ -17,6 +17,10 @@ import pytest
 from comfy_server import Client, Server, make_base
 
 ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # no template browser over an empty graph
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # text stays on the canvas however small, for the screenshots
+}
 TASKS = ("t2v-A14B", "i2v-A14B", "ti2v-5B")
 
 
@@ -121,8 +125,7 @@ def start_server(
         base = make_base(tmp_path_factory.mktemp(name), comfyui_path, ROOT)
         (base / "models").rmdir()
         (base / "models").symlink_to(models)
-        settings = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "99.0.0"}
-        (base / "user/default/comfy.settings.json").write_text(json.dumps(settings))
+        (base / "user/default/comfy.settings.json").write_text(json.dumps(SETTINGS))
         options = ("--cpu", "--disable-api-nodes", "--preview-method", "latent2rgb", *options)
         timed = {"PYTHONPROFILEIMPORTTIME": "1"}  # what the pack adds to ComfyUI's start is read from the log
         servers.append(Server.start(sys.executable, small_comfyui, base, *options, env=timed))

@@ -20,6 +20,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Response, sync_pl
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / ".cache/screenshots"
 FRONTENDS = ("pinned", "newest")  # the one ComfyUI pins; the one that users of a current ComfyUI have
+SCREEN = {"width": 1600, "height": 1000}
 CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
                   "--disable-background-networking", "--disable-sync")  # fmt: skip
 
@@ -27,7 +28,7 @@ CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first
 # Each is a pattern on "message @ source".
 COMFYUIS_OWN_ERRORS = (
     # Files a new user does not have yet, and an interface of newer servers that the newest frontend asks 0.3.75 for.
-    r"Failed to load resource.*404.* @ .*/(user\.css|favicon\.ico|api/userdata.*|api/jobs.*)",
+    r"Failed to load resource.*404.* @ .*/(user\.css|favicon\.ico|api/userdata.*|api/jobs.*|templates/index_logo\.json)",
     r"JobsApiError: Failed to fetch jobs",
     # --disable-api-nodes forbids the frontend the internet, and it complains about that.
     r"violates the (following|document's) Content Security Policy",
@@ -128,11 +129,13 @@ class App:
         return detail
 
     def screenshot(self, name: str) -> Path:
-        """A picture of the whole graph under .cache/screenshots."""
+        """A picture of the whole graph under .cache/screenshots, on a screen large enough to read it."""
+        self.page.set_viewport_size({"width": 2560, "height": 1440})
         self.command("Comfy.Canvas.FitView")
         self.page.wait_for_timeout(700)  # the view moves there in an animation
         path = SCREENSHOTS / f"{name}-{self.frontend}-{'nodes2' if self.nodes2 else 'nodes1'}.png"
         self.page.screenshot(path=path)
+        self.page.set_viewport_size(SCREEN)
         return path
 
 
@@ -203,7 +206,8 @@ def server_with(start_server: Callable[..., Server], request: pytest.FixtureRequ
                 ids=lambda param: f"{param[0]}-{'nodes2' if param[1] else 'nodes1'}")  # fmt: skip
 def opened(request: pytest.FixtureRequest, browser: Browser, server_with: Callable[[str], Server]) -> Iterator[App]:
     frontend, nodes2 = request.param
-    context = browser.new_context(viewport={"width": 1600, "height": 1000}, locale="en-US")
+    context = browser.new_context(viewport=SCREEN, locale="en-US")
+    context.add_init_script("localStorage.vueNodesBannerDismissed = true")
     app = App(context.new_page(), server_with(frontend), frontend, nodes2)
     app.open()
     yield app
