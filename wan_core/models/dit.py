@@ -64,11 +64,13 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
 
-    def forward(self, x: torch.Tensor, rope: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def queries_keys_values(
+        self, x: torch.Tensor, rope: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens [B, L, dim] -> rotated queries, rotated keys and values, each [B, L, heads, head_dim]."""
         q = self._rotated(self.norm_q, self.q(x), rope)
         k = self._rotated(self.norm_k, self.k(x), rope)
-        v = split_heads(self.v(x), self.heads)
-        return self.o(attend(q, k, v).flatten(2))
+        return q, k, split_heads(self.v(x), self.heads)
 
     def _rotated(self, norm: RMSNorm, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
@@ -142,7 +144,12 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """Tokens [B, L, dim] -> the same; overwrites x when no gradients are wanted."""
         attention, feed_forward = self._modulations(timed)
-        x = add_gated(x, self.self_attn(modulated_norm(x, attention, self.eps), rope, attend), attention)
+        # In two steps, so that the normed tokens are gone when attention, the hungriest moment, begins.
+        qkv = self.self_attn.queries_keys_values(modulated_norm(x, attention, self.eps), rope)
+        seen = attend(*qkv).flatten(2)
+        del qkv
+        x = add_gated(x, self.self_attn.o(seen), attention)
+        del seen
         heard = self.cross_attn(self.norm3(x), text.of_block(index, self.cross_attn), attend)
         x = x + heard if torch.is_grad_enabled() else x.add_(heard)
         del heard

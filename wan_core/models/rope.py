@@ -19,7 +19,8 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * side, side, side
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)  # a 720p table is 39 MB of device memory
+@torch.inference_mode(False)  # ComfyUI runs nodes in inference mode, whose tensors training could not use
 def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> torch.Tensor:
     """Rotations of every token of a grid (frames, rows, columns): complex64 [L, 1, head_dim / 2].
 
