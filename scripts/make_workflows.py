@@ -202,7 +202,7 @@ def size_note(variant: Variant) -> str:
     sizes = ", ".join(f"{width} × {height}" for width, height in variant.sizes)
     multiple = variant.size_multiple
     return "\n\n".join((
-        f"**Sizes** {sizes}. Sides are multiples of {multiple}. Right-click the node for these.",
+        f"**Sizes** {sizes}. Sides are multiples of {multiple}. The button above the selected node sets them.",
         f"**Length** 4n + 1 frames; {variant.frames} at {variant.fps} fps are 5 seconds.",
         *IMAGE_NOTES[variant.image],
         MEMORY_NOTES[variant.task],
@@ -231,7 +231,7 @@ def settings_note(variant: Variant) -> str:
         scales = f"cfg_high {guidance.high:g}, cfg_low {guidance.low:g}"
     lines = [
         f"**Official** {variant.steps} steps, {scales}, shift {variant.shift:g}, solver unipc, schedule auto. "
-        "Right-click Wan Sampler to bring these back.",
+        "The button above the selected Wan Sampler brings these back.",
         "**Cheaper** 832 × 480, 49 frames and 20 steps show whether a prompt works. cfg 1 halves the time, and "
         "ignores the negative prompt.",
         "**Seed** The same seed gives the same noise on every device.",

@@ -1,0 +1,156 @@
+"""The workflow files, read as a person and as ComfyUI's template browser would: no server needed."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from wan_core.config import NEGATIVE_PROMPT, VAES, VARIANTS, Variant
+
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+TASKS = {"t2v-A14B": "wan22_t2v_a14b", "i2v-A14B": "wan22_i2v_a14b", "ti2v-5B": "wan22_ti2v_5b"}
+TITLE = 30  # pixels of a node's title bar, above its position
+ROOM = 10  # pixels that nodes keep between them
+
+each_task = pytest.mark.parametrize("task", TASKS)
+
+
+def ui(task: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{TASKS[task]}.json").read_text(encoding="utf-8"))
+
+
+def api(task: str) -> dict[str, Any]:
+    return json.loads((FOLDER / "api" / f"{TASKS[task]}.json").read_text(encoding="utf-8"))
+
+
+def values(task: str, class_type: str) -> list[dict[str, Any]]:
+    return [node["inputs"] for node in api(task).values() if node["class_type"] == class_type]
+
+
+def test_no_workflow_without_a_twin() -> None:
+    names = {path.stem for path in FOLDER.glob("*.json")}
+    assert names == {path.stem for path in (FOLDER / "api").glob("*.json")} == set(TASKS.values())
+
+
+@each_task
+def test_links_agree_with_slots(task: str) -> None:
+    content = ui(task)
+    nodes = {node["id"]: node for node in content["nodes"]}
+    for number, origin, output, target, slot, kind in content["links"]:
+        source, taken = nodes[origin]["outputs"][output], nodes[target]["inputs"][slot]
+        assert number in source["links"] and taken["link"] == number
+        assert kind == source["type"] == taken["type"]
+    told = [slot["link"] for node in nodes.values() for slot in node["inputs"] if slot["link"] is not None]
+    assert sorted(told) == sorted(link[0] for link in content["links"])
+    assert content["last_link_id"] == len(content["links"]) and content["last_node_id"] == max(nodes)
+
+
+@each_task
+def test_reroutes_belong_to_links(task: str) -> None:
+    extra = ui(task)["extra"]
+    reroutes = {reroute["id"]: reroute for reroute in extra["reroutes"]}
+    assert all(reroute.get("parentId", 1) in reroutes for reroute in reroutes.values())
+    for link in extra["linkExtensions"]:
+        reroute = reroutes[link["parentId"]]
+        while True:
+            assert link["id"] in reroute["linkIds"]
+            if "parentId" not in reroute:
+                break
+            reroute = reroutes[reroute["parentId"]]
+
+
+@each_task
+def test_nodes_lie_apart_and_inside_groups(task: str) -> None:
+    content = ui(task)
+    boxes = {node["id"]: box(*node["pos"], *node["size"], above=TITLE) for node in content["nodes"]}
+    groups = [box(*group["bounding"]) for group in content["groups"]]
+    for (a, first), (b, second) in combinations(boxes.items(), 2):
+        assert not overlap(first, second, ROOM), f"nodes {a} and {b}"
+    for node in content["nodes"]:
+        inside = [group for group in groups if overlap(boxes[node["id"]], group)]
+        assert len(inside) == (node["type"] != "MarkdownNote"), node["type"]
+
+
+@each_task
+def test_groups_go_from_left_to_right(task: str) -> None:
+    groups = ui(task)["groups"]
+    assert [group["title"][0] for group in groups] == list("12345")
+    assert all(a["bounding"][0] + a["bounding"][2] < b["bounding"][0] for a, b in pairwise(groups))
+    assert len({group["color"] for group in groups}) == len(groups)
+
+
+@each_task
+def test_data_flows_from_left_to_right(task: str) -> None:
+    """Of two linked nodes the source is further left; Save Video stands beneath what it saves."""
+    content = ui(task)
+    nodes = {node["id"]: node for node in content["nodes"]}
+    for _, origin, _, target, _, _ in content["links"]:
+        right = nodes[origin]["pos"][0] + nodes[origin]["size"][0]
+        assert right < nodes[target]["pos"][0] or nodes[target]["type"] == "SaveVideo"
+
+
+@each_task
+def test_every_model_file_says_where_to_get_it(task: str) -> None:
+    """As in ComfyUI's own templates: name, address and folder of each file, the name being the widget's value."""
+    loaders = [node for node in ui(task)["nodes"] if node["type"].startswith("WanCoreLoad")]
+    assert len(loaders) == VARIANTS[task].experts + 2
+    for node in loaders:
+        (file,) = node["properties"]["models"]
+        assert file["name"] == node["widgets_values"][0]
+        assert re.fullmatch(rf"https://huggingface\.co/Comfy-Org/.+/{file['directory']}/{file['name']}", file["url"])
+        assert file["directory"] in ("diffusion_models", "text_encoders", "vae")
+
+
+@each_task
+def test_settings_are_the_official_ones(task: str) -> None:
+    variant = VARIANTS[task]
+    (sampler,) = values(task, "WanCoreSampler")
+    assert sampler | official(variant) == sampler
+    (start,) = values(task, "WanCoreEmptyLatent") + values(task, "WanCoreImageToVideo")
+    assert (start["width"], start["height"], start["frames"]) == (*variant.size, variant.frames)
+    assert values(task, "CreateVideo")[0]["fps"] == variant.fps
+    assert NEGATIVE_PROMPT in [node["text"] for node in values(task, "CLIPTextEncode")]
+    assert [node["model_name"] for node in values(task, "WanCoreLoadModel")] == list(variant.comfy_names)
+    assert values(task, "WanCoreLoadVAE")[0]["vae_name"] == VAES[variant.vae].comfy_name
+    assert [node["boundary"] for node in values(task, "WanCoreExpertSwitch")] == [variant.boundary][
+        : variant.experts - 1
+    ]
+
+
+def official(variant: Variant) -> dict[str, Any]:
+    guidance = {"cfg_high": variant.guidance.high, "cfg_low": variant.guidance.low}
+    return {"steps": variant.steps, **guidance, "shift": variant.shift, "solver": "unipc", "schedule": "auto",
+            "denoise": 1.0}  # fmt: skip
+
+
+def test_presets_of_the_menus_are_the_official_settings() -> None:
+    text = (FOLDER.parent / "web/presets.js").read_text(encoding="utf-8")
+    tables = dict(re.findall(r"export const (\w+) = (\{.*?\n\})", text, re.S))
+    sampler, sizes = (json.loads(re.sub(r"(?<=[{,] )(\w+):", r'"\1":', tables[name]).replace("'", '"'))
+                      for name in ("SAMPLER", "SIZE"))  # fmt: skip
+    for variant in VARIANTS.values():
+        preset = sampler[variant.display_name.removeprefix("Wan2.2 ")]
+        assert preset == {name: value for name, value in official(variant).items() if name != "denoise"}
+    offered = {(size["width"], size["height"]) for size in sizes.values()}
+    assert offered == {size for variant in VARIANTS.values() for size in variant.sizes}
+
+
+@each_task
+def test_thumbnail_for_the_template_browser(task: str) -> None:
+    with Image.open(FOLDER / f"{TASKS[task]}.jpg") as image:
+        assert image.format == "JPEG" and image.width >= 400
+    assert (FOLDER / f"{TASKS[task]}.jpg").stat().st_size < 150_000
+
+
+def box(x: float, y: float, width: float, height: float, above: float = 0) -> tuple[float, float, float, float]:
+    return x, y - above, x + width, y + height
+
+
+def overlap(a: tuple, b: tuple, room: float = 0) -> bool:
+    return a[0] < b[2] + room and b[0] < a[2] + room and a[1] < b[3] + room and b[1] < a[3] + room
