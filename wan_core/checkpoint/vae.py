@@ -149,6 +149,9 @@ def _check_config(config: VAEConfig, widths: list[int]) -> None:
     if [config.encoder_dim * m for m in config.multipliers] != widths:
         raise WanError(f"The {config.kind} VAE has levels of {widths} channels, which are not multiples of its first "
                        f"width {config.encoder_dim}: it is not a Wan VAE that this version knows.")
+    if any(max(pair) % min(pair) for pair in zip(widths[:-1], widths[1:], strict=True)):
+        raise WanError(f"The {config.kind} VAE has levels of {widths} channels: expected neighbours to be multiples of "
+                       "each other. It is not a Wan VAE that this version knows.")
 
 
 def diffusers_config(config: VAEConfig) -> dict:

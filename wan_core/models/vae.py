@@ -164,8 +164,8 @@ class VideoVAE(nn.Module):
         size, count = 1, 0
         for piece in stream:
             self._check_video(piece)
-            for frame in piece.split(1, dim=2):
-                waiting.append(frame)
+            for i in range(piece.shape[2]):
+                waiting.append(piece[:, :, i : i + 1])
                 count += 1
                 if len(waiting) == size:
                     yield torch.cat(waiting, 2)

@@ -15,6 +15,7 @@ from .vae import TEMPORAL, VideoVAE
 from .vae_layers import Decoder, Downsample, Encoder, FrameCache, Upsample, residual_blocks
 
 FOLD = 2
+Block = tuple[int, int, int]  # frames, rows and columns
 
 
 class Wan22VAE(VideoVAE):
@@ -79,35 +80,62 @@ class UpLevel(nn.Module):
         return add_duplicated(h, x, self.factor) if self.resamples else h
 
 
-def _factor(temporal: bool | None) -> tuple[int, int, int]:
+def _factor(temporal: bool | None) -> Block:
     """Frames, rows and columns that one place of the smaller side stands for."""
     if temporal is None:
         return 1, 1, 1
     return (2 if temporal else 1), 2, 2
 
 
-def average_down(x: torch.Tensor, out_channels: int, factor: tuple[int, int, int]) -> torch.Tensor:
+def average_down(x: torch.Tensor, out_channels: int, factor: Block) -> torch.Tensor:
     """Fold blocks of ft x fh x fw pixels into channels and average neighbouring channels down to ``out_channels``.
 
-    A chunk whose frames do not fill the first block (that of the video's first frame) has black before it.
+    Folded channels are ordered by channel, frame, row, column. A chunk whose frames do not fill the first block (that
+    of the video's first frame) has black before it.
     """
-    ft, fh, fw = factor
-    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
-    b, c, t, h, w = x.shape
-    blocks = x.view(b, c, t // ft, ft, h // fh, fh, w // fw, fw).permute(0, 2, 4, 6, 1, 3, 5, 7)
-    return blocks.reshape(b, t // ft, h // fh, w // fw, out_channels, -1).mean(-1).permute(0, 4, 1, 2, 3)
+    lacking = -x.shape[2] % factor[0]
+    if lacking:
+        x = F.pad(x, (0, 0, 0, 0, lacking, 0))
+    kept = _leading(out_channels // x.shape[1], factor)
+    averaged = [dim for dim, whole, part in zip((2, 4, 6), factor, kept, strict=True) if part < whole]
+    blocks = _blocks(x, factor)
+    if averaged:
+        blocks = blocks.mean(averaged, keepdim=True)
+    folded = blocks.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(4)  # b t h w (c ft fh fw)
+    return folded.unflatten(-1, (out_channels, -1)).mean(-1).permute(0, 4, 1, 2, 3)
 
 
-def add_duplicated(large: torch.Tensor, small: torch.Tensor, factor: tuple[int, int, int]) -> torch.Tensor:
-    """large += small, each pixel of which covers a block of ft x fh x fw: the inverse folding of ``average_down``.
+def add_duplicated(large: torch.Tensor, small: torch.Tensor, factor: Block) -> torch.Tensor:
+    """large += small unfolded, each value of ``small`` repeated to fill the places: the reverse of ``average_down``.
 
     large [B, O, ft T, fh H, fw W] (without the first ft - 1 frames at the start of a video), small [B, C, T, H, W].
-    Each channel of ``small`` fills O ft fh fw / C places, in the order of output channel, frame, row, column.
+    The repetition is a broadcast: nothing of the size of ``large`` is made.
     """
+    channels = large.shape[1]
+    if small.shape[1] < channels:
+        small = small.repeat_interleave(channels // small.shape[1], dim=1)
+    kept = _leading(small.shape[1] // channels, factor)
+    places = small.unflatten(1, (channels, *kept)).permute(0, 5, 2, 6, 3, 7, 4, 1)  # b t ft h fh w fw c
+    start = large.shape[2] % factor[0]
+    if start:
+        _blocks(large[:, :, :start], (start, *factor[1:])).add_(places[:, :1, -start:])
+    if large.shape[2] > start:
+        _blocks(large[:, :, start:], factor).add_(places[:, 1 if start else 0 :])
+    return large
+
+
+def _blocks(x: torch.Tensor, factor: Block) -> torch.Tensor:
+    """A view: b c (t ft) (h fh) (w fw) -> b t ft h fh w fw c."""
     ft, fh, fw = factor
-    b, c, t, h, w = small.shape
-    out_channels = large.shape[1]
-    repeats = out_channels * ft * fh * fw // c
-    spread = small.repeat_interleave(repeats, dim=1).view(b, out_channels, ft, fh, fw, t, h, w)
-    spread = spread.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, out_channels, t * ft, h * fh, w * fw)
-    return large.add_(spread[:, :, -large.shape[2] :])
+    x = x.unflatten(4, (-1, fw)).unflatten(3, (-1, fh)).unflatten(2, (-1, ft))
+    return x.permute(0, 2, 3, 4, 5, 6, 7, 1)
+
+
+def _leading(count: int, factor: Block) -> Block:
+    """Of a block's frames, rows and columns, those that tell ``count`` folded channels apart, the slowest first."""
+    kept = []
+    for size in factor:
+        part = size if count >= size else 1
+        count //= part
+        kept.append(part)
+    return tuple(kept)
