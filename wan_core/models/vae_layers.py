@@ -92,6 +92,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[..., C] -> [..., C], into ``out`` if given."""
+        if torch.is_grad_enabled():
+            return F.normalize(x.float(), dim=-1).mul(x.shape[-1] ** 0.5 * self.gamma.flatten()).to(x.dtype)
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         factor = (x.shape[-1] ** 0.5 / size.clamp_min_(1e-12)).to(x.dtype)
         return torch.mul(x, factor, out=out).mul_(self.gamma.flatten())
@@ -101,8 +103,11 @@ def norm_silu(norm: RMSNorm, conv: CausalConv3d, x: torch.Tensor, cache: FrameCa
     """silu(norm(x)), written straight into the window of the convolution that follows."""
     window = conv.open_window(x, cache)
     now = window[:, :, -x.shape[2] :]
-    norm(_channels_last(x), out=_channels_last(now))
-    F.silu(now, inplace=True)
+    if torch.is_grad_enabled():
+        _channels_last(now).copy_(F.silu(norm(_channels_last(x))))
+    else:
+        norm(_channels_last(x), out=_channels_last(now))
+        F.silu(now, inplace=True)
     conv.remember(window, cache)
     return window
 

@@ -1,0 +1,137 @@
+"""Latents and text embeddings, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import Variant
+from ..latents import condition_video, given_mask
+from ..models.text_encoder import TextEncoder
+from ..models.vae import VideoVAE
+from .data import Clip, whole_chunks
+
+_BLOCK = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A clip as the transformer sees it: latent [C, T, h, w], normalised, and for I2V the condition [20, T, h, w]."""
+
+    latent: Tensor
+    concat: Tensor | None
+
+
+class Cache:
+    """A folder of safetensors files named by the content they were made from."""
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32):
+        self.folder, self.dtype = folder, dtype
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        file = self.folder / key[:2] / f"{key}.safetensors"
+        if (found := _read(file)) is not None:
+            return found
+        made = {name: tensor.to("cpu", self.dtype).contiguous() for name, tensor in make().items()}
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_suffix(f".partial{os.getpid()}")
+        save_file(made, partial)
+        os.replace(partial, file)
+        return {name: tensor.float() for name, tensor in made.items()}
+
+
+def _read(file: Path) -> dict[str, Tensor] | None:
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, framework="pt") as content:
+            return {name: content.get_tensor(name).float() for name in content.keys()}  # noqa: SIM118
+    except SafetensorError:
+        return None  # cut short by a full disk: made again
+
+
+class Latents:
+    """Clips through a VAE."""
+
+    def __init__(self, cache: Cache, vae: Callable[[], VideoVAE], vae_key: str, variant: Variant):
+        self.cache, self.vae_key, self.variant = cache, vae_key, variant
+        self._load, self._vae = vae, None
+
+    def __call__(self, clip: Clip) -> Entry:
+        key = digest(clip.key, self.vae_key, self.variant.image)
+        held = self.cache.get(key, lambda: self._make(clip))
+        return Entry(held["latent"], held.get("concat"))
+
+    def _make(self, clip: Clip) -> dict[str, Tensor]:
+        if self._vae is None:
+            self._vae = self._load()
+        device = next(self._vae.parameters()).device
+        video = whole_chunks(clip.pixels(), clip.name)[None].to(device)
+        latent = self._vae.encode(video)[0]
+        if self.variant.image != "channels":
+            return {"latent": latent}
+        given = clip.given() or {0: video[0, :, 0]}
+        frames = video.shape[2]
+        shown = condition_video({place: image.to(device) for place, image in given.items()}, frames)
+        mask = given_mask(list(given), frames, *latent.shape[2:]).to(device)
+        return {"latent": latent, "concat": torch.cat([mask[0], self._vae.encode(shown)[0]])}
+
+
+class Texts:
+    """Prompts through a text encoder: [n, D] without padding."""
+
+    def __init__(self, cache: Cache, encoder: Callable[[], TextEncoder], encoder_key: str):
+        self.cache, self.encoder_key = cache, encoder_key
+        self._load, self._encoder = encoder, None
+
+    def __call__(self, prompt: str) -> Tensor:
+        return self.cache.get(digest(prompt, self.encoder_key), lambda: self._make(prompt))["text"]
+
+    def _make(self, prompt: str) -> dict[str, Tensor]:
+        if self._encoder is None:
+            self._encoder = self._load()
+        ids = self._encoder.tokenizer.encode(prompt)
+        return {"text": self._encoder.encode_ids([ids])[0, : len(ids)]}
+
+
+def file_key(path: Path, blocks: int = 64) -> str:
+    """Of a weights file's content: of all of it up to 64 MB, else of 64 evenly spaced megabytes, and of its size."""
+    size = path.stat().st_size
+    whole = size <= blocks * _BLOCK
+    starts = range(0, size, _BLOCK) if whole else (i * (size - _BLOCK) // (blocks - 1) for i in range(blocks))
+    content = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for start in starts:
+            file.seek(start)
+            content.update(file.read(_BLOCK))
+    return content.hexdigest()[:32]
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def batches_of(shapes: Sequence[tuple], size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of an epoch, a function of seed and epoch: shuffled, each of clips of one shape.
+
+    A shape's last batch is filled up from its beginning.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    groups: dict[tuple, list[int]] = {}
+    for i in torch.randperm(len(shapes), generator=generator).tolist():
+        groups.setdefault(shapes[i], []).append(i)
+    batches = []
+    for group in groups.values():
+        whole = -(-len(group) // size) * size
+        filled = (group * (whole // len(group) + 1))[:whole]
+        batches += [filled[i : i + size] for i in range(0, whole, size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

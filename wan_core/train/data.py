@@ -1,0 +1,195 @@
+"""Clips to train on: a folder with ``metadata.csv``, or any Python sequence of clips.
+
+The table has a row a clip: ``video,prompt`` as in the folder layout of DiffSynth-Studio (``image`` or ``file_name`` may
+stand for ``video``), and optionally ``start_image`` and ``end_image``. Images are clips of one frame.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import TEMPORAL_STRIDE
+from ..errors import WanError
+from ..latents import image_tensor, latent_frames
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+VIDEOS = (".mp4", ".avi", ".mov", ".wmv", ".mkv", ".flv", ".webm")
+_FILE_COLUMNS = ("video", "image", "file_name")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Width, height and frames of what is trained on."""
+
+    width: int
+    height: int
+    frames: int
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """One example; its pixels are read when they are wanted.
+
+    Attributes:
+        name: for messages.
+        key: changes when the content does: names the cached latent.
+        pixels: -> [3, F, H, W] in -1..1, F being 4n + 1.
+        given: condition images by frame number ([3, H, W]); without any, I2V is shown the clip's own first frame.
+    """
+
+    name: str
+    prompt: str
+    key: str
+    pixels: Callable[[], Tensor]
+    given: Callable[[], dict[int, Tensor]] = field(default=dict)
+
+
+class ClipProblem(Exception):
+    """A clip that cannot be used, and why."""
+
+
+def read_folder(folder: str | Path, frame: Frame, *, metadata: str | Path | None = None) -> list[Clip]:
+    """The clips of a table.
+
+    Raises:
+        WanError: no table, no column of files or prompts, or no row.
+    """
+    folder = Path(folder)
+    table = Path(metadata) if metadata else folder / "metadata.csv"
+    if not table.is_file():
+        raise WanError(f"No {table}: the data folder needs a metadata.csv with the columns video,prompt.")
+    with table.open(newline="", encoding="utf-8-sig") as rows:
+        reader = csv.DictReader(rows)
+        columns = reader.fieldnames or []
+        column = next((name for name in _FILE_COLUMNS if name in columns), None)
+        if column is None or "prompt" not in columns:
+            raise WanError(f"{table} has the columns {', '.join(columns) or '(none)'}; expected video,prompt.")
+        clips = [_clip(folder, row, column, frame) for row in reader]
+    if not clips:
+        raise WanError(f"{table} has no rows: add one for each clip.")
+    return clips
+
+
+def _clip(folder: Path, row: dict[str, str], column: str, frame: Frame) -> Clip:
+    file = folder / (row[column] or "")
+    images = {place: folder / row[name] for name, place in (("start_image", 0), ("end_image", -1)) if row.get(name)}
+    return Clip(
+        name=row[column] or "(empty)", prompt=row["prompt"] or "", key=_key([file, *images.values()], frame),
+        pixels=lambda: read_pixels(file, frame),
+        given=lambda: {place: read_pixels(image, frame)[:, 0] for place, image in images.items()},
+    )  # fmt: skip
+
+
+def _key(files: Sequence[Path], frame: Frame) -> str:
+    """Of the content, not of names or dates: a moved data set needs no new latents."""
+    digest = hashlib.sha256(repr(frame).encode())
+    for file in files:
+        if file.is_file():
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest() if hasattr(hashlib, "file_digest")
+                              else hashlib.sha256(content.read()).digest())  # fmt: skip
+        digest.update(b"|")
+    return digest.hexdigest()[:32]
+
+
+def read_pixels(file: Path, frame: Frame) -> Tensor:
+    """The first frames of a video, or the one of an image, scaled to cover the size and cut to it.
+
+    Raises:
+        ClipProblem: not there, not readable, or too short.
+    """
+    if not file.is_file():
+        raise ClipProblem("no such file")
+    if file.suffix.lower() in IMAGES:
+        return cover(_read_image(file), frame)[:, None]
+    pictures = [cover(image_tensor(picture), frame) for picture in _read_frames(file, frame.frames)]
+    if len(pictures) < frame.frames:
+        raise ClipProblem(f"has {len(pictures)} frames, expected at least {frame.frames}")
+    return torch.stack(pictures, dim=1)
+
+
+def _read_image(file: Path) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return image_tensor(Image.open(file))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ClipProblem(f"is not a readable image ({error})") from error
+
+
+def _read_frames(file: Path, count: int) -> Iterator[np.ndarray]:
+    import av
+
+    try:
+        with av.open(str(file)) as container:
+            for _, frame in zip(range(count), container.decode(video=0), strict=False):
+                yield frame.to_ndarray(format="rgb24")
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise ClipProblem(f"is not a readable video ({error})") from error
+
+
+def cover(picture: Tensor, frame: Frame) -> Tensor:
+    """[3, h, w] -> [3, H, W]: scaled to cover, the centre cut out."""
+    height, width = picture.shape[1:]
+    scale = max(frame.width / width, frame.height / height)
+    size = (max(frame.height, round(height * scale)), max(frame.width, round(width * scale)))
+    if size != (height, width):
+        picture = F.interpolate(picture[None], size=size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
+    top, left = (size[0] - frame.height) // 2, (size[1] - frame.width) // 2
+    return picture[:, top : top + frame.height, left : left + frame.width]
+
+
+def check_frame(frame: Frame, multiple: int) -> None:
+    """
+    Raises:
+        WanError: sides or frames that the model cannot have.
+    """
+    latent_frames(frame.frames)
+    if frame.width % multiple or frame.height % multiple or min(frame.width, frame.height) < multiple:
+        raise WanError(f"{frame.width}x{frame.height} pixels: this model needs multiples of {multiple}.")
+
+
+def usable(clips: Sequence[Clip], prepare: Callable[[Clip], object], *, skip_bad: bool) -> list[Clip]:
+    """The clips for which ``prepare`` works; each of the others is named with what is wrong with it.
+
+    Raises:
+        WanError: a bad clip and not ``skip_bad``, or no good one.
+    """
+    good, bad = [], []
+    for clip in clips:
+        try:
+            prepare(clip)
+            good.append(clip)
+        except ClipProblem as problem:
+            bad.append(f"{clip.name} {problem}")
+    if bad and not skip_bad:
+        raise WanError(f"{len(bad)} of {len(clips)} clips cannot be used: {'; '.join(bad)}. Mend or remove them, or "
+                       "skip them with --skip_bad_clips.")
+    for line in bad:
+        log.warning("Skipped: %s.", line)
+    if not good:
+        raise WanError(f"None of {len(clips)} clips can be used: {'; '.join(bad[:5])}.")
+    return good
+
+
+def whole_chunks(video: Tensor, name: str) -> Tensor:
+    """A Python data set may hand over any tensor: here its shape is checked.
+
+    Raises:
+        ClipProblem: not [3, 4n + 1, H, W].
+    """
+    if video.ndim != 4 or video.shape[0] != 3 or video.shape[1] % TEMPORAL_STRIDE != 1:
+        raise ClipProblem(f"has the shape {list(video.shape)}, expected [3, 4n + 1, height, width]")
+    return video

@@ -1,0 +1,150 @@
+"""What a diffusion transformer learns in one batch, and what is written when it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..config import Variant
+from ..dtypes import NAMES
+from ..errors import WanError
+from ..video import unfinished
+from . import lora
+from .cache import Entry, batches_of
+from .model import TrainedDiT
+from .objective import Example, NoiseRange, noisy, velocity_loss, with_channels, with_clean_first_frame
+from .precision import autocast, resolve_precision
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Clips made ready.
+
+    Attributes:
+        entries: latents of the clips; read when a batch wants them.
+        texts: embedding [n, D] of a clip's prompt.
+        empty: embedding of the empty prompt, in whose place a caption is sometimes dropped.
+        shapes: of the latents; batches hold one shape.
+        key: of the whole set, for refusing to go on with other data.
+    """
+
+    entries: Callable[[int], Entry]
+    texts: Callable[[int], Tensor]
+    empty: Tensor
+    shapes: Sequence[tuple]
+    key: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a transformer is taught.
+
+    Attributes:
+        caption_dropout: how often the caption is empty: guidance needs a model that knows both.
+        image_dropout: TI2V: how often the first frame is not given.
+    """
+
+    variant: Variant
+    noise: NoiseRange
+    batch: int = 1
+    caption_dropout: float = 0.1
+    image_dropout: float = 0.3
+    precision: str = "auto"
+
+
+class DiTTask:
+    """A transformer in training, whole or through LoRA: the ``Task`` of ``loop.train``."""
+
+    def __init__(
+        self,
+        model: TrainedDiT,
+        data: Data,
+        recipe: Recipe,
+        *,
+        adapted: Mapping[str, lora.AdaptedLinear] | None = None,
+        sampler: Callable[[int, Path], None] | None = None,
+    ):
+        self.model, self.data, self.recipe, self.adapted = model, data, recipe, adapted
+        self.precision = resolve_precision(recipe.precision, model.device)
+        self.sampler = sampler
+        self._epochs: dict[int, list[list[int]]] = {}
+        _check_channels(model, recipe.variant)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def describe(self) -> dict[str, object]:
+        rank = len(next(iter(self.adapted.values())).lora_A) if self.adapted else 0
+        recipe = self.recipe
+        return {"task": recipe.variant.task, "noise": recipe.noise, "batch": recipe.batch, "data": self.data.key,
+                "caption_dropout": recipe.caption_dropout, "image_dropout": recipe.image_dropout,
+                "precision": self.precision, "lora_rank": rank, "model": self.model.config}  # fmt: skip
+
+    def loss(self, batch: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        clips = self._clips(batch)
+        entries = [self.data.entries(i) for i in clips]
+        example = self.example(entries, generator)
+        texts = [self.data.texts(i) for i in clips]
+        dropped = torch.rand(len(clips), generator=generator) < self.recipe.caption_dropout
+        texts = [self.data.empty if drop else text for text, drop in zip(texts, dropped, strict=True)]
+        with autocast(self.precision, self.model.device):
+            velocity = self.model(example.x, example.t, texts)
+        return velocity_loss(velocity, example), {}
+
+    def example(self, entries: Sequence[Entry], generator: torch.Generator) -> Example:
+        """What the model is shown of these clips, on its device."""
+        latent = torch.stack([entry.latent for entry in entries])
+        noise = torch.randn(latent.shape, generator=generator)
+        made = noisy(latent, noise, self.recipe.noise.sigmas(len(latent), generator))
+        if self.recipe.variant.image == "channels":
+            made = with_channels(made, torch.stack([entry.concat for entry in entries]))
+        if self.recipe.variant.image == "frame":
+            given = torch.rand(len(latent), generator=generator) >= self.recipe.image_dropout
+            made = with_clean_first_frame(made, latent, given & (latent.shape[2] > 1))
+        device = self.model.device
+        return Example(*(part.to(device) for part in (made.x, made.t, made.target, made.weight)))
+
+    def sample(self, step: int, folder: Path) -> None:
+        if self.sampler:
+            self.sampler(step, folder)
+
+    def save(self, file: Path, dtype: str = "auto") -> None:
+        """The LoRA, or the whole model, as the pack's and ComfyUI's loaders read them."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"wan_task": self.recipe.variant.task, "noise_from": f"{self.recipe.noise.low}",
+                    "noise_to": f"{self.recipe.noise.high}"}  # fmt: skip
+        if self.adapted:
+            lora.save_lora(self.adapted, file, metadata)
+        else:
+            save_weights(self.model.state_dict(), file, dtype, metadata)
+
+    def _clips(self, batch: int) -> list[int]:
+        size = len(self._batches(0))
+        epoch, place = divmod(batch, size)
+        return self._batches(epoch)[place]
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        """Every epoch has as many batches: it depends on how many clips there are of each shape alone."""
+        if epoch not in self._epochs:
+            self._epochs = {0: self._epochs[0]} if 0 in self._epochs else {}
+            self._epochs[epoch] = batches_of(self.data.shapes, self.recipe.batch, 0, epoch)
+        return self._epochs[epoch]
+
+
+def save_weights(weights: Mapping[str, Tensor], file: Path, dtype: str, metadata: Mapping[str, str]) -> None:
+    """One safetensors file under the official keys; "auto" keeps each tensor's own dtype."""
+    target = None if dtype == "auto" else NAMES[dtype]
+    made = {key: tensor.detach().to("cpu", target or tensor.dtype).contiguous() for key, tensor in weights.items()}
+    with unfinished(file) as partial:
+        save_file(made, partial, metadata={"format": "pt", **metadata})
+
+
+def _check_channels(model: TrainedDiT, variant: Variant) -> None:
+    if model.config.in_channels != variant.in_channels:
+        raise WanError(f"The model takes {model.config.in_channels} channels, but {variant.display_name} takes "
+                       f"{variant.in_channels}: choose its --task.")

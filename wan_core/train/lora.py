@@ -1,0 +1,110 @@
+"""LoRA (arXiv 2106.09685): low-rank updates beside frozen linear layers, and the file they are saved in.
+
+A file holds ``diffusion_model.<layer>.lora_A.weight`` [rank, in], ``.lora_B.weight`` [out, rank] and ``.alpha``; the
+update is ``alpha / rank * B @ A`` times the strength, which is how ComfyUI's LoraLoader reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import WanError
+from ..video import unfinished
+
+TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+PREFIX = "diffusion_model."
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer and its low-rank update, which begins at zero."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale = alpha / rank
+        bound = base.in_features**-0.5
+        start = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(start.to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        y = self.base(x)
+        return y + (low * self.scale).to(y.dtype)
+
+    def update(self) -> Tensor:
+        """What merging adds to the weight, [out, in]."""
+        return self.scale * (self.lora_B @ self.lora_A)
+
+
+def add_lora(
+    model: nn.Module, rank: int, targets: Sequence[str] = TARGETS, *, alpha: float | None = None, seed: int = 0
+) -> dict[str, AdaptedLinear]:
+    """Freeze a DiT and put an update beside every linear layer of its blocks whose name ends in a target.
+
+    Args:
+        alpha: None means the rank, so that the update is B @ A.
+
+    Raises:
+        WanError: a rank below 1, or a target that no layer has.
+    """
+    if rank < 1:
+        raise WanError(f"The LoRA rank is {rank}: expected 1 or more.")
+    model.requires_grad_(False)
+    layers = {name: layer for name, layer in model.named_modules()
+              if name.startswith("blocks.") and isinstance(layer, nn.Linear)}  # fmt: skip
+    chosen = {name: layer for name, layer in layers.items() if any(name.endswith("." + target) for target in targets)}
+    _check_targets(targets, layers)
+    generator = torch.Generator().manual_seed(seed)
+    adapted = {}
+    for name, layer in chosen.items():
+        adapted[name] = AdaptedLinear(layer, rank, alpha or rank, generator)
+        owner, _, child = name.rpartition(".")
+        model.get_submodule(owner)._modules[child] = adapted[name]
+    return adapted
+
+
+def lora_tensors(adapted: Mapping[str, AdaptedLinear], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The tensors of a LoRA file."""
+    found = {}
+    for name, layer in adapted.items():
+        found[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().to("cpu", dtype).contiguous()
+        found[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().to("cpu", dtype).contiguous()
+        found[f"{PREFIX}{name}.alpha"] = torch.tensor(layer.scale * len(layer.lora_A))
+    return found
+
+
+def save_lora(adapted: Mapping[str, AdaptedLinear], file: Path, metadata: Mapping[str, str]) -> None:
+    with unfinished(file) as partial:
+        save_file(lora_tensors(adapted), partial, metadata={"format": "pt", **metadata})
+
+
+def merge_lora(weights: Mapping[str, Tensor], file: str | Path, strength: float = 1.0) -> dict[str, Tensor]:
+    """A DiT's state dict with a LoRA file of this trainer merged into it.
+
+    Raises:
+        WanError: the file updates layers that the model does not have.
+    """
+    lora, merged = load_file(file), dict(weights)
+    for key in [key for key in lora if key.endswith(".lora_A.weight")]:
+        name = key.removesuffix(".lora_A.weight")
+        weight = name.removeprefix(PREFIX) + ".weight"
+        if weight not in merged:
+            raise WanError(f"{file} updates {weight}, which this model does not have: it was made for another one.")
+        down, up = lora[key].float(), lora[name + ".lora_B.weight"].float()
+        scale = strength * lora[name + ".alpha"].item() / len(down)
+        merged[weight] = (merged[weight].float() + scale * (up @ down)).to(merged[weight].dtype)
+    return merged
+
+
+def _check_targets(targets: Sequence[str], layers: Mapping[str, nn.Linear]) -> None:
+    unknown = [target for target in targets if not any(name.endswith("." + target) for name in layers)]
+    if unknown or not targets:
+        raise WanError(f"LoRA targets {', '.join(unknown) or '(none)'} are no linear layers of this model: choose "
+                       f"among {','.join(TARGETS)}.")

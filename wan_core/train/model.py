@@ -1,0 +1,147 @@
+"""The diffusion transformer as it is trained: float32 islands, short texts, checkpointed blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..checkpoint.build import load_strict
+from ..config import TEXT_LENGTH, DiTConfig
+from ..errors import WanError
+from ..models.attention import sdpa
+from ..models.dit import TextStates, WanDiT
+from ..models.load_dit import DiTFile
+from .precision import full_precision
+
+
+class TrainedDiT(WanDiT):
+    """The same function as WanDiT, with what a step of training needs around it.
+
+    Under autocast the residual stream, the embedding of time and the head stay float32.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
+        inner = self.head.forward
+        self.head.forward = lambda *args: _in_float32(self, inner, *args)
+
+    def text_states(self, context: Tensor | Sequence[Tensor], *, keep: bool = True) -> TextStates:
+        """Text [B, 512, D] as always, or a list of prompts [n, D] without their padding."""
+        if isinstance(context, Tensor):
+            return super().text_states(context, keep=keep)
+        rows, bias = pad_texts(context)
+        return BriefText(super().text_states(rows).embedded, self.config.layers, bias.to(self.device))
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | Sequence[Tensor] | TextStates, **options) -> Tensor:
+        text = context if isinstance(context, TextStates) else self.text_states(context, keep=False)
+        self.attend = text.attend if isinstance(text, BriefText) else sdpa
+        return super().forward(x, t, text, **options)
+
+    def _embed_patches(self, x: Tensor) -> Tensor:
+        return _in_float32(self, super()._embed_patches, x)
+
+    def _embed_time(self, t: Tensor, grid: tuple[int, int, int]):
+        return _in_float32(self, super()._embed_time, t, grid)
+
+
+def _in_float32(model: WanDiT, function, *args):
+    with full_precision(model.device):
+        return function(*args)
+
+
+class BriefText(TextStates):
+    """Texts of a batch padded to the longest plus one row, which stands for all padding up to 512.
+
+    Cross-attention sees 512 rows, of which the padding is many times the same. A softmax over n equal scores is one
+    over a single score raised by log(n), so the result is that of 512 rows at a tenth of the work.
+    """
+
+    def __init__(self, embedded: Tensor, layers: int, bias: Tensor):
+        super().__init__(embedded, layers, keep=False)
+        self.bias = bias  # [B, 1, 1, L]
+        self._keys: Tensor | None = None
+
+    def of_block(self, index: int, attention: nn.Module) -> tuple[Tensor, Tensor]:
+        keys, values = super().of_block(index, attention)
+        self._keys = keys
+        return keys, values
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if k is not self._keys:
+            return sdpa(q, k, v)
+        heads_first = (part.transpose(1, 2).to(v.dtype) for part in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=self.bias.to(v.dtype)).transpose(1, 2)
+
+
+def pad_texts(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts [n, D] -> rows [B, L, D], zeros behind each, and what each row's score is raised by [B, 1, 1, L]."""
+    longest = max(len(text) for text in texts)
+    if longest > TEXT_LENGTH:
+        raise WanError(f"A text embedding has {longest} rows: expected {TEXT_LENGTH} at most.")
+    rows = texts[0].new_zeros(len(texts), longest + 1, texts[0].shape[1], dtype=torch.float32)
+    bias = torch.full((len(texts), 1, 1, longest + 1), -math.inf)
+    for i, text in enumerate(texts):
+        rows[i, : len(text)] = text
+        bias[i, ..., : len(text)] = 0
+        if len(text) < TEXT_LENGTH:
+            bias[i, ..., len(text)] = math.log(TEXT_LENGTH - len(text))
+    return rows, bias
+
+
+def checkpoint_blocks(model: WanDiT, *, offload: bool = False) -> None:
+    """Forget what happens inside a block and compute it again for the gradients; ``offload`` keeps what goes into each
+    block in main memory instead of on the device."""
+    for block in model.blocks:
+        block.forward = partial(_checkpointed, block.forward, offload)
+
+
+def _checkpointed(forward, offload: bool, *args):
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    if offload:
+        with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+            return checkpoint(forward, *args, use_reentrant=False)
+    return checkpoint(forward, *args, use_reentrant=False)
+
+
+def load_trained(
+    file: DiTFile, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> TrainedDiT:
+    """A checkpoint's model with weights of its own that may be written to."""
+    with torch.device("meta"):
+        model = TrainedDiT(file.config)
+    load_strict(model, file.checkpoint, file.names, device=device, dtype=dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # a mapped file is read-only
+    file.checkpoint.close()
+    return model
+
+
+def new_dit(config: DiTConfig, seed: int) -> TrainedDiT:
+    """Fresh weights: the official initialisation, which begins with a head that answers 0."""
+    model = TrainedDiT(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_initial(name, parameter, generator))
+    return model
+
+
+def _initial(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    if "norm" in name:
+        return torch.zeros_like(like) if name.endswith("bias") else torch.ones_like(like)
+    if name.endswith("modulation"):
+        return torch.randn(like.shape, generator=generator) / math.sqrt(like.shape[-1])
+    if name.endswith("bias") or name == "head.head.weight":
+        return torch.zeros_like(like)
+    if name.startswith(("text_embedding", "time_embedding")):
+        return torch.randn(like.shape, generator=generator) * 0.02
+    matrix = like.flatten(1)
+    bound = math.sqrt(6 / sum(matrix.shape))
+    return torch.empty(like.shape).uniform_(-bound, bound, generator=generator)
