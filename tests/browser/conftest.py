@@ -28,7 +28,8 @@ CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first
 # Each is a pattern on "message @ source".
 COMFYUIS_OWN_ERRORS = (
     # Files a new user does not have yet, and an interface of newer servers that the newest frontend asks 0.3.75 for.
-    r"Failed to load resource.*404.* @ .*/(user\.css|favicon\.ico|api/userdata.*|api/jobs.*|templates/index_logo\.json)",
+    r"Failed to load resource.*404.* @ .*/(user\.css|favicon\.ico|api/userdata.*|api/jobs.*)",
+    r"Failed to load resource.*404.* @ .*/templates/index_logo\.json",
     r"JobsApiError: Failed to fetch jobs",
     # --disable-api-nodes forbids the frontend the internet, and it complains about that.
     r"violates the (following|document's) Content Security Policy",
