@@ -168,7 +168,7 @@ def add_notes(g: Graph, end: int, variant: Variant) -> None:
     notes = {"Files": files_note, "Size, length and memory": size_note, "Settings": settings_note}
     width = (end - (len(notes) - 1) * GAP) // len(notes)
     for i, (title, text) in enumerate(notes.items()):
-        g.note(title, (i * (width + GAP), HEIGHT + GAP + TITLE), (width, 220), text(variant))
+        g.note(title, (i * (width + GAP), HEIGHT + GAP + TITLE), (width, 190), text(variant))
 
 
 def download(directory: str, name: str) -> dict[str, str]:

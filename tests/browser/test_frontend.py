@@ -1,0 +1,104 @@
+"""What the pack adds to the editor, in each frontend and renderer: layout, menus, labels, help pages."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfy_server import PACK
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+NODES = json.loads((ROOT / "locales/en/nodeDefs.json").read_text(encoding="utf-8"))
+
+each_workflow = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+
+
+@each_workflow
+def test_the_editor_sends_the_api_twin(app, workflow: Path) -> None:
+    app.drop(workflow)
+    sent = app.page.evaluate("async () => (await app.graphToPrompt()).output")
+    twin = json.loads((workflow.parent / "api" / workflow.name).read_text(encoding="utf-8"))
+    assert bare(sent) == bare(twin)
+
+
+def bare(graph: dict[str, Any]) -> dict[str, Any]:
+    return {id: (node["class_type"], node["inputs"]) for id, node in graph.items()}
+
+
+@each_workflow
+def test_nodes_lie_apart(app, workflow: Path) -> None:
+    """As drawn: Nodes 2.0 may make a node larger than the file says."""
+    app.drop(workflow)
+    app.command("Comfy.Canvas.FitView")
+    app.page.wait_for_timeout(800)
+    boxes = app.page.evaluate(_DOM_BOXES if app.nodes2 else _BOXES)
+    assert len(boxes) == len(json.loads(workflow.read_text(encoding="utf-8"))["nodes"])
+    touching = [(a[0], b[0]) for a, b in combinations(boxes, 2) if overlap(a[1:], b[1:])]
+    assert not touching
+
+
+def overlap(a: list[float], b: list[float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+_BOXES = """() => app.graph.nodes.map(({title, pos, size}) =>
+    [title, pos[0], pos[1] - 30, pos[0] + size[0], pos[1] + size[1]])"""
+
+_DOM_BOXES = """() => [...document.querySelectorAll('[data-node-id]')].map(element => {
+    const {left, top, right, bottom} = element.getBoundingClientRect()
+    return [element.dataset.nodeId, left, top, right, bottom]
+})"""
+
+
+def test_expert_switch_says_what_the_boundary_means(app) -> None:
+    app.drop(ROOT / "workflows/wan22_t2v_a14b.json")
+    assert boundary(app) == ["boundary", True, 0.875]
+    for mode, label, start in (("step", "from step", 20), ("snr", "from SNR", 0.02), ("timestep", "below", 0.875)):
+        app.set_widgets({"mode": mode})
+        assert boundary(app) == [label, False, start]
+
+
+def boundary(app) -> list[Any]:
+    return app.page.evaluate("""() => {
+        const node = app.graph.nodes.find(node => node.type === 'WanCoreExpertSwitch')
+        const {label, disabled, value} = node.widgets.find(widget => widget.name === 'boundary')
+        return [label, disabled, value]
+    }""")
+
+
+@pytest.mark.parametrize(
+    ("node", "path", "expected"),
+    [
+        ("WanCoreSampler", ["Wan: official settings", "I2V-A14B"], {"steps": 40, "cfg_high": 3.5, "shift": 5}),
+        ("WanCoreEmptyLatent", ["Wan: size", "A14B: 480 × 832"], {"width": 480, "height": 832, "frames": 81}),
+    ],
+)
+def test_presets_beside_the_selected_node(app, node: str, path: list[str], expected: dict[str, Any]) -> None:
+    app.drop(ROOT / "workflows/wan22_t2v_a14b.json")
+    app.page.evaluate(
+        """type => {
+        app.canvas.selectNode(app.graph.nodes.find(node => node.type === type))
+        app.canvas.setDirty(true, true)
+    }""",
+        node,
+    )
+    app.page.locator("button:has(.pi-sliders-h)").first.click()
+    for entry in path:
+        app.page.locator(".litecontextmenu").get_by_text(entry, exact=True).first.click()
+    values = app.page.evaluate(
+        """type => Object.fromEntries(
+        app.graph.nodes.find(node => node.type === type).widgets.map(({name, value}) => [name, value]))""",
+        node,
+    )
+    assert values | expected == values
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_help_pages_are_served(app, language: str) -> None:
+    for id in NODES:
+        page = app.server.client.request(f"/extensions/{PACK}/docs/{id}/{language}.md").decode()
+        assert page == (ROOT / "web/docs" / id / f"{language}.md").read_text(encoding="utf-8")
