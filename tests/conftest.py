@@ -127,8 +127,10 @@ def start_server(
         (base / "models").symlink_to(models)
         (base / "user/default/comfy.settings.json").write_text(json.dumps(SETTINGS))
         options = ("--cpu", "--disable-api-nodes", "--preview-method", "latent2rgb", *options)
-        timed = {"PYTHONPROFILEIMPORTTIME": "1"}  # what the pack adds to ComfyUI's start is read from the log
-        servers.append(Server.start(sys.executable, small_comfyui, base, *options, env=timed))
+        # What the pack adds to ComfyUI's start is read from the log. On models this small several threads mostly wait
+        # for each other, ten times as long as one takes when the machine is busy.
+        env = {"PYTHONPROFILEIMPORTTIME": "1", "OMP_NUM_THREADS": "1"}
+        servers.append(Server.start(sys.executable, small_comfyui, base, *options, env=env))
         return servers[-1]
 
     yield start
