@@ -1,0 +1,100 @@
+"""``python -m wan_core.train.nano``: train the nano family; killed and started again, it goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ...dtypes import NAMES
+from ...errors import WanError
+from ..data import Frame
+from ..dit import save_weights
+from .recipe import FILES, STAGES, Family, Settings
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m wan_core.train.nano", description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path(".cache/nano"), help="folder of states and caches")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the finished files, laid out as ComfyUI's")
+    parser.add_argument("--stages", default=",".join(STAGES), help=f"comma-separated, of {','.join(STAGES)}")
+    parser.add_argument("--seconds", type=float, default=None, help="stop a stage after so long; the next call goes on")
+    parser.add_argument("--scale", type=float, default=1.0, help="of all steps; small values try the way")
+    parser.add_argument("--size", type=int, default=128, help="side of the pictures, a multiple of 32")
+    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--clips", type=int, default=4000, help="clips the transformers are trained on")
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 is PyTorch's choice")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    settings = Settings(frame=Frame(args.size, args.size, args.frames), clips=args.clips, scale=args.scale,
+                        precision=args.precision)  # fmt: skip
+    family = Family(settings, args.work, tell=_tell, seconds=args.seconds)
+    try:
+        run(family, args.stages.split(","))
+        if args.out:
+            export(family, args.out)
+    except WanError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        _tell("stopped; the same command goes on")
+        return 130
+    return 0
+
+
+def run(family: Family, stages: list[str]) -> None:
+    """The stages in order; finished ones are passed over.
+
+    Raises:
+        WanError: an unknown stage, or one that needs another first.
+    """
+    unknown = [name for name in stages if name not in STAGES]
+    if unknown:
+        raise WanError(f"Unknown stages {', '.join(unknown)}: expected some of {', '.join(STAGES)}.")
+    for name in stages:
+        if family.done(name):
+            family.tell(f"{name}: done before")
+            continue
+        began = time.monotonic()
+        finished = STAGES[name](family)
+        family.tell(f"{name}: {'finished' if finished else 'stopped'} after {time.monotonic() - began:.0f} s")
+        if not finished:
+            return
+
+
+def export(family: Family, out: Path) -> None:
+    """The finished stages as the files of the family, in their storage dtype."""
+    total = 0
+    for stage, name in FILES.items():
+        if not family.done(stage):
+            continue
+        file = out / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(_stored(family.file(stage), family.settings.storage), file, "auto", {"wan_nano": stage})
+        total += file.stat().st_size
+        family.tell(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+    family.tell(f"{total / 1e6:.1f} MB in all")
+
+
+def _stored(file: Path, dtype: str) -> dict[str, torch.Tensor]:
+    with safe_open(file, framework="pt") as content:
+        tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+    return {key: t.to(NAMES[dtype]) if t.is_floating_point() else t for key, t in tensors.items()}
+
+
+def _tell(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,341 @@
+"""The stages of the nano family: what each trains, for how long, from what, and the gate it must pass.
+
+Stages build on each other: the dense ``pilot`` shows whether the world can be learnt at all, and its weights are where
+every expert of the 16-channel models starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ...config import VARIANTS, DiTConfig, VAEConfig, VAEKind, Variant
+from ...errors import WanError
+from ...models.load_vae import load_vae
+from ...models.text_encoder import load_text_encoder
+from ...models.vae import VideoVAE
+from ..cache import Cache, Entry, Latents, Texts, file_key
+from ..data import Clip, Frame
+from ..dit import Data, DiTTask, save_weights
+from ..dit import Recipe as DiTRecipe
+from ..loop import Plan, train
+from ..model import TrainedDiT, new_dit
+from ..objective import NoiseRange, expert_range
+from ..precision import resolve_precision
+from ..report import sample_grid
+from ..sample import Sampling, sample
+from ..vae import Phase, VAERecipe, VAETask, calibrate, new_vae, psnr, reconstruct
+from .dataset import RandomClips, scenes, to_tensor, training_clips
+from .evaluate import Rate, ceiling, score
+from .text import TextTask, make_tokenizer, new_encoder, save_encoder, tokenizer_of
+from .world import Scene, film
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the result.
+
+    Attributes:
+        scale: of the steps of every stage: 1 is the full training, 0.01 tries the way.
+    """
+
+    frame: Frame = Frame(128, 128, 17)
+    clips: int = 4000
+    vae_dim: int = 12
+    dim: int = 128
+    ffn_dim: int = 512
+    layers: int = 7
+    shift: float = 5.0
+    batch: int = 24
+    scale: float = 1.0
+    seed: int = 0
+    precision: str = "auto"
+    storage: str = "fp16"
+
+    def steps(self, full: int) -> int:
+        return max(2, round(full * self.scale))
+
+
+FILES = {
+    "text": "text_encoders/nano_umt5.safetensors",
+    "vae16": "vae/nano_vae16.safetensors", "vae48": "vae/nano_vae48.safetensors",
+    "t2v_high": "diffusion_models/nano_t2v_high_noise.safetensors",
+    "t2v_low": "diffusion_models/nano_t2v_low_noise.safetensors",
+    "i2v_high": "diffusion_models/nano_i2v_high_noise.safetensors",
+    "i2v_low": "diffusion_models/nano_i2v_low_noise.safetensors",
+    "ti2v": "diffusion_models/nano_ti2v.safetensors",
+}  # fmt: skip
+
+T2V, I2V, TI2V = (VARIANTS[task] for task in ("t2v-A14B", "i2v-A14B", "ti2v-5B"))
+
+
+@dataclass(eq=False)
+class Family:
+    """The family in a working folder: finished stages lie there as float32 files, unfinished ones as states."""
+
+    settings: Settings
+    work: Path
+    tell: Callable[[str], None] = print
+    seconds: float | None = None  # for one stage
+
+    def file(self, stage: str) -> Path:
+        return self.work / stage / "model.safetensors"
+
+    def done(self, stage: str) -> bool:
+        return self.file(stage).exists()
+
+    def need(self, stage: str) -> Path:
+        if not self.done(stage):
+            raise WanError(f"Stage {stage} is not finished. Run it: python -m wan_core.train.nano --stages {stage}.")
+        return self.file(stage)
+
+    def vae(self, kind: VAEKind) -> VideoVAE:
+        stage = "vae16" if kind == "wan2.1" else "vae48"
+        return load_vae(self.need(stage), dtype=torch.float32)
+
+    @cached_property
+    def texts(self) -> Texts:
+        file = self.need("text")
+        cache = Cache(self.work / "cache" / "texts", dtype=torch.float16)
+        return Texts(cache, lambda: load_text_encoder(file, dtype=torch.float32), file_key(file))
+
+    @cached_property
+    def clips(self) -> list[Clip]:
+        return training_clips(self.settings.clips, self.settings.frame, self.settings.seed)
+
+    def latents(self, variant: Variant) -> Latents:
+        """Latents of a variant; T2V shares I2V's, which have the condition beside them."""
+        stage = "vae16" if variant.vae == "wan2.1" else "vae48"
+        shared = I2V if variant is T2V else variant
+        dtype = torch.bfloat16 if resolve_precision(self.settings.precision, "cpu") == "bf16" else torch.float32
+        cache = Cache(self.work / "cache" / "latents", dtype=torch.float16)
+        file = self.need(stage)
+        return Latents(cache, lambda: load_vae(file, dtype=dtype), file_key(file), shared)
+
+    def data(self, variant: Variant, clips: list[Clip]) -> Data:
+        latents = self.latents(variant)
+        first = latents(clips[0])
+        kept: dict[int, Entry] = {}
+
+        def entry(i: int) -> Entry:
+            if i not in kept:
+                kept[i] = latents(clips[i])
+            return kept[i]
+
+        return Data(entry, lambda i: self.texts(clips[i].prompt), self.texts(""),
+                    [tuple(first.latent.shape)] * len(clips), f"{len(clips)} {clips[0].key} {latents.vae_key}")
+
+    def config(self, variant: Variant) -> DiTConfig:
+        s = self.settings
+        out = 48 if variant.vae == "wan2.2" else 16
+        return DiTConfig(variant.in_channels, out, s.dim, s.ffn_dim, s.layers, 4096, 256, s.dim // 128)
+
+    def dit(self, stage: str, variant: Variant) -> TrainedDiT:
+        return self.filled(self.need(stage), variant)
+
+    def filled(self, file: Path, variant: Variant) -> TrainedDiT:
+        """A new model with another's weights; input channels that the other has not begin at zero."""
+        model = new_dit(self.config(variant), self.settings.seed)
+        weights = load_file(file)
+        patch = "patch_embedding.weight"
+        missing = model.patch_embedding.weight.shape[1] - weights[patch].shape[1]
+        if missing > 0:
+            own = weights[patch]
+            weights[patch] = torch.cat([own, own.new_zeros(len(own), missing, *own.shape[2:])], dim=1)
+        model.load_state_dict(weights)
+        return model
+
+    def finish(self, stage: str, weights: dict[str, Tensor]) -> None:
+        save_weights(weights, self.file(stage), "fp32", {})
+
+    def test_scenes(self, count: int, seed: int = 900) -> list[tuple[Scene, str]]:
+        return [row for _, row in zip(range(count), scenes(seed, test=True), strict=False)]
+
+    def film(self, scene: Scene) -> Tensor:
+        frame = self.settings.frame
+        return to_tensor(film(scene, frame.frames, frame.height, frame.width))
+
+
+def text(family: Family) -> bool:
+    """Tokenizer and text encoder. Gate: a reader names 98 % of the words of held-out captions."""
+    settings, folder = family.settings, family.work / "text"
+    folder.mkdir(parents=True, exist_ok=True)
+    spiece = folder / "spiece.model"
+    if not spiece.exists():
+        spiece.write_bytes(make_tokenizer())
+    tokenizer = tokenizer_of(spiece.read_bytes())
+    task = TextTask(new_encoder(tokenizer.size, settings.seed), tokenizer, 32, settings.seed)
+    plan = Plan(settings.steps(1000), 1e-3, seed=settings.seed, weight_decay=0.0)
+    if not walk(family, "text", task, plan):
+        return False
+    family.tell(f"text: {task.accuracy(300):.3f} of the words of held-out captions are read (gate 0.98)")
+    save_encoder(task.encoder, spiece.read_bytes(), family.file("text"), "fp32")
+    return True
+
+
+def vae(family: Family, stage: str, kind: VAEKind, channels: int, full_steps: int) -> bool:
+    """An autoencoder. Gates: PSNR mean and worst, and shapes still told apart in the reconstructions."""
+    settings, frame = family.settings, family.settings.frame
+    config = VAEConfig(kind, channels, settings.vae_dim, settings.vae_dim)
+    model = new_vae(config, settings.seed)
+    half, most = frame.width // 2, frame.width * 3 // 4 // 32 * 32
+    phases = (Phase(0.35, 1, frame.width, 4), Phase(0.75, 5, half, 4), Phase(0.9, min(9, frame.frames), most, 1),
+              Phase(1.0, frame.frames, frame.width, 1))  # fmt: skip
+    steps = settings.steps(full_steps)
+    task = VAETask(model, RandomClips(frame), f"world {frame}", VAERecipe(phases, steps, precision=settings.precision))
+    task.sampler = lambda step, folder: _vae_samples(family, task, step, folder)
+    plan = Plan(steps, 2e-3, seed=settings.seed, optimiser="muon", weight_decay=0.0, ema=0.995, sample_every=1000)
+    if not walk(family, stage, task, plan):
+        return False
+    model.eval().requires_grad_(False)
+    calibrate(model, [family.film(scene)[None] for scene, _ in family.test_scenes(24, seed=77)])
+    family.finish(stage, model.state_dict())
+    vae_gate(family, stage, kind)
+    return True
+
+
+def vae_gate(family: Family, stage: str, kind: VAEKind, count: int = 40) -> dict[str, Rate]:
+    model, frame = family.vae(kind), family.settings.frame
+    values = [psnr(reconstruct(model, clip), clip).item()
+              for clip in (family.film(scene) for scene, _ in family.test_scenes(count))]  # fmt: skip
+    rates = ceiling(count, frame.frames, frame.width, through=lambda clip: reconstruct(model, clip))
+    wanted = "30 / 24" if kind == "wan2.1" else "27 / 22"
+    family.tell(f"{stage}: PSNR {sum(values) / count:.1f} dB, worst {min(values):.1f} (gate {wanted}); of the "
+                f"reconstructions {_rates(rates)} (gate: shape 0.9)")  # fmt: skip
+    return rates
+
+
+def _vae_samples(family: Family, task: VAETask, step: int, folder: Path) -> None:
+    clips = [family.film(scene) for scene, _ in family.test_scenes(4)]
+    rows = [row for clip in clips for row in (clip, reconstruct(task.vae, clip))]
+    sample_grid(rows, folder / f"samples-{step:06d}.png")
+
+
+def overfit(family: Family) -> bool:
+    """Gate: a dense model learns 16 clips with the right motion."""
+    clips = [clip for clip, (scene, _) in zip(family.clips, scenes(family.settings.seed, test=False), strict=False)
+             if scene.camera == "fixed"][:16]  # fmt: skip
+    wanted = [(scene, words) for _, (scene, words) in
+              zip(range(200), scenes(family.settings.seed, test=False), strict=False) if scene.camera == "fixed"][:16]
+    model = new_dit(family.config(T2V), family.settings.seed)
+    recipe = DiTRecipe(T2V, NoiseRange(0, 1, family.settings.shift), batch=16, caption_dropout=0.1,
+                       precision=family.settings.precision)  # fmt: skip
+    task = DiTTask(model, family.data(T2V, clips), recipe)
+    if not walk(family, "overfit", task, dit_plan(family.settings, 1500)):
+        return False
+    rates = t2v_score(family, model, model, wanted, seeds=(0,))
+    family.tell(f"overfit: of 16 clips {_rates(rates)} (gate: motion 0.9)")
+    family.finish("overfit", model.state_dict())
+    return True
+
+
+def dit_stage(
+    family: Family, stage: str, variant: Variant, noise: NoiseRange, full_steps: int, start: str | None
+) -> bool:
+    """A transformer on the whole data set."""
+    model = family.dit(start, variant) if start else new_dit(family.config(variant), family.settings.seed)
+    recipe = DiTRecipe(variant, noise, batch=family.settings.batch, precision=family.settings.precision)
+    task = DiTTask(model, family.data(variant, family.clips), recipe)
+    plan = dit_plan(family.settings, full_steps)
+    task.sampler = lambda step, folder: _dit_samples(family, model, variant, step, folder)
+    if variant is not T2V or start is not None:
+        plan = replace(plan, sample_every=0)
+    if not walk(family, stage, task, plan):
+        return False
+    family.finish(stage, model.state_dict())
+    return True
+
+
+def pilot(family: Family) -> bool:
+    """A dense 16-channel model. Gate: motion of held-out prompts at 0.4 or more."""
+    if not dit_stage(family, "pilot", T2V, NoiseRange(0, 1, family.settings.shift), 3000, None):
+        return False
+    pilot_gate(family)
+    return True
+
+
+def pilot_gate(family: Family, count: int = 100) -> dict[str, Rate]:
+    model = family.dit("pilot", T2V)
+    rates = t2v_score(family, model, model, family.test_scenes(count), seeds=(0,))
+    family.tell(f"pilot: {_rates(rates)} (gate: motion 0.4)")
+    return rates
+
+
+def dit_plan(settings: Settings, full_steps: int) -> Plan:
+    return Plan(settings.steps(full_steps), 1e-3, seed=settings.seed, optimiser="muon", ema=0.998, warmup=50,
+                weight_decay=0.01, sample_every=1000)  # fmt: skip
+
+
+def t2v_score(
+    family: Family, high: TrainedDiT, low: TrainedDiT, prompts: list[tuple[Scene, str]], *, seeds: tuple[int, ...],
+    how: Sampling | None = None, batch: int = 20,
+) -> dict[str, Rate]:  # fmt: skip
+    """Words seen in generated clips."""
+    clips = []
+    for seed in seeds:
+        for start in range(0, len(prompts), batch):
+            part = prompts[start : start + batch]
+            videos = generate_t2v(family, high, low, [words for _, words in part], seed=seed * 1000 + start, how=how)
+            clips += list(zip(videos, [scene for scene, _ in part], strict=True))
+    return score(clips)
+
+
+def generate_t2v(
+    family: Family, high: TrainedDiT, low: TrainedDiT, prompts: list[str], *, seed: int, how: Sampling | None = None
+) -> list[Tensor]:
+    """Videos [3, F, H, W] of prompts."""
+    settings = family.settings
+    how = how or Sampling(shift=settings.shift, precision=resolve_precision(settings.precision, "cpu"))
+    frame = settings.frame
+    shape = (16, (frame.frames - 1) // 4 + 1, frame.height // 8, frame.width // 8)
+    texts = [family.texts(words) for words in prompts]
+    latents = sample(high, low, texts, family.texts(""), shape, how, T2V, seed=seed)
+    decoder = family.vae("wan2.1")
+    return [decoder.decode(latent[None])[0] for latent in latents]
+
+
+def _dit_samples(family: Family, model: TrainedDiT, variant: Variant, step: int, folder: Path) -> None:
+    rows = family.test_scenes(6)
+    videos = generate_t2v(family, model, model, [words for _, words in rows], seed=1)
+    sample_grid(videos, folder / f"samples-{step:06d}.png", captions=[words for _, words in rows])
+
+
+def walk(family: Family, stage: str, task, plan: Plan) -> bool:
+    """Train a stage, or go on with it; a line every now and then."""
+    every = max(1, plan.steps // 50)
+
+    def tell(report) -> None:
+        if report.step % every == 0 or report.step == report.steps:
+            family.tell(f"{stage}: step {report.step} of {report.steps}, loss {report.loss:.4f}")
+
+    return train(task, plan, family.work / stage, on_step=tell, seconds=family.seconds)
+
+
+def _rates(rates: dict[str, Rate]) -> str:
+    return ", ".join(f"{word} {rate}" for word, rate in rates.items())
+
+
+def _expert(stage: str, variant: Variant, expert: str, steps: int, start: str | None) -> Callable[[Family], bool]:
+    return lambda family: dit_stage(
+        family, stage, variant, expert_range(variant, expert, family.settings.shift), steps, start
+    )
+
+
+STAGES: dict[str, Callable[[Family], bool]] = {
+    "text": text,
+    "vae16": lambda family: vae(family, "vae16", "wan2.1", 16, 6000),
+    "vae48": lambda family: vae(family, "vae48", "wan2.2", 48, 6000),
+    "overfit": overfit,
+    "pilot": pilot,
+    "t2v_high": _expert("t2v_high", T2V, "high", 3000, "pilot"),
+    "t2v_low": _expert("t2v_low", T2V, "low", 3000, "pilot"),
+    "i2v_high": _expert("i2v_high", I2V, "high", 3000, "t2v_high"),
+    "i2v_low": _expert("i2v_low", I2V, "low", 3000, "t2v_low"),
+    "ti2v": _expert("ti2v", TI2V, "only", 6000, None),
+}  # fmt: skip
