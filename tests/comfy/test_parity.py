@@ -6,6 +6,7 @@ largest value.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,6 @@ def command_line(models: Path, folder: Path, task: str, solver: str, image: Path
                  "--save_file", folder / "out.mp4", "--save_tensors", out]  # fmt: skip
     arguments += ["--image", image] if image else []
     done = subprocess.run([sys.executable, "-m", "wan_core", "generate", *map(str, arguments)], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+                          env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return out
