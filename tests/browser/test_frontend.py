@@ -18,27 +18,26 @@ each_workflow = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: 
 
 
 @each_workflow
-def test_the_editor_sends_the_api_twin(app, workflow: Path) -> None:
+def test_as_the_editor_reads_it(app, workflow: Path) -> None:
+    """It would send the API twin, and draws every node apart: Nodes 2.0 may make one larger than the file says."""
     app.drop(workflow)
     sent = app.page.evaluate("async () => (await app.graphToPrompt()).output")
     twin = json.loads((workflow.parent / "api" / workflow.name).read_text(encoding="utf-8"))
     assert bare(sent) == bare(twin)
 
+    fit(app)
+    boxes = app.page.evaluate(_DOM_BOXES if app.nodes2 else _BOXES)
+    assert len(boxes) == len(json.loads(workflow.read_text(encoding="utf-8"))["nodes"])
+    assert [(a[0], b[0]) for a, b in combinations(boxes, 2) if overlap(a[1:], b[1:])] == []
+
+
+def fit(app) -> None:
+    app.command("Comfy.Canvas.FitView")
+    app.page.wait_for_timeout(700)  # the view moves there in an animation
+
 
 def bare(graph: dict[str, Any]) -> dict[str, Any]:
     return {id: (node["class_type"], node["inputs"]) for id, node in graph.items()}
-
-
-@each_workflow
-def test_nodes_lie_apart(app, workflow: Path) -> None:
-    """As drawn: Nodes 2.0 may make a node larger than the file says."""
-    app.drop(workflow)
-    app.command("Comfy.Canvas.FitView")
-    app.page.wait_for_timeout(800)
-    boxes = app.page.evaluate(_DOM_BOXES if app.nodes2 else _BOXES)
-    assert len(boxes) == len(json.loads(workflow.read_text(encoding="utf-8"))["nodes"])
-    touching = [(a[0], b[0]) for a, b in combinations(boxes, 2) if overlap(a[1:], b[1:])]
-    assert not touching
 
 
 def overlap(a: list[float], b: list[float]) -> bool:
@@ -52,6 +51,16 @@ _DOM_BOXES = """() => [...document.querySelectorAll('[data-node-id]')].map(eleme
     const {left, top, right, bottom} = element.getBoundingClientRect()
     return [element.dataset.nodeId, left, top, right, bottom]
 })"""
+
+
+def test_image_of_ti2v_can_be_bypassed(app) -> None:
+    """As Ctrl+B does it: the image node is left out, and nothing is connected in its place."""
+    app.drop(ROOT / "workflows/wan22_ti2v_5b.json")
+    app.page.evaluate("app.graph.nodes.find(node => node.type === 'LoadImage').mode = 4")
+    sent = app.page.evaluate("async () => (await app.graphToPrompt()).output")
+    by_type = {node["class_type"]: node["inputs"] for node in sent.values()}
+    assert "LoadImage" not in by_type
+    assert "start_image" not in by_type["WanCoreImageToVideo"]
 
 
 def test_expert_switch_says_what_the_boundary_means(app) -> None:
@@ -79,22 +88,22 @@ def boundary(app) -> list[Any]:
 )
 def test_presets_beside_the_selected_node(app, node: str, path: list[str], expected: dict[str, Any]) -> None:
     app.drop(ROOT / "workflows/wan22_t2v_a14b.json")
-    app.page.evaluate(
-        """type => {
-        app.canvas.selectNode(app.graph.nodes.find(node => node.type === type))
-        app.canvas.setDirty(true, true)
-    }""",
-        node,
-    )
+    fit(app)
+    app.page.evaluate(_SELECT, node)
     app.page.locator("button:has(.pi-sliders-h)").first.click()
     for entry in path:
         app.page.locator(".litecontextmenu").get_by_text(entry, exact=True).first.click()
-    values = app.page.evaluate(
-        """type => Object.fromEntries(
-        app.graph.nodes.find(node => node.type === type).widgets.map(({name, value}) => [name, value]))""",
-        node,
-    )
+    values = app.page.evaluate(_VALUES, node)
     assert values | expected == values
+
+
+_SELECT = """type => {
+    app.canvas.selectNode(app.graph.nodes.find(node => node.type === type))
+    app.canvas.setDirty(true, true)
+}"""
+
+_VALUES = """type => Object.fromEntries(
+    app.graph.nodes.find(node => node.type === type).widgets.map(({name, value}) => [name, value]))"""
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
