@@ -24,7 +24,7 @@ kind, job, frames = sys.argv[1], sys.argv[2], int(sys.argv[3])
 config = VAEConfig(kind, {"wan2.1": 16, "wan2.2": 48}[kind], 8, 8)
 vae = VAE_CLASSES[kind](config)
 vae.load_state_dict(_random_weights(type(vae), config, torch.Generator().manual_seed(0)))
-side = 96
+side = 64
 def run(count):
     if job == "encode":
         piece = torch.rand(1, 3, 1, side, side)
@@ -53,4 +53,4 @@ def test_65_frames_in_the_memory_of_17(kind: str, job: str):
     short_frames, long_frames, rise, growth = map(int, done.stdout.split())
     assert (short_frames, long_frames) == ((5, 17) if job == "encode" else (17, 65))
     assert rise > 10  # MiB: the measurement sees the work
-    assert growth <= 2
+    assert growth <= 1

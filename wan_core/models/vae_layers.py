@@ -72,15 +72,25 @@ class CausalConv3d(nn.Conv3d):
 
     def convolve(self, window: torch.Tensor) -> torch.Tensor:
         """[B, C, 2 + T, H, W] -> [B, C', T, H, W]; a window of one frame meets the kernel's last slice alone."""
-        weight = self.weight[:, :, -1:] if window.shape[2] == 1 else self.weight
-        return F.conv3d(window, weight, self.bias, padding=self.padding)
+        if window.shape[2] > 1:
+            return F.conv3d(_cheaper_layout(window, self.weight), self.weight, self.bias, padding=self.padding)
+        frame, weight = window[:, :, 0], self.weight[:, :, -1]
+        return F.conv2d(_cheaper_layout(frame, weight), weight, self.bias, padding=self.padding[1:])[:, :, None]
+
+
+def _cheaper_layout(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """PyTorch copies a convolution's weight into the layout of its input: hand it the smaller of the two to copy."""
+    return x.contiguous() if x.numel() < weight.numel() else x
 
 
 class PointConv3d(nn.Conv3d):
-    """A 1x1x1 convolution."""
+    """A 1x1x1 convolution: with channels innermost in memory, one matrix product."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _linear(_channels_last(x), self).permute(0, 4, 1, 2, 3)
 
 
 class RMSNorm(nn.Module):
@@ -156,13 +166,13 @@ class AttentionBlock(nn.Module):
         return out.permute(0, 4, 1, 2, 3).add_(x)
 
 
-def _linear(tokens: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
+def _linear(tokens: torch.Tensor, conv: nn.Conv2d | nn.Conv3d) -> torch.Tensor:
     return F.linear(tokens, conv.weight.flatten(1), conv.bias)
 
 
 def _frames_as_batch(x: torch.Tensor) -> torch.Tensor:
-    """[B, C, T, H, W] -> [B T, C, H, W], a view."""
-    return _channels_last(x).flatten(0, 1).permute(0, 3, 1, 2)
+    """[B, C, T, H, W] -> [B T, C, H, W], channels innermost in memory."""
+    return _channels_last(x).contiguous().flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def _batch_as_frames(x: torch.Tensor, batch: int) -> torch.Tensor:
@@ -178,8 +188,9 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
+        conv = self.resample["1"]
         padded = F.pad(_frames_as_batch(x), (0, 1, 0, 1))
-        small = _batch_as_frames(self.resample["1"](padded), x.shape[0])
+        small = _batch_as_frames(conv(_cheaper_layout(padded, conv.weight)), x.shape[0])
         return small if self.time_conv is None else self._halve_frames(small, cache)
 
     def _halve_frames(self, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
@@ -202,8 +213,9 @@ class Upsample(nn.Module):
     def forward(self, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
         if self.time_conv is not None:
             x = self._double_frames(x, cache)
+        conv = self.resample["1"]
         large = F.interpolate(_frames_as_batch(x), scale_factor=2.0, mode="nearest-exact")
-        return _batch_as_frames(self.resample["1"](large), x.shape[0])
+        return _batch_as_frames(conv(_cheaper_layout(large, conv.weight)), x.shape[0])
 
     def _double_frames(self, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
         """The video's first frame stays and is not seen by the convolution of the later ones."""
