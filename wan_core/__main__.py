@@ -6,12 +6,13 @@ import argparse
 import logging
 import sys
 
-from .commands import generate, make_tiny
+from .commands import generate, make_tiny, train
 from .errors import WanError
 
 COMMANDS = {
     "generate": (generate, "a video from a prompt, with the official script's flags"),
     "make-tiny": (make_tiny, "random checkpoints of small dimensions, for tests"),
+    "train": (train, "a LoRA or a whole expert, trained on a folder of clips"),
 }
 
 

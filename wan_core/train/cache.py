@@ -71,6 +71,9 @@ class Latents:
         held = self.cache.get(key, lambda: self._make(clip))
         return Entry(held["latent"], held.get("concat"))
 
+    def release(self) -> None:
+        self._vae = None
+
     def _make(self, clip: Clip) -> dict[str, Tensor]:
         if self._vae is None:
             self._vae = self._load()
@@ -96,6 +99,9 @@ class Texts:
     def __call__(self, prompt: str) -> Tensor:
         return self.cache.get(digest(prompt, self.encoder_key), lambda: self._make(prompt))["text"]
 
+    def release(self) -> None:
+        self._encoder = None
+
     def _make(self, prompt: str) -> dict[str, Tensor]:
         if self._encoder is None:
             self._encoder = self._load()
@@ -104,7 +110,10 @@ class Texts:
 
 
 def file_key(path: Path, blocks: int = 64) -> str:
-    """Of a weights file's content: of all of it up to 64 MB, else of 64 evenly spaced megabytes, and of its size."""
+    """Of the weights' content: a file's whole up to 64 MB, else 64 evenly spaced megabytes, and its size; a folder's
+    files one by one."""
+    if path.is_dir():
+        return digest(*(file_key(file) for file in sorted(path.rglob("*.safetensors"))))
     size = path.stat().st_size
     whole = size <= blocks * _BLOCK
     starts = range(0, size, _BLOCK) if whole else (i * (size - _BLOCK) // (blocks - 1) for i in range(blocks))

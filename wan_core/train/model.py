@@ -120,7 +120,7 @@ def load_trained(
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # a mapped file is read-only
     file.checkpoint.close()
-    return model
+    return model.requires_grad_(True)
 
 
 def new_dit(config: DiTConfig, seed: int) -> TrainedDiT:

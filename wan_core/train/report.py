@@ -18,7 +18,7 @@ class Log:
 
     def __init__(self, file: Path, resumed_at: int):
         self.file = file
-        kept = [row for row in read_log(file) if int(row["step"]) < resumed_at]
+        kept = [row for row in read_log(file) if int(row["step"]) <= resumed_at]
         self.fields = list(kept[0]) if kept else []
         file.unlink(missing_ok=True)
         for row in kept:

@@ -29,6 +29,7 @@ from .world import (
     ground_picture,
     moments,
     outline,
+    placed,
     world_places,
 )
 
@@ -274,9 +275,13 @@ def score_pairs(films: Callable[[Scene], Tensor], base: Iterable[Scene]) -> dict
     for scene in base:
         for name, (look, more, less) in PAIRS.items():
             values = [getattr(statistics(films(one), one), _STATISTIC[name])
-                      for one in (replace(scene, **{look: more}), replace(scene, **{look: less}))]  # fmt: skip
+                      for one in (_placed(scene, look, more), _placed(scene, look, less))]
             hits[name].append(values[0] > values[1])
     return {name: Rate(sum(row), len(row)) for name, row in hits.items()}
+
+
+def _placed(scene: Scene, look: str, word: str) -> Scene:
+    return placed(replace(scene, **{look: word}), np.random.default_rng(0))
 
 
 def ceiling(

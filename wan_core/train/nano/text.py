@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoint import text as text_keys
-from ...config import NEGATIVE_PROMPT, TextConfig
+from ...config import TextConfig
 from ...models.tokenizer import Tokenizer, load_tokenizer, train_tiny_tokenizer
 from ...models.umt5 import Umt5Encoder
 from ..dit import save_weights
@@ -31,11 +31,11 @@ _LAYERS, _THIN = 24, 4  # programs know a umT5-XXL by its depth and its width of
 assert set(WORDS) <= {f.name for f in fields(Scene)}
 
 
-def make_tokenizer(captions: int = 4000, vocabulary: int = 384) -> bytes:
-    """A SentencePiece model of the world's captions and the official negative prompt."""
+def make_tokenizer(captions: int = 4000, vocabulary: int = 512) -> bytes:
+    """A SentencePiece model of the world's captions; half of its pieces are single bytes, for all other text."""
     random = np.random.default_rng(7)
     texts = [caption(random_scene(random), random) for _ in range(captions)]
-    return train_tiny_tokenizer([*texts, NEGATIVE_PROMPT], vocabulary)
+    return train_tiny_tokenizer(texts, vocabulary)
 
 
 def new_encoder(vocabulary: int, seed: int) -> Umt5Encoder:

@@ -1,0 +1,110 @@
+"""The nano world, its captions and its evaluator, which must read films of the world without a mistake."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from wan_core.train.data import Frame
+from wan_core.train.nano.captions import caption
+from wan_core.train.nano.dataset import RandomClips, held_out, scenes, to_tensor, training_clips
+from wan_core.train.nano.evaluate import PAIRS, ceiling, look_at, score, score_pairs
+from wan_core.train.nano.text import WORDS, make_tokenizer, tokenizer_of
+from wan_core.train.nano.world import CAMERAS, MOTIONS, SHAPES, Scene, film, placed, random_scene
+
+SIDE, FRAMES = 64, 9
+PLAIN = Scene("circle", "red", "ocean")
+
+
+def first(count: int, *, test: bool = True, seed: int = 3) -> list[tuple[Scene, str]]:
+    return [row for _, row in zip(range(count), scenes(seed, test=test), strict=False)]
+
+
+def clip(scene: Scene) -> torch.Tensor:
+    return to_tensor(film(scene, FRAMES, SIDE, SIDE))
+
+
+def test_the_same_seed_is_the_same_clip():
+    a, b = (training_clips(3, Frame(SIDE, SIDE, FRAMES))[2] for _ in range(2))
+    assert a.prompt == b.prompt and a.key == b.key and torch.equal(a.pixels(), b.pixels())
+    assert a.pixels().shape == (3, FRAMES, SIDE, SIDE) and a.pixels().abs().max() <= 1
+
+
+def test_training_never_sees_a_combination_of_the_test():
+    def combinations(test: bool) -> set[tuple]:
+        return {(s.shape, s.colour, s.ground, s.motion) for s, _ in first(400, test=test, seed=0)}
+
+    assert not combinations(True) & combinations(False)
+    assert 0.05 < np.mean([held_out(random_scene(np.random.default_rng(i))) for i in range(400)]) < 0.2
+
+
+def test_shapes_cover_about_the_same_area():
+    areas = [(clip(replace(PLAIN, shape=shape)) != clip(replace(PLAIN, shape=shape, x=9.0)))[:, 4].any(0).float().mean()
+             for shape in SHAPES]  # fmt: skip
+    assert max(areas) / min(areas) < 1.25
+
+
+def test_shapes_stay_in_the_picture():
+    random = np.random.default_rng(0)
+    for motion in MOTIONS:
+        for shot in ("plain", "wide"):
+            scene = placed(replace(PLAIN, motion=motion, shot=shot), random)
+            changed = (clip(scene) - clip(replace(scene, x=9.0))).abs().amax(0) > 0.1
+            assert not changed[:, [0, -1]].any() and not changed[:, :, [0, -1]].any(), (motion, shot)
+
+
+def test_the_evaluator_reads_the_world():
+    rates = ceiling(24, FRAMES, SIDE)
+    for word in ("ground", "colour", "shape", "motion", "camera"):
+        assert rates[word].value >= 0.95, (word, str(rates[word]))
+
+
+def test_the_evaluator_sees_what_is_wrong():
+    """Against scenes that differ from the film in one word, that word alone is missed."""
+    wrong = replace(PLAIN, shape="square", colour="green", ground="snow", motion="left")
+    seen = look_at(clip(wrong), PLAIN)
+    assert (seen.shape, seen.colour, seen.ground, seen.motion) == ("square", "green", "snow", "left")
+    noise = torch.rand(3, FRAMES, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    rates = score([(noise, scene) for scene, _ in first(12)])
+    assert rates["motion"].value < 0.5 and rates["shape"].value < 0.7
+
+
+@pytest.mark.parametrize("camera", list(CAMERAS))
+def test_camera_moves_are_told_apart(camera: str):
+    scene = Scene("square", "yellow", "brick wall", camera=camera)
+    assert look_at(clip(scene), scene).camera == camera
+
+
+def test_pairs_of_words_move_their_statistic():
+    rates = score_pairs(clip, [replace(PLAIN, ground="meadow"), Scene("square", "purple", "desert")])
+    assert set(rates) == set(PAIRS) and all(rate.value == 1 for rate in rates.values()), rates
+
+
+def test_captions_name_every_word_in_both_languages():
+    scene = Scene("triangle", "purple", "brick wall", motion="left", tone="warm", shot="close_up")
+    english = caption(scene, np.random.default_rng(0), language="en").lower()
+    chinese = caption(scene, np.random.default_rng(0), language="zh")
+    assert all(word in english for word in ("triangle", "purple", "brick wall", "left", "warm colors", "close-up"))
+    assert all(word in chinese for word in ("三角形", "紫色", "砖墙", "暖色调", "近景"))
+    wordings = {caption(scene, np.random.default_rng(i)) for i in range(40)}
+    assert len(wordings) > 15
+
+
+def test_the_tokenizer_knows_the_words():
+    tokenizer = tokenizer_of(make_tokenizer(400))
+    lengths = [len(tokenizer.encode(words)) for _, words in first(50)]
+    assert np.mean(lengths) < 40 and max(lengths) < 100
+
+
+def test_every_word_of_a_scene_is_asked_of_the_text_encoder():
+    for scene, _ in first(50):
+        assert all(getattr(scene, name) in words for name, words in WORDS.items())
+
+
+def test_clips_for_the_autoencoder_are_parts_of_films():
+    clips = RandomClips(Frame(SIDE, SIDE, 17))
+    a, b = (clips(torch.Generator().manual_seed(1), 5) for _ in range(2))
+    assert a.shape == (3, 5, SIDE, SIDE) and torch.equal(a, b)

@@ -1,0 +1,106 @@
+"""``train``: LoRA or full training of one expert on a folder of clips; started again, it goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..config import VARIANTS
+from ..errors import WanError
+
+_TARGETS = "q,k,v,o,ffn.0,ffn.2"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", choices=list(VARIANTS), required=True)
+    parser.add_argument("--ckpt_dir", type=Path, required=True, help="the checkpoint, as downloaded")
+    parser.add_argument("--expert", choices=["high", "low", "only"], default=None, help="which of the two to train")
+    parser.add_argument("--dataset_base_path", type=Path, required=True, help="folder with metadata.csv (video,prompt)")
+    parser.add_argument("--dataset_metadata_path", type=Path, default=None, help="the table, if it lies elsewhere")
+    parser.add_argument("--dataset_repeat", type=int, default=1, help="times that a clip counts in an epoch")
+    parser.add_argument("--skip_bad_clips", action="store_true", help="name short and unreadable clips and go on")
+    parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--num_frames", type=int, default=49)
+    parser.add_argument("--output_path", type=Path, required=True, help="folder of the result, its log and its state")
+    parser.add_argument("--lora_rank", type=int, default=32, help="0 trains all weights")
+    parser.add_argument("--lora_alpha", type=float, default=None, help="default: the rank")
+    parser.add_argument("--lora_target_modules", default=_TARGETS, help="layers of the blocks that the LoRA adapts")
+    parser.add_argument("--min_timestep_boundary", type=float, default=None, help="fraction; default: the expert's own")
+    parser.add_argument("--max_timestep_boundary", type=float, default=None, help="fraction; default: the expert's own")
+    parser.add_argument("--shift", type=float, default=None, help="default: the variant's own")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--weight_decay", type=float, default=0.01)
+    parser.add_argument("--num_epochs", type=int, default=5)
+    parser.add_argument("--max_steps", type=int, default=0, help="instead of epochs")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument("--caption_dropout", type=float, default=0.1)
+    parser.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights; 0 keeps none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    parser.add_argument("--no_gradient_checkpointing", action="store_true", help="faster, with more memory")
+    parser.add_argument("--use_gradient_checkpointing_offload", action="store_true", help="slower, with less memory")
+    parser.add_argument("--save_steps", type=int, default=0, help="default: save every two minutes")
+    parser.add_argument("--cache_path", type=Path, default=None, help="latents and embeddings; default: in the output")
+    parser.add_argument("--device", default=None)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..train.data import Frame
+    from ..train.run import Request, experts_of, files_in
+    from ..train.run import run as train
+
+    expert = args.expert or _only_expert(experts_of(VARIANTS[args.task]))
+    request = Request(
+        task=args.task, expert=expert, clips=args.dataset_base_path, metadata=args.dataset_metadata_path,
+        out=args.output_path, frame=Frame(args.width, args.height, args.num_frames), repeat=args.dataset_repeat,
+        rank=args.lora_rank, alpha=args.lora_alpha, targets=args.lora_target_modules.split(","),
+        boundaries=_boundaries(args), shift=args.shift, steps=args.max_steps, epochs=args.num_epochs,
+        batch=args.batch_size, accumulate=args.gradient_accumulation_steps, learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay, ema=args.ema, caption_dropout=args.caption_dropout, seed=args.seed,
+        precision=args.precision, checkpointing=not args.no_gradient_checkpointing,
+        checkpoint_offload=args.use_gradient_checkpointing_offload, skip_bad_clips=args.skip_bad_clips,
+        save_every=args.save_steps, cache=args.cache_path,
+    )  # fmt: skip
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _Bar() as bar:
+        file = train(request, files_in(args.ckpt_dir, args.task, expert), device=device, on_step=bar)
+    print(f"Wrote {file}; log.csv and loss.png lie beside it.")
+
+
+def _only_expert(experts: tuple[str, ...]) -> str:
+    if len(experts) > 1:
+        raise WanError("This model has two experts: say which to train, --expert high or --expert low.")
+    return experts[0]
+
+
+def _boundaries(args: argparse.Namespace) -> tuple[float, float] | None:
+    low, high = args.min_timestep_boundary, args.max_timestep_boundary
+    if (low is None) != (high is None):
+        raise WanError("Give both --min_timestep_boundary and --max_timestep_boundary, or neither.")
+    return None if low is None else (low, high)
+
+
+class _Bar:
+    """A tqdm bar over steps, with the loss."""
+
+    def __init__(self):
+        self.bar = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.bar:
+            self.bar.close()
+
+    def __call__(self, report) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(total=report.steps, initial=report.step - 1, desc="training", unit="step")
+        self.bar.set_postfix_str(f"loss {report.loss:.4f}")
+        self.bar.update()
