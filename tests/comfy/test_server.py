@@ -33,7 +33,7 @@ def test_pack_imports_without_error(server: Server) -> None:
 
 
 def test_pack_adds_little_to_the_start(server: Server) -> None:
-    """Beside torch in the same start, because a busy machine slows both; `python -m bench import` measures the seconds."""
+    """Beside torch in the same start, because a busy machine slows both; `python -m bench import` tells the seconds."""
     line = re.compile(r"^import time: +\d+ \| +(\d+) \| +(\S+)$", re.MULTILINE)
     took = {name.rpartition("/")[2]: int(microseconds) for microseconds, name in line.findall(server.log.read_text())}
     assert took[f"{PACK}.nodes"] < took["torch"] / 10
