@@ -243,6 +243,21 @@ class WanDiT(nn.Module):
             velocity [B, C_out, T, h, w], float32.
         """
         self._check(x, t)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._is_trained(x, context)):
+            return self._velocity(x, t, context, on_block)
+
+    def _is_trained(self, x: torch.Tensor, context: torch.Tensor | TextStates) -> bool:
+        """Whether gradients have anywhere to go; without them the lighter in-place path is taken."""
+        text = context.embedded if isinstance(context, TextStates) else context
+        return x.requires_grad or text.requires_grad or any(p.requires_grad for p in self.parameters())
+
+    def _velocity(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        context: torch.Tensor | TextStates,
+        on_block: Callable[[int], None] | None,
+    ) -> torch.Tensor:
         height, width = x.shape[-2:]
         x = _pad_to_patches(x)
         grid = (x.shape[2], x.shape[3] // PATCH[1], x.shape[4] // PATCH[2])
