@@ -15,7 +15,15 @@ from statistics import median
 import torch
 
 from . import parts
-from .measure import MEMORY_METHOD, TIME_METHOD, Seconds, can_measure_memory, interleave, ratio
+from .measure import (
+    MEMORY_ENVIRONMENT,
+    MEMORY_METHOD,
+    TIME_METHOD,
+    Seconds,
+    can_measure_memory,
+    interleave,
+    ratio,
+)
 from .parts import Part
 from .peers import COMFYUI, DIFFUSERS, OURS, PREPARED
 
@@ -28,18 +36,17 @@ MIB = 1024 * 1024
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=PUBLISHED, help="the JSON file (default: the published one)")
     parser.add_argument("--rounds", type=int, help="of timing, for each part (default 9; with --quick 2)")
-    parser.add_argument("--memory-runs", type=int, help="processes for each peak (default 3; with --quick 1)")
+    parser.add_argument("--memory-runs", type=int, default=1, help="processes for each peak; 0 leaves memory out")
     parser.add_argument("--only", choices=parts.GROUPS, help="one model alone")
     parser.add_argument("--quick", action="store_true", help="tiny dimensions: shows that the benchmark works")
 
 
 def run(options: argparse.Namespace) -> int:
     rounds = options.rounds or (2 if options.quick else 9)
-    memory_runs = options.memory_runs or (1 if options.quick else 3)
     report = {"machine": machine(), "method": {"time": TIME_METHOD, "memory": MEMORY_METHOD}, "parts": {}}
     for part in parts.select(options.quick, options.only):
         print(f"{part.name}: {part.describe()}", flush=True)
-        peaks = {name: peak(part, name, memory_runs, options.quick) for name in part.contenders}
+        peaks = {name: peak(part, name, options.memory_runs, options.quick) for name in part.contenders}
         errors, samples = compete(part, rounds)
         report["parts"][part.name] = result = summarise(part, errors, samples, peaks)
         print(table(result), flush=True)
@@ -73,12 +80,13 @@ def agreement(answers: dict[str, torch.Tensor], part: Part) -> dict[str, float]:
 
 
 def peak(part: Part, contender: str, processes: int, quick: bool) -> float | None:
-    """Peak memory in MiB, in processes of its own; None where the system cannot tell."""
-    if not can_measure_memory():
+    """Peak memory in MiB, median of processes of its own; None where the system cannot tell, or nobody asked."""
+    if not processes or not can_measure_memory():
         return None
     command = [sys.executable, "-m", "bench", "peak", "--part", part.name, "--contender", contender]
     command += ["--quick"] if quick else []
-    found = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True) for _ in range(processes)]
+    env = {**os.environ, **MEMORY_ENVIRONMENT}
+    found = [subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True) for _ in range(processes)]
     for process in found:
         if process.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{process.stderr}")

@@ -20,9 +20,12 @@ TIME_METHOD = (
 MEMORY_METHOD = (
     "A process for each contender and part: weights loaded, a warm-up at the smallest size, freed memory given back to "
     "the system, then one call at full size. Growth of resident memory from just before the call to the call's "
-    "high-water mark, as the kernel counts it (VmHWM, reset through /proc/self/clear_refs); median of the processes. "
-    "Weights are anonymous memory and not counted; what a contender keeps for later calls is."
+    "high-water mark, as the kernel counts it (VmHWM, reset through /proc/self/clear_refs). What was there before is "
+    "not counted, what a contender keeps for later calls is. glibc's mmap threshold is held at its initial 128 KiB "
+    "(MALLOC_MMAP_THRESHOLD_), so that freed buffers leave the process: otherwise the heap's fragmentation, which "
+    "differs from run to run by a factor of two, is measured too."
 )
+MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
 
 
 @dataclass(frozen=True)

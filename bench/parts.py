@@ -80,8 +80,8 @@ def _vae(group: str, config: VAEConfig, size: tuple[int, int, int]) -> list[Part
 
 FULL = (
     Part("dit forward", DiTConfig(16, 16, 1536, 8960, 6, 4096, 256, heads=12), (5, 32, 32), 512, tolerance=2e-5),
-    *_vae("vae21", VAEConfig("wan2.1", 16, 96, 96), (9, 96, 128)),
-    *_vae("vae22", VAEConfig("wan2.2", 48, 160, 256), (9, 96, 128)),
+    *_vae("vae21", VAEConfig("wan2.1", 16, 96, 96), (5, 96, 96)),
+    *_vae("vae22", VAEConfig("wan2.2", 48, 160, 256), (5, 96, 96)),
 )
 QUICK = (
     Part("dit forward", DiTConfig(16, 16, 256, 512, 2, 64, 256, heads=2), (3, 8, 8), 32, tolerance=2e-5),

@@ -1,0 +1,74 @@
+"""The benchmark runs, finds all contenders in agreement, and measures what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import cpu, measure, parts
+from bench.peers import COMFYUI, DIFFUSERS, OURS, PREPARED
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 1024 * 1024
+
+
+def test_quick_dit_benchmark(comfyui_path: Path, tmp_path: Path) -> None:
+    """All contenders in one process; memory is left out here because every process imports its libraries anew."""
+    out = tmp_path / "cpu.json"
+    command = [sys.executable, "-m", "bench", "cpu", "--quick", "--only", "dit", "--rounds", "2", "--memory-runs", "0"]
+    environment = _environment(comfyui_path)
+    done = subprocess.run([*command, "--out", out], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (name, part), = json.loads(out.read_text())["parts"].items()
+    assert name == "dit forward"
+    assert list(part["contenders"]) == [OURS, PREPARED, DIFFUSERS, COMFYUI]
+    for contender, row in part["contenders"].items():
+        assert row["error"] <= 2e-5, contender
+        assert len(row["seconds_of_rounds"]) == 2 and min(row["seconds_of_rounds"]) > 0
+    assert part["ratios"][OURS]["time"]["best"] == max(part["ratios"][OURS]["time"][peer] for peer in cpu.PEERS)
+    assert all(contender in done.stdout for contender in part["contenders"])
+
+
+def _environment(comfyui: Path) -> dict[str, str]:
+    return {**os.environ, "COMFYUI_PATH": str(comfyui), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_wrong_answer_is_not_timed() -> None:
+    part = parts.named(True, "dit forward")
+    right = torch.ones(4)
+    with pytest.raises(SystemExit, match="diffusers and ours differ by 1.0e-03"):
+        cpu.agreement({OURS: right, DIFFUSERS: right * 1.001}, part)
+    with pytest.raises(SystemExit, match="differ by nan"):
+        cpu.agreement({OURS: right, DIFFUSERS: right * torch.nan}, part)
+
+
+def test_peak_growth_sees_what_is_freed_again_and_not_what_was_there() -> None:
+    if not measure.can_measure_memory():
+        pytest.fail("this system tells no high-water mark; the benchmark's memory figures need Linux")
+    there_before = torch.ones(30 * MIB // 4)
+
+    def call() -> torch.Tensor:
+        torch.ones(60 * MIB // 4)
+        return torch.ones(20 * MIB // 4)
+
+    growth = measure.peak_growth(call)
+    assert 58 * MIB <= growth <= 75 * MIB, growth / MIB
+    assert there_before[0] == 1
+
+
+def test_interleaving_rotates_the_order() -> None:
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ABC"}
+    samples = measure.interleave(calls, rounds=3)
+    assert "".join(order) == "ABCBCACAB"
+    assert all(len(found) == 3 for found in samples.values())
+
+
+def test_ratio_is_the_median_of_the_rounds() -> None:
+    assert measure.ratio([1.0, 9.0, 3.0], [2.0, 1.0, 2.0]) == 1.5
