@@ -19,15 +19,16 @@ import torch
 from torch import nn
 
 from .checkpoint import text as text_layout
+from .checkpoint.unchanged import check_unchanged
 from .config import TEXT_LENGTH, PerExpert
 from .devices import available_bytes, empty_cache
 from .dtypes import resolve_dtype
-from .errors import WanError
 from .models.dit import TextStates, WanDiT
 from .models.load_dit import DiTFile, build_dit
 from .models.load_vae import VAEFile, build_vae
 from .models.text_encoder import TextEncoder, TextFile, build_text_encoder
 from .models.vae import VideoVAE
+from .offload import spread
 from .recipe import ModelRecipe
 from .sampling.experts import Expert, Experts
 from .sampling.guidance import Condition
@@ -201,21 +202,10 @@ def pad_text(text: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(text, (0, 0, 0, missing)) if missing > 0 else text
 
 
-def check_unchanged(file: DiTFile | TextFile | VAEFile) -> None:
-    """Refuse a file that was replaced or truncated after its header was read: mapped weights would be wrong or gone."""
-    try:
-        same = file.checkpoint.fingerprint == file.fingerprint
-    except OSError:
-        same = False
-    if not same:
-        raise WanError(f"{file.checkpoint.path} was changed or removed after it was chosen. Load it again "
-                       "(ComfyUI: press R to refresh the node definitions, then queue).")
-
-
 def dit_bytes(file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> int:
     """Bytes on the device of one expert, without its swapped blocks."""
-    resident = file.config.layers - recipe.swap_blocks
-    return _bytes(file, device, recipe.dtype, skip=tuple(f"blocks.{i}." for i in range(resident, file.config.layers)))
+    swapped = spread(recipe.swap_blocks, file.config.layers)
+    return _bytes(file, device, recipe.dtype, skip=tuple(f"blocks.{i}." for i in swapped))
 
 
 def _bytes(

@@ -11,9 +11,10 @@ from ..checkpoint import dit as keys
 from ..checkpoint.build import load_strict
 from ..checkpoint.detect import expect
 from ..checkpoint.read import Checkpoint, open_checkpoint
+from ..checkpoint.unchanged import check_unchanged
 from ..config import DiTConfig
 from ..dtypes import resolve_dtype
-from ..offload import BlockSwap
+from ..offload import PREFETCH, BlockSwap
 from .attention import find_backend
 from .dit import WanDiT, keeps_float32
 
@@ -49,20 +50,22 @@ def build_dit(
     dtype: torch.dtype | str | None = None,
     attention: str = "auto",
     swap_blocks: int = 0,
+    prefetch: int = PREFETCH,
 ) -> WanDiT:
-    """The model with its weights on the device, but for the last ``swap_blocks`` blocks, which stay in the file.
+    """The model with its weights on the device, but for ``swap_blocks`` blocks, which stream from the file.
 
     Raises:
         WanError: see ``load_strict``, ``find_backend`` and ``resolve_dtype``.
     """
+    make = MADE_ON_LOAD.get(dtype) if isinstance(dtype, str) else None
     dtype = resolve_dtype(dtype, device, file.checkpoint.dtype)
     backend = find_backend(attention, device, dtype)
     with torch.device("meta"):
         model = WanDiT(file.config)
-    swap = BlockSwap(model.blocks, swap_blocks, device=device, dtype=dtype, keep_float32=keeps_float32)
-    load_strict(
-        model, file.checkpoint, file.names, device=device, dtype=dtype, keep_float32=keeps_float32, place=swap.places
-    )
+    swap = BlockSwap(model.blocks, swap_blocks, device=device, dtype=dtype, keep_float32=keeps_float32,
+                     prefetch=prefetch, check=lambda: check_unchanged(file))
+    load_strict(model, file.checkpoint, file.names, device=device, dtype=dtype, keep_float32=keeps_float32,
+                place=swap.places, packs=keys.packs, make=make)  # fmt: skip
     file.checkpoint.close()  # the recipe outlives the weights; the mapping must not outlive them too
     model.attend = backend.run
     model.swap = swap.adopt() if swap_blocks else None
@@ -76,7 +79,9 @@ def load_dit(
 
     Args:
         path: a file, a sharded folder, or an index json; official, prefixed, ComfyUI's or diffusers' keys.
-        dtype: of the computation; None means bfloat16 where the device is fast in it, else float32.
+        dtype: of the computation; None means bfloat16 where the device is fast in it, else float32. A quantised file
+            stays as it is, whatever the computation. "fp8_e4m3fn" and "int8" quantise the matrices of the blocks while
+            they are loaded, and compute in the default dtype.
 
     Returns:
         ``dit(x [B,C_in,T,h,w], t [B] or [B,T] in 0..1000, context [B,L,D]) -> velocity [B,C_out,T,h,w]``, float32.
