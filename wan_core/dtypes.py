@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .errors import WanError
+from .quant.registry import MADE_ON_LOAD
 
 NAMES = {
     "float32": torch.float32, "fp32": torch.float32,
@@ -32,15 +33,19 @@ def default_dtype(device: torch.device | str, stored: torch.dtype | None = None)
 def resolve_dtype(
     dtype: torch.dtype | str | None, device: torch.device | str, stored: torch.dtype | None = None
 ) -> torch.dtype:
-    """A dtype from a name, a dtype, or None and "auto" for the default of the device and the file's dtype.
+    """The dtype of the computation.
+
+    From a name or a dtype; None, "auto" and the names of quantised formats mean the default of the device and the
+    file's dtype.
 
     Raises:
         WanError: an unknown name.
     """
-    if dtype is None or dtype == "auto":
+    if dtype is None or dtype == "auto" or dtype in MADE_ON_LOAD:
         return default_dtype(device, stored)
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in NAMES:
-        raise WanError(f"Unknown dtype {dtype!r}: expected one of auto, {', '.join(NAMES)}.")
+        expected = ", ".join(("auto", *NAMES, *MADE_ON_LOAD))
+        raise WanError(f"Unknown dtype {dtype!r}: expected one of {expected}.")
     return NAMES[dtype]

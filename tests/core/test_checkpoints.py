@@ -229,11 +229,6 @@ def test_relatives_are_named(folders, tmp_path: Path, key: str, name: str):
         read_dit(edited(folders, tmp_path, lambda weights: weights.update({key: torch.zeros(1)})))
 
 
-def test_quantised_files_are_named(folders, tmp_path: Path):
-    with pytest.raises(WanError, match="quantised weights .it has scaled_fp8"):
-        read_dit(edited(folders, tmp_path, lambda weights: weights.update(scaled_fp8=torch.zeros(2))))
-
-
 def test_reading_a_header_reads_no_weights(tmp_path: Path):
     """A sparse file of a whole 14B expert, 57 GB in float32, is understood at once."""
     config = DiTConfig(36, 16, 5120, 13824, 40, 4096, 256, 40)

@@ -8,6 +8,10 @@ import torch
 from torch import nn
 
 from ..errors import WanError
+from ..quant.base import Packed
+from ..quant.linear import pack_layers
+from ..quant.scaled import Scaled
+from ..quant.scratch import Scratch
 from .read import Checkpoint, _some
 
 
@@ -20,6 +24,8 @@ def load_strict(
     dtype: torch.dtype | None = None,
     keep_float32: Callable[[str], bool] = lambda key: False,
     place: Callable[[str], bool] = lambda key: True,
+    packs: Callable[[str], bool] = lambda key: False,
+    make: Callable[[str], Scaled | None] = lambda key: None,
 ) -> nn.Module:
     """Fill a module that was made on the meta device.
 
@@ -30,6 +36,8 @@ def load_strict(
         dtype: of floating-point tensors after loading; None keeps the file's.
         keep_float32: our keys that stay float32 whatever ``dtype`` says.
         place: False for keys that stay memory-mapped on the CPU in the file's dtype (streamed blocks).
+        packs: our keys of matrices that stay in their quantised format; all others are dequantised.
+        make: the format in which such a matrix is packed now if the file has it in none, or in another.
 
     A tensor whose dtype and device already fit stays memory-mapped: loading a float32 file for float32 on the CPU
     copies nothing.
@@ -40,13 +48,27 @@ def load_strict(
     wanted = dict(module.state_dict(keep_vars=True))
     _check_names(wanted, names, checkpoint)
     _check_shapes(wanted, names, checkpoint)
+    packed: dict[str, Packed] = {}
     for key, slot in wanted.items():
+        if packs(key) and (make(key) or checkpoint.tensors[names[key]].format):
+            matrix = _packed(checkpoint, names[key], make(key), device)
+            packed[key] = matrix.to(device if place(key) else "cpu")
+            continue
         tensor = checkpoint.tensor(names[key])
         if place(key):
             target = torch.float32 if keep_float32(key) else dtype
             tensor = tensor.to(device=device, dtype=target if tensor.is_floating_point() else None)
         assign(module, key, tensor, is_parameter=isinstance(slot, nn.Parameter))
+    pack_layers(module, packed, Scratch())
     return module.eval().requires_grad_(False)
+
+
+def _packed(checkpoint: Checkpoint, key: str, make: Scaled | None, device: torch.device | str) -> Packed:
+    """A matrix as the file has it, mapped, or packed on the device."""
+    kind = checkpoint.tensors[key].format
+    if kind and (make is None or kind.name == make.name):
+        return checkpoint.packed(key)
+    return make.pack(checkpoint.tensor(key).to(device))
 
 
 def assign(module: nn.Module, key: str, tensor: torch.Tensor, *, is_parameter: bool = True) -> None:

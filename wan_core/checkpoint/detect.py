@@ -21,9 +21,8 @@ def expect(part: Part, checkpoint: Checkpoint) -> str:
     """The dialect in which a checkpoint holds this part.
 
     Raises:
-        WanError: it holds another part (named, with the loader to use), a LoRA, quantised weights, or unknown keys.
+        WanError: it holds another part (named, with the loader to use), a LoRA, or unknown keys.
     """
-    _refuse_quantised(checkpoint)
     dialect = _PARTS[part].recognise(checkpoint.tensors.keys())
     if dialect is None:
         raise WanError(f"{checkpoint.path} is not {_NAMES[part]}: {_what_it_is(checkpoint)}")
@@ -42,10 +41,3 @@ def _what_it_is(checkpoint: Checkpoint) -> str:
 
 def _is_lora(keys: Collection[str]) -> bool:
     return any(".lora_" in key or key.startswith("lora_") for key in keys)
-
-
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    marker = next((k for k in checkpoint.tensors if k.endswith(("scaled_fp8", ".comfy_quant", ".scale_weight"))), None)
-    if marker or "_quantization_metadata" in checkpoint.metadata:
-        raise WanError(f"{checkpoint.path} holds quantised weights (it has {marker or '_quantization_metadata'}), "
-                       "which this version does not read. Use the fp16 or bf16 file of the same model.")

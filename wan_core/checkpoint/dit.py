@@ -135,6 +135,15 @@ def heads_beside(path: Path) -> int | None:
     return heads if isinstance(heads, int) else None
 
 
+def packs(key: str) -> bool:
+    """Whether a weight, by our key, may be in a quantised format in memory.
+
+    The matrices of the blocks are nearly all of a model. What is outside them and every norm and modulation are small,
+    or work on the timestep, and stay in full precision.
+    """
+    return key.startswith("blocks.") and key.endswith(".weight") and "norm" not in key
+
+
 def official_config(config: DiTConfig, task: str) -> dict:
     """The config.json that stands beside official shards."""
     return {

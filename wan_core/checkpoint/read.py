@@ -12,13 +12,14 @@ import pickle
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from ..errors import WanError
+from ..quant.base import Packed
+from .marks import TensorInfo, understand
 
 _HEADER_LIMIT = 100 * 1024 * 1024  # safetensors' own limit
 _DTYPES = {
@@ -29,15 +30,6 @@ _DTYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    file: Path
-
-
 class Checkpoint:
     """The tensors of one model, wherever they lie.
 
@@ -45,10 +37,12 @@ class Checkpoint:
     until it is touched, and then only clean pages that the system may drop again.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]):
+    def __init__(self, path: Path, stored: Mapping[str, TensorInfo], metadata: Mapping[str, str]):
         self.path = path
-        self.tensors = dict(tensors)
         self.metadata = dict(metadata)
+        self._stored = dict(stored)  # the tensors as they lie in the file, the pieces of packed matrices among them
+        self.tensors = understand(path, self._stored, self.metadata, self._piece)
+        self.close()
 
     def __contains__(self, key: str) -> bool:
         return key in self.tensors
@@ -68,16 +62,24 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype that most of the numbers are stored in."""
+        """The dtype that most of the numbers are stored in; packed matrices count as what they are packed in."""
         totals = Counter()
         for info in self.tensors.values():
-            if info.dtype.is_floating_point:
+            if info.dtype.is_floating_point or info.format:
                 totals[info.dtype] += math.prod(info.shape)
         return totals.most_common(1)[0][0] if totals else None
 
     def tensor(self, key: str) -> torch.Tensor:
-        """One tensor, memory-mapped from its file, in the file's dtype and shape."""
-        return self._mapped(self.tensors[key].file)[key]
+        """One tensor, memory-mapped from its file, in the file's dtype and shape; a packed matrix in float32."""
+        return self.packed(key).dequantise() if self.tensors[key].format else self._piece(key)
+
+    def packed(self, key: str) -> Packed:
+        """A matrix in its quantised format, memory-mapped; only for keys whose ``TensorInfo`` names one."""
+        info = self.tensors[key]
+        return Packed(info.format, info.format.prepared({name: self._piece(piece) for name, piece in info.parts}))
+
+    def _piece(self, key: str) -> torch.Tensor:
+        return self._mapped(self._stored[key].file)[key]
 
     def close(self) -> None:
         """Let go of the mapped files; tensors handed out keep theirs alive."""

@@ -74,6 +74,16 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> TextConfig:
                        "expected. Is it a partial download?") from error
 
 
+def packs(key: str) -> bool:
+    """Whether a weight, by our key, may be in a quantised format in memory: the blocks' matrices and the table."""
+    return key == TABLE or is_matrix(key)
+
+
+def is_matrix(key: str) -> bool:
+    """A matrix of a block, but for the small one of position biases."""
+    return key.startswith("blocks.") and "norm" not in key and "pos_embedding" not in key
+
+
 def _config(shapes: Mapping[str, tuple[int, ...]], layers: int) -> TextConfig:
     vocabulary, dim = shapes[TABLE]
     attention_dim, _ = shapes["blocks.0.attn.q.weight"]

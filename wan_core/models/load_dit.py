@@ -15,6 +15,7 @@ from ..checkpoint.unchanged import check_unchanged
 from ..config import DiTConfig
 from ..dtypes import resolve_dtype
 from ..offload import PREFETCH, BlockSwap
+from ..quant.registry import MADE_ON_LOAD
 from .attention import find_backend
 from .dit import WanDiT, keeps_float32
 
@@ -57,15 +58,15 @@ def build_dit(
     Raises:
         WanError: see ``load_strict``, ``find_backend`` and ``resolve_dtype``.
     """
+    make = MADE_ON_LOAD.get(dtype) if isinstance(dtype, str) else None
     dtype = resolve_dtype(dtype, device, file.checkpoint.dtype)
     backend = find_backend(attention, device, dtype)
     with torch.device("meta"):
         model = WanDiT(file.config)
     swap = BlockSwap(model.blocks, swap_blocks, device=device, dtype=dtype, keep_float32=keeps_float32,
                      prefetch=prefetch, check=lambda: check_unchanged(file))
-    load_strict(
-        model, file.checkpoint, file.names, device=device, dtype=dtype, keep_float32=keeps_float32, place=swap.places
-    )
+    load_strict(model, file.checkpoint, file.names, device=device, dtype=dtype, keep_float32=keeps_float32,
+                place=swap.places, packs=keys.packs, make=lambda key: make)  # fmt: skip
     file.checkpoint.close()  # the recipe outlives the weights; the mapping must not outlive them too
     model.attend = backend.run
     model.swap = swap.adopt() if swap_blocks else None
@@ -79,7 +80,9 @@ def load_dit(
 
     Args:
         path: a file, a sharded folder, or an index json; official, prefixed, ComfyUI's or diffusers' keys.
-        dtype: of the computation; None means bfloat16 where the device is fast in it, else float32.
+        dtype: of the computation; None means bfloat16 where the device is fast in it, else float32. A quantised file
+            stays as it is, whatever the computation. "fp8_e4m3fn" and "int8" quantise the matrices of the blocks while
+            they are loaded, and compute in the default dtype.
 
     Returns:
         ``dit(x [B,C_in,T,h,w], t [B] or [B,T] in 0..1000, context [B,L,D]) -> velocity [B,C_out,T,h,w]``, float32.

@@ -17,6 +17,7 @@ from ..checkpoint.read import Checkpoint, open_checkpoint
 from ..config import TEXT_ENCODER_CHECKPOINT, TEXT_LENGTH, TextConfig
 from ..dtypes import resolve_dtype
 from ..errors import WanError
+from ..quant.registry import MADE_ON_LOAD
 from .tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_file
 from .umt5 import Umt5Encoder
 
@@ -101,11 +102,13 @@ def build_text_encoder(
         WanError: see ``load_strict`` and ``resolve_dtype``.
     """
     device = torch.device(device)
+    make = MADE_ON_LOAD.get(dtype) if isinstance(dtype, str) else None
     with torch.device("meta"):
         encoder = Umt5Encoder(file.config)
     load_strict(encoder, file.checkpoint, file.names, device=device,
                 dtype=resolve_dtype(dtype, device, file.checkpoint.dtype),
-                place=lambda key: _is_small(key) or (device.type != "cpu" and key != layout.TABLE))
+                place=lambda key: _is_small(key) or (device.type != "cpu" and key != layout.TABLE),
+                packs=layout.packs, make=lambda key: make if layout.is_matrix(key) else None)  # fmt: skip
     file.checkpoint.close()  # the tensors keep the mapping; it must not outlive them
     return TextEncoder(encoder, file.tokenizer)
 

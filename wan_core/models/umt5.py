@@ -18,24 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import TextConfig
-
-
-class Scratch:
-    """The one buffer through which matrices pass that must be moved or cast before use.
-
-    Fresh memory for each of them would cost several times the cast itself, for the system clears every page.
-    """
-
-    def __init__(self):
-        self.buffer: Tensor | None = None
-
-    def fitted(self, weight: Tensor, like: Tensor) -> Tensor:
-        """The weight with the device and dtype of ``like``; valid until the next call."""
-        if weight.device == like.device and weight.dtype == like.dtype:
-            return weight
-        if self.buffer is None or self.buffer.numel() < weight.numel():
-            self.buffer = like.new_empty(weight.numel())
-        return self.buffer[: weight.numel()].view_as(weight).copy_(weight)
+from ..quant.linear import QuantEmbedding
+from ..quant.scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -63,6 +47,8 @@ class Linear(nn.Module):
 
 class Embedding(nn.Module):
     """A table of rows; only the rows asked for leave the table's own device and dtype."""
+
+    packed_kind = QuantEmbedding  # what stands here when the table is in a quantised format
 
     def __init__(self, rows: int, dim: int):
         super().__init__()

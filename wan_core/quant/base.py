@@ -1,0 +1,81 @@
+"""What a quantised format is: a value that knows what packed tensors mean, with two verbs.
+
+``dequantise`` turns packed tensors into a matrix; ``multiply`` applies them as they are, where the device can. A new
+format is one file with a subclass of ``Format``, and its line in ``registry.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Parts = Mapping[str, Tensor]  # the tensors of one packed matrix, by their role: "data", "scale"
+
+# Weights decoded in one go: what is made on the way takes several times as much float32 memory as this.
+_AT_ONCE = {"cpu": 1 << 20}
+_AT_ONCE_ELSEWHERE = 1 << 24
+
+
+class Format(ABC):
+    """How matrices [rows, columns] are packed; rows are output channels.
+
+    The part "data" has one row for each row of the matrix.
+    """
+
+    name: str
+
+    @abstractmethod
+    def _decode(self, parts: Parts, out: Tensor) -> None:
+        """Fill out [rows, columns], of any floating-point dtype, from the parts of these rows."""
+
+    @abstractmethod
+    def columns(self, data: Tensor) -> int:
+        """The width of the matrix whose part "data" this is."""
+
+    def prepared(self, stored: Parts) -> dict[str, Tensor]:
+        """The parts from the tensors of a file, which may have other shapes and containers."""
+        return dict(stored)
+
+    def dequantise(self, parts: Parts, out: Tensor) -> Tensor:
+        """Fill out [rows, columns], which lies on the parts' device, and return it."""
+        count = max(1, _AT_ONCE.get(out.device.type, _AT_ONCE_ELSEWHERE) // out.shape[1])
+        for start in range(0, len(out), count):
+            rows = slice(start, start + count)
+            self._decode(self.rows(parts, rows), out[rows])
+        return out
+
+    def rows(self, parts: Parts, index: slice | Tensor) -> Parts:
+        """The parts of some rows of the matrix."""
+        return {"data": parts["data"][index]}
+
+    def multiply(self, x: Tensor, parts: Parts) -> Tensor | None:
+        """``x @ matrix.T`` for x [..., columns] without dequantising, or None where the device or format cannot."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A matrix in a quantised format, wherever its tensors lie."""
+
+    format: Format
+    parts: dict[str, Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.parts["data"]), self.format.columns(self.parts["data"])
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+    def to(self, device: torch.device | str) -> Packed:
+        return Packed(self.format, {name: part.to(device) for name, part in self.parts.items()})
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix, in memory of its own."""
+        data = self.parts["data"]
+        return self.format.dequantise(self.parts, torch.empty(self.shape, dtype=dtype, device=data.device))

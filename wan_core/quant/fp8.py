@@ -1,0 +1,70 @@
+"""fp8: e4m3fn and e5m2, as plain casts or with scales (ComfyUI's "fp8 scaled").
+
+Micikevicius et al. 2022 (arXiv 2209.05433).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Parts
+from .scaled import Scaled, quantised_rows
+
+_TOKENS_AT_ONCE = 16384
+
+
+@dataclass(frozen=True)
+class FP8(Scaled):
+    """``full_precision``: the file asks for exact products (ComfyUI's ``full_precision_matrix_mult``)."""
+
+    dtype: torch.dtype
+    full_precision: bool = False
+
+    @property
+    def name(self) -> str:
+        return {torch.float8_e4m3fn: "fp8_e4m3fn", torch.float8_e5m2: "fp8_e5m2"}.get(self.dtype, str(self.dtype))
+
+    @property
+    def largest(self) -> float:
+        return torch.finfo(self.dtype).max
+
+    def multiply(self, x: Tensor, parts: Parts) -> Tensor | None:
+        data = parts["data"]
+        if self.full_precision or not can_multiply(x, data):
+            return None
+        scale = parts["scale"] if "scale" in parts else torch.ones(1, 1, device=x.device)
+        tokens = x.reshape(-1, x.shape[-1])
+        out = x.new_empty(len(tokens), len(data))
+        for part, result in zip(tokens.split(_TOKENS_AT_ONCE), out.split(_TOKENS_AT_ONCE), strict=True):
+            result.copy_(scaled_product(part, data, scale))
+        return out.view(*x.shape[:-1], len(data))
+
+
+def can_multiply(x: Tensor, data: Tensor) -> bool:
+    """CUDA from compute capability 8.9 (Ada), in half precision, with sides that are multiples of 16."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or data.dtype.itemsize > 1 or any(n % 16 for n in data.shape):
+        return False
+    return has_fp8(x.device)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device multiplies fp8 matrices."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def scaled_product(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
+    """``x @ (data * scale).T`` for x [tokens, columns] that is itself rounded to fp8, token by token.
+
+    The scales of tokens and rows are applied to the product, which every device with fp8 can do; scaling by row inside
+    the product is the privilege of a few.
+    """
+    packed, size = quantised_rows(x, ACTIVATIONS)
+    one = torch.ones((), device=x.device)
+    product = torch._scaled_mm(packed, data.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    return product.float().mul_(size).mul_(scale.view(1, -1))
+
+
+ACTIVATIONS = FP8(torch.float8_e4m3fn)

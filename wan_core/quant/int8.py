@@ -1,0 +1,92 @@
+"""int8 with a scale for the matrix or for each row (ComfyUI's ``int8_tensorwise``), perhaps in a rotated basis.
+
+Rotation ("ConvRot"): groups of input channels are multiplied by a symmetric, orthogonal Hadamard matrix before
+quantisation, which spreads outliers; the same matrix turns them back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .base import Parts
+from .scaled import Scaled, quantised_rows
+
+_TOKENS_AT_ONCE = 8192  # products are int32: twice the bytes of the result
+
+
+@dataclass(frozen=True)
+class Int8(Scaled):
+    """``rotation``: the size of a rotated group of columns, a power of 4, or 0."""
+
+    rotation: int = 0
+    dtype = torch.int8
+    largest = 127.0
+
+    @property
+    def name(self) -> str:
+        return f"int8_rotated_{self.rotation}" if self.rotation else "int8"
+
+    def _decode(self, parts: Parts, out: Tensor) -> None:
+        if not self.rotation:
+            super()._decode(parts, out)
+            return
+        out.copy_(rotated(parts["data"].float() * parts["scale"], self.rotation))
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return super()._rounded(x.round_())
+
+    def multiply(self, x: Tensor, parts: Parts) -> Tensor | None:
+        data = parts["data"]
+        tokens = x.reshape(-1, x.shape[-1])
+        if not can_multiply(x, data) or len(tokens) <= 16:
+            return None
+        tokens = rotated(tokens, self.rotation) if self.rotation else tokens
+        out = x.new_empty(len(tokens), len(data))
+        step = _even_step(len(tokens))
+        for part, result in zip(tokens.split(step), out.split(step), strict=True):
+            result.copy_(scaled_product(part, data, parts["scale"]))
+        return out.view(*x.shape[:-1], len(data))
+
+
+def can_multiply(x: Tensor, data: Tensor) -> bool:
+    """CUDA from compute capability 7.5 (Turing), in half precision, with sides that are multiples of 8."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or any(n % 8 for n in data.shape):
+        return False
+    return has_int8(x.device)
+
+
+def has_int8(device: torch.device) -> bool:
+    """Whether the device multiplies int8 matrices."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 5)
+
+
+def scaled_product(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
+    """``x @ (data * scale).T`` for x [tokens, columns] that is itself rounded to int8, token by token."""
+    packed, size = quantised_rows(x, Int8())
+    return torch._int_mm(packed, data.t()).float().mul_(size).mul_(scale.view(1, -1))
+
+
+def rotated(x: Tensor, group: int) -> Tensor:
+    """Each group of columns times the Hadamard matrix; twice gives x again."""
+    turn = hadamard(group).to(x)
+    return (x.reshape(*x.shape[:-1], -1, group) @ turn).reshape(x.shape)
+
+
+@lru_cache(maxsize=4)
+def hadamard(size: int) -> Tensor:
+    """The regular Hadamard matrix [size, size], normalised, float32; size is a power of 4."""
+    seed = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, seed)
+    return matrix / size**0.5
+
+
+def _even_step(tokens: int) -> int:
+    """At most _TOKENS_AT_ONCE, such that no part is too short for the product (17 rows)."""
+    parts = -(-tokens // _TOKENS_AT_ONCE)
+    return -(-tokens // parts)
