@@ -42,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_gradient_checkpointing", action="store_true", help="faster, with more memory")
     parser.add_argument("--use_gradient_checkpointing_offload", action="store_true", help="slower, with less memory")
     parser.add_argument("--save_steps", type=int, default=0, help="default: save every two minutes")
+    parser.add_argument("--sample_every", type=int, default=0, help="steps between grids of samples, as PNG; 0: none")
+    parser.add_argument("--sample_prompt", action="append", default=[], metavar="TEXT",
+                        help="a row of the grids, may be given several times; default: prompts of the first clips")
+    parser.add_argument("--sample_steps", type=int, default=20)
     parser.add_argument("--cache_path", type=Path, default=None, help="latents and embeddings; default: in the output")
     parser.add_argument("--device", default=None)
 
@@ -50,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..train.data import Frame
-    from ..train.run import Request, experts_of, files_in
+    from ..train.parallel import Processes
+    from ..train.run import Hooks, Request, experts_of, files_in
     from ..train.run import run as train
 
     expert = args.expert or _only_expert(experts_of(VARIANTS[args.task]))
@@ -63,11 +68,16 @@ def run(args: argparse.Namespace) -> None:
         weight_decay=args.weight_decay, ema=args.ema, caption_dropout=args.caption_dropout, seed=args.seed,
         precision=args.precision, checkpointing=not args.no_gradient_checkpointing,
         checkpoint_offload=args.use_gradient_checkpointing_offload, skip_bad_clips=args.skip_bad_clips,
-        save_every=args.save_steps, cache=args.cache_path,
+        save_every=args.save_steps, sample_every=args.sample_every, sample_prompts=args.sample_prompt,
+        sample_steps=args.sample_steps, cache=args.cache_path,
     )  # fmt: skip
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    files = files_in(args.ckpt_dir, args.task, expert)
+    if not Processes.current(device).first:
+        train(request, files, device=device, hooks=Hooks(tell=lambda text: None))
+        return
     with _Bar() as bar:
-        file = train(request, files_in(args.ckpt_dir, args.task, expert), device=device, on_step=bar)
+        file = train(request, files, device=device, hooks=Hooks(on_step=bar))
     print(f"Wrote {file}; log.csv and loss.png lie beside it.")
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..config import Variant
 from ..latents import condition_video, given_mask
-from ..models.text_encoder import TextEncoder
-from ..models.vae import VideoVAE
+from ..models.text_encoder import OnBlock, TextEncoder
+from ..models.vae import OnChunk, VideoVAE
 from .data import Clip, whole_chunks
 
 _BLOCK = 2**20
@@ -60,10 +60,11 @@ def _read(file: Path) -> dict[str, Tensor] | None:
 
 
 class Latents:
-    """Clips through a VAE."""
+    """Clips through a VAE. ``on_chunk`` is called after every few frames; what it raises ends the work."""
 
-    def __init__(self, cache: Cache, vae: Callable[[], VideoVAE], vae_key: str, variant: Variant):
-        self.cache, self.vae_key, self.variant = cache, vae_key, variant
+    def __init__(self, cache: Cache, vae: Callable[[], VideoVAE], vae_key: str, variant: Variant,
+                 on_chunk: OnChunk | None = None):  # fmt: skip
+        self.cache, self.vae_key, self.variant, self.on_chunk = cache, vae_key, variant, on_chunk
         self._load, self._vae = vae, None
 
     def __call__(self, clip: Clip) -> Entry:
@@ -79,21 +80,22 @@ class Latents:
             self._vae = self._load()
         device = next(self._vae.parameters()).device
         video = whole_chunks(clip.pixels(), clip.name)[None].to(device)
-        latent = self._vae.encode(video)[0]
+        latent = self._vae.encode(video, self.on_chunk)[0]
         if self.variant.image != "channels":
             return {"latent": latent}
         given = clip.given() or {0: video[0, :, 0]}
         frames = video.shape[2]
         shown = condition_video({place: image.to(device) for place, image in given.items()}, frames)
         mask = given_mask(list(given), frames, *latent.shape[2:]).to(device)
-        return {"latent": latent, "concat": torch.cat([mask[0], self._vae.encode(shown)[0]])}
+        return {"latent": latent, "concat": torch.cat([mask[0], self._vae.encode(shown, self.on_chunk)[0]])}
 
 
 class Texts:
-    """Prompts through a text encoder: [n, D] without padding."""
+    """Prompts through a text encoder: [n, D] without padding. ``on_block`` may raise to end the work."""
 
-    def __init__(self, cache: Cache, encoder: Callable[[], TextEncoder], encoder_key: str):
-        self.cache, self.encoder_key = cache, encoder_key
+    def __init__(self, cache: Cache, encoder: Callable[[], TextEncoder], encoder_key: str,
+                 on_block: OnBlock | None = None):  # fmt: skip
+        self.cache, self.encoder_key, self.on_block = cache, encoder_key, on_block
         self._load, self._encoder = encoder, None
 
     def __call__(self, prompt: str) -> Tensor:
@@ -106,7 +108,7 @@ class Texts:
         if self._encoder is None:
             self._encoder = self._load()
         ids = self._encoder.tokenizer.encode(prompt)
-        return {"text": self._encoder.encode_ids([ids])[0, : len(ids)]}
+        return {"text": self._encoder.encode_ids([ids], on_block=self.on_block)[0, : len(ids)]}
 
 
 def file_key(path: Path, blocks: int = 64) -> str:

@@ -47,6 +47,7 @@ class Clip:
         key: changes when the content does: names the cached latent.
         pixels: -> [3, F, H, W] in -1..1, F being 4n + 1.
         given: condition images by frame number ([3, H, W]); without any, I2V is shown the clip's own first frame.
+        check: a quick look, before hours are spent on other clips; raises ClipProblem.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Clip:
     key: str
     pixels: Callable[[], Tensor]
     given: Callable[[], dict[int, Tensor]] = field(default=dict)
+    check: Callable[[], None] = lambda: None
 
 
 class ClipProblem(Exception):
@@ -70,16 +72,22 @@ def read_folder(folder: str | Path, frame: Frame, *, metadata: str | Path | None
     table = Path(metadata) if metadata else folder / "metadata.csv"
     if not table.is_file():
         raise WanError(f"No {table}: the data folder needs a metadata.csv with the columns video,prompt.")
-    with table.open(newline="", encoding="utf-8-sig") as rows:
-        reader = csv.DictReader(rows)
-        columns = reader.fieldnames or []
-        column = next((name for name in _FILE_COLUMNS if name in columns), None)
-        if column is None or "prompt" not in columns:
-            raise WanError(f"{table} has the columns {', '.join(columns) or '(none)'}; expected video,prompt.")
-        clips = [_clip(folder, row, column, frame) for row in reader]
-    if not clips:
+    columns, rows = _read_table(table)
+    column = next((name for name in _FILE_COLUMNS if name in columns), None)
+    if column is None or "prompt" not in columns:
+        raise WanError(f"{table} has the columns {', '.join(columns) or '(none)'}; expected video,prompt.")
+    if not rows:
         raise WanError(f"{table} has no rows: add one for each clip.")
-    return clips
+    return [_clip(folder, row, column, frame) for row in rows]
+
+
+def _read_table(table: Path) -> tuple[list[str], list[dict[str, str]]]:
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as text:
+            reader = csv.DictReader(text)
+            return list(reader.fieldnames or []), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise WanError(f"{table} is not a table in UTF-8 ({error}): save it as CSV UTF-8.") from error
 
 
 def _clip(folder: Path, row: dict[str, str], column: str, frame: Frame) -> Clip:
@@ -89,6 +97,7 @@ def _clip(folder: Path, row: dict[str, str], column: str, frame: Frame) -> Clip:
         name=row[column] or "(empty)", prompt=row["prompt"] or "", key=_key([file, *images.values()], frame),
         pixels=lambda: read_pixels(file, frame),
         given=lambda: {place: read_pixels(image, frame)[:, 0] for place, image in images.items()},
+        check=lambda: _check_files([file, *images.values()], frame),
     )  # fmt: skip
 
 
@@ -118,6 +127,32 @@ def read_pixels(file: Path, frame: Frame) -> Tensor:
     if len(pictures) < frame.frames:
         raise ClipProblem(f"has {len(pictures)} frames, expected at least {frame.frames}")
     return torch.stack(pictures, dim=1)
+
+
+def _check_files(files: Sequence[Path], frame: Frame) -> None:
+    """Videos by their first frame and the length that they tell.
+
+    Raises:
+        ClipProblem: not there, not readable, or too short.
+    """
+    for file in files:
+        if not file.is_file():
+            raise ClipProblem("no such file")
+        if file.suffix.lower() in IMAGES:
+            _read_image(file)
+            continue
+        next(_read_frames(file, 1), None)
+        frames = _frames_told(file)
+        if 0 < frames < frame.frames:
+            raise ClipProblem(f"has {frames} frames, expected at least {frame.frames}")
+
+
+def _frames_told(file: Path) -> int:
+    """How many frames a video says it has; 0 where it does not say."""
+    import av
+
+    with av.open(str(file)) as container:
+        return container.streams.video[0].frames
 
 
 def _read_image(file: Path) -> Tensor:
@@ -176,7 +211,7 @@ def usable(clips: Sequence[Clip], prepare: Callable[[Clip], object], *, skip_bad
             bad.append(f"{clip.name} {problem}")
     if bad and not skip_bad:
         raise WanError(f"{len(bad)} of {len(clips)} clips cannot be used: {'; '.join(bad)}. Mend or remove them, or "
-                       "skip them with --skip_bad_clips.")
+                       "skip them: option skip_bad_clips.")
     for line in bad:
         log.warning("Skipped: %s.", line)
     if not good:

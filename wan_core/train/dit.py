@@ -55,6 +55,7 @@ class Recipe:
     caption_dropout: float = 0.1
     image_dropout: float = 0.3
     precision: str = "auto"
+    base: str = ""  # of the weights that a run began with, for refusing to go on from others
 
 
 class DiTTask:
@@ -68,8 +69,10 @@ class DiTTask:
         *,
         adapted: Mapping[str, lora.AdaptedLinear] | None = None,
         sampler: Callable[[int, Path], None] | None = None,
+        on_block: Callable[[int], None] | None = None,
     ):
         self.model, self.data, self.recipe, self.adapted = model, data, recipe, adapted
+        self.on_block = on_block
         self.precision = resolve_precision(recipe.precision, model.device)
         self.sampler = sampler
         self._epochs: dict[int, list[list[int]]] = {}
@@ -79,11 +82,13 @@ class DiTTask:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def describe(self) -> dict[str, object]:
-        rank = len(next(iter(self.adapted.values())).lora_A) if self.adapted else 0
         recipe = self.recipe
-        return {"task": recipe.variant.task, "noise": recipe.noise, "batch": recipe.batch, "data": self.data.key,
+        told = {"task": recipe.variant.task, "noise": recipe.noise, "batch": recipe.batch, "data": self.data.key,
                 "caption_dropout": recipe.caption_dropout, "image_dropout": recipe.image_dropout,
-                "precision": self.precision, "lora_rank": rank, "model": self.model.config}  # fmt: skip
+                "precision": self.precision, "lora_rank": 0, "model": self.model.config}  # fmt: skip
+        if recipe.base:
+            told["base"] = recipe.base
+        return told | (lora.describe(self.adapted) if self.adapted else {})
 
     def loss(self, batch: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         clips = self._clips(batch)
@@ -93,7 +98,7 @@ class DiTTask:
         dropped = torch.rand(len(clips), generator=generator) < self.recipe.caption_dropout
         texts = [self.data.empty if drop else text for text, drop in zip(texts, dropped, strict=True)]
         with autocast(self.precision, self.model.device):
-            velocity = self.model(example.x, example.t, texts)
+            velocity = self.model(example.x, example.t, texts, on_block=self.on_block)
         return velocity_loss(velocity, example), {}
 
     def example(self, entries: Sequence[Entry], generator: torch.Generator) -> Example:

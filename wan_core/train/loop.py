@@ -129,7 +129,7 @@ def train(
                 saved = time.monotonic()
             if on_step:
                 on_step(StepReport(state.step, plan.steps, row["loss"]))
-            if seconds is not None and time.monotonic() - begun > seconds:
+            if seconds is not None and processes.any(time.monotonic() - begun > seconds):
                 break
     finally:
         _save(task, plan, state, parameters, folder, processes)
@@ -161,6 +161,7 @@ def _step(
         (loss / plan.accumulate).backward()
         total += loss.item() / plan.accumulate
     processes.average_gradients(parameters.values())
+    total = processes.mean(total)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), plan.clip or float("inf")).item()
     if not (total == total and norm < float("inf")):
         raise WanError(f"Step {state.step + 1}: the loss is {total} and its gradient {norm}. Lower the learning rate "
@@ -246,7 +247,25 @@ def save_atomically(file: Path, content: dict) -> None:
 
 
 def _describe(task: Task, plan: Plan) -> dict[str, str]:
-    return {key: str(value) for key, value in {**plan.decides(), **task.describe()}.items()}
+    return {key: str(value) for key, value in {**_walk(plan), **task.describe()}.items()}
+
+
+def _walk(plan: Plan) -> dict[str, object]:
+    """Two processes walk as one that accumulates two batches: either may go on with the other's state."""
+    return plan.decides() | {"accumulate": plan.accumulate * Processes.current().count}
+
+
+def check_resumable(file: Path, plan: Plan) -> None:
+    """Find out before the work whether a run can be gone on with, as far as its plan tells.
+
+    Raises:
+        WanError: ``file`` is the state of a run with another plan.
+    """
+    if not file.exists():
+        return
+    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["describes"]
+    now = {key: str(value) for key, value in _walk(plan).items()}
+    _check_same(file, {key: saved.get(key) for key in now}, now)
 
 
 def _check_same(file: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:

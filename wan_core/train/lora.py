@@ -57,10 +57,7 @@ def add_lora(
     if rank < 1:
         raise WanError(f"The LoRA rank is {rank}: expected 1 or more.")
     model.requires_grad_(False)
-    layers = {name: layer for name, layer in model.named_modules()
-              if name.startswith("blocks.") and isinstance(layer, nn.Linear)}  # fmt: skip
-    chosen = {name: layer for name, layer in layers.items() if any(name.endswith("." + target) for target in targets)}
-    _check_targets(targets, layers)
+    chosen = find_targets(model, targets)
     generator = torch.Generator().manual_seed(seed)
     adapted = {}
     for name, layer in chosen.items():
@@ -68,6 +65,25 @@ def add_lora(
         owner, _, child = name.rpartition(".")
         model.get_submodule(owner)._modules[child] = adapted[name]
     return adapted
+
+
+def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers of a DiT's blocks whose names end in a target.
+
+    Raises:
+        WanError: a target that no layer has.
+    """
+    layers = {name: layer for name, layer in model.named_modules()
+              if name.startswith("blocks.") and isinstance(layer, nn.Linear)}  # fmt: skip
+    _check_targets(targets, layers)
+    return {name: layer for name, layer in layers.items() if any(name.endswith("." + target) for target in targets)}
+
+
+def describe(adapted: Mapping[str, AdaptedLinear]) -> dict[str, object]:
+    """What a run that is gone on with must share."""
+    one = next(iter(adapted.values()))
+    layers = sorted({name.split(".", 2)[2] for name in adapted})  # the same in each block
+    return {"lora_rank": len(one.lora_A), "lora_alpha": one.scale * len(one.lora_A), "lora_layers": layers}
 
 
 def lora_tensors(adapted: Mapping[str, AdaptedLinear], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

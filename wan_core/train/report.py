@@ -6,11 +6,15 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..video import to_bytes, unfinished
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Log:
@@ -41,7 +45,12 @@ def read_log(file: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(rows) if None not in row.values()]  # a kill can cut the last row
 
 
-def plot_loss(losses: Sequence[float], file: Path, *, title: str = "loss", size: tuple[int, int] = (800, 400)) -> None:
+def plot_loss(losses: Sequence[float], file: Path) -> None:
+    with unfinished(file) as partial:
+        draw_loss(losses).save(partial)
+
+
+def draw_loss(losses: Sequence[float], *, title: str = "loss", size: tuple[int, int] = (800, 400)) -> Image.Image:
     """A line plot on a logarithmic scale: each step faint, their running mean strong."""
     from PIL import Image, ImageDraw
 
@@ -69,8 +78,7 @@ def plot_loss(losses: Sequence[float], file: Path, *, title: str = "loss", size:
         if len(values) > 1:
             draw.line(points(values), fill="#c5d8f0")
             draw.line(points(running_mean(values)), fill="#1f5fbf", width=2)
-    with unfinished(file) as partial:
-        picture.save(partial)
+    return picture
 
 
 def running_mean(values: Sequence[float], decay: float = 0.95) -> list[float]:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..checkpoint.folder import find_parts
-from ..config import VARIANTS, Variant
+from ..config import VAES, VARIANTS, Variant
+from ..devices import empty_cache
 from ..dtypes import resolve_dtype
 from ..errors import WanError
-from ..models.load_dit import read_dit
-from ..models.load_vae import load_vae
-from ..models.text_encoder import load_text_encoder
+from ..models.dit import WanDiT
+from ..models.load_dit import DiTFile, read_dit
+from ..models.load_vae import load_vae, read_vae
+from ..models.text_encoder import load_text_encoder, read_text_encoder
 from ..video import check_writable
 from .cache import Cache, Latents, Texts, digest, file_key
-from .data import Clip, Frame, check_frame, read_folder, usable
+from .data import Clip, ClipProblem, Frame, check_frame, read_folder, usable
 from .dit import Data, DiTTask, Recipe
-from .loop import Plan, StepReport, train
-from .lora import TARGETS, add_lora
-from .model import checkpoint_blocks, load_trained
+from .loop import STATE, Plan, StepReport, check_resumable, train
+from .lora import TARGETS, AdaptedLinear, add_lora, find_targets
+from .model import TrainedDiT, checkpoint_blocks, load_trained
 from .objective import NoiseRange, expert_range
 from .parallel import Processes
+from .sample import Grids, Sampling, Wish
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ class Request:
         rank: of the LoRA; 0 trains all weights.
         boundaries: of the noise levels, as fractions of the timesteps; None is the expert's own.
         steps: 0 takes ``epochs`` instead.
+        dtype: of frozen base weights; None is the device's default. Full training keeps float32.
+        sample_every: steps between grids of samples; 0 draws none.
+        sample_prompts: of the grids; without any, prompts of the first clips.
     """
 
     task: str
@@ -74,6 +82,9 @@ class Request:
     skip_bad_clips: bool = False
     save_every: int = 0
     sample_every: int = 0
+    sample_prompts: Sequence[str] = ()
+    sample_steps: int = 20
+    dtype: str | None = None
     cache: Path | None = None
 
 
@@ -96,69 +107,209 @@ def files_in(folder: Path, task: str, expert: str) -> TrainFiles:
     return TrainFiles(dit, parts.vae, parts.text_encoder, parts.tokenizer)
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """How a run talks to whoever started it.
+
+    Attributes:
+        on_step: called after each step.
+        on_clip: called with the number of clips made ready, and of all.
+        check: called often and with anything; what it (or any other hook) raises ends the run, which keeps its state.
+        tell: called with remarks.
+    """
+
+    on_step: Callable[[StepReport], None] | None = None
+    on_clip: Callable[[int, int], None] = lambda done, total: None
+    check: Callable[..., None] = lambda *anything: None
+    tell: Callable[[str], None] = print
+
+
 def run(
     request: Request,
     files: TrainFiles,
     *,
     device: torch.device | str = "cpu",
-    on_step: Callable[[StepReport], None] | None = None,
-    tell: Callable[[str], None] = print,
+    text_device: torch.device | str = "cpu",
+    hooks: Hooks | None = None,
 ) -> Path:
     """Train, or go on with what ``request.out`` holds, and return the file that was written.
 
     Raises:
-        WanError: see ``read_folder``, ``usable``, ``loop.train`` and the loaders; found before the first step.
+        WanError: see ``check``, ``usable``, ``loop.train`` and the loaders; found before the first step.
     """
-    variant = VARIANTS[request.task]
-    device = Processes.current().device or torch.device(device)
-    check_frame(request.frame, variant.size_multiple)
-    noise = _noise(request, variant)
+    hooks, variant = hooks or Hooks(), VARIANTS[request.task]
+    processes = Processes.current(device)
+    device = processes.device or torch.device(device)
+    base, clips = check(request, files)
     request.out.mkdir(parents=True, exist_ok=True)
-    check_writable(request.out / "state.pt")
-    data = prepare(request, files, variant, device, tell)
-    dtype = resolve_dtype(None, device) if request.rank else torch.float32
-    model = load_trained(read_dit(files.dit), device=device, dtype=dtype)
-    adapted = None
-    if request.rank:
-        adapted = add_lora(model, request.rank, request.targets, alpha=request.alpha, seed=request.seed)
-    if request.checkpointing:
-        checkpoint_blocks(model, offload=request.checkpoint_offload)
-    recipe = Recipe(variant, noise, request.batch, request.caption_dropout, precision=request.precision)
-    task = DiTTask(model, data, recipe, adapted=adapted)
-    train(task, _plan(request, len(data.shapes)), request.out, on_step=on_step)
+    check_writable(request.out / STATE)
+    data, wishes = prepare(request, clips, files, variant, device, torch.device(text_device), hooks)
+    model, adapted = _model(request, base, device)
+    recipe = Recipe(variant, _noise(request, variant), request.batch, request.caption_dropout,
+                    precision=request.precision, base=digest(*map(file_key, base.checkpoint.files)))  # fmt: skip
+    task = DiTTask(model, data, recipe, adapted=adapted, on_block=hooks.check)
+    if wishes:
+        task.sampler = _grids(request, task, wishes, files.vae)
+    train(task, _plan(request, len(data.shapes)), request.out, on_step=hooks.on_step)
     file = request.out / ("lora.safetensors" if request.rank else "model.safetensors")
-    if Processes.current().first:
+    if processes.first:
         task.save(file)
+    processes.wait()
     return file
 
 
-def prepare(
-    request: Request, files: TrainFiles, variant: Variant, device: torch.device, tell: Callable[[str], None]
-) -> Data:
-    """Latents and text embeddings of all clips, on disk; the encoders are gone when this returns."""
-    folder = request.cache or request.out / "cache"
+def check(request: Request, files: TrainFiles) -> tuple[DiTFile, list[Clip]]:
+    """What headers and the first frames of the clips tell, in seconds and before anything is loaded.
+
+    Raises:
+        WanError: a part of another model, quantised weights, a size or length that cannot be, a broken table, clips
+            that cannot be used, or an output folder that holds another run.
+    """
+    variant = VARIANTS[request.task]
+    base = check_files(files, variant)
+    check_frame(request.frame, variant.size_multiple)
+    _noise(request, variant)
+    if request.rank:
+        with torch.device("meta"):
+            find_targets(WanDiT(base.config), request.targets)
+    if request.steps:
+        check_resumable(request.out / STATE, _plan(request, 1))
     clips = request.clips
     if isinstance(clips, Path):
         clips = read_folder(clips, request.frame, metadata=request.metadata)
+    return base, usable(clips, lambda clip: clip.check(), skip_bad=request.skip_bad_clips)
+
+
+def check_files(files: TrainFiles, variant: Variant) -> DiTFile:
+    """
+    Raises:
+        WanError: parts of different models, or weights that cannot be trained on.
+    """
+    base, vae, text = read_dit(files.dit), read_vae(files.vae), read_text_encoder(files.text_encoder, files.tokenizer)
+    check_trainable(base)
+    if base.config.in_channels != variant.in_channels:
+        raise WanError(f"{files.dit} takes {base.config.in_channels} channels, but {variant.display_name} takes "
+                       f"{variant.in_channels}: choose its --task.")
+    if vae.config.kind != variant.vae:
+        raise WanError(f"{files.vae} is a {vae.config.kind} VAE, but {variant.display_name} needs {variant.vae}: "
+                       f"use {VAES[variant.vae].comfy_name} or {VAES[variant.vae].checkpoint}.")
+    if text.config.dim != base.config.text_dim:
+        raise WanError(f"{files.text_encoder} gives embeddings {text.config.dim} wide, but {files.dit} takes "
+                       f"{base.config.text_dim}. Use the text encoder of the same model.")
+    return base
+
+
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_trainable(file: DiTFile) -> None:
+    """
+    Raises:
+        WanError: quantised weights: they cannot carry gradients.
+    """
+    stored = {file.checkpoint.tensors[theirs].dtype for theirs in file.names.values()}
+    if odd := sorted(str(dtype).removeprefix("torch.") for dtype in stored - {*_WEIGHTS}):
+        raise WanError(f"{file.checkpoint.path} is quantised ({', '.join(odd)}): training needs the weights in "
+                       "bfloat16, float16 or float32. Choose such a file of the same model.")
+
+
+def prepare(
+    request: Request,
+    clips: Sequence[Clip],
+    files: TrainFiles,
+    variant: Variant,
+    device: torch.device,
+    text_device: torch.device,
+    hooks: Hooks,
+) -> tuple[Data, list[Wish]]:
+    """Latents and text embeddings of all clips, on disk, and what samples are drawn from.
+
+    The encoders are gone when this returns.
+    """
+    folder = request.cache or request.out / "cache"
     latents = Latents(Cache(folder / "latents"), lambda: load_vae(files.vae, device=device, dtype=torch.float32),
-                      file_key(files.vae), variant)  # fmt: skip
-    texts = Texts(Cache(folder / "texts"), lambda: load_text_encoder(files.text_encoder, tokenizer=files.tokenizer),
-                  file_key(files.text_encoder))  # fmt: skip
+                      file_key(files.vae), variant, hooks.check)  # fmt: skip
+    texts = Texts(
+        Cache(folder / "texts"),
+        lambda: load_text_encoder(files.text_encoder, tokenizer=files.tokenizer, device=text_device),
+        file_key(files.text_encoder), hooks.check,
+    )  # fmt: skip
     shapes: dict[str, tuple] = {}
 
     def ready(clip: Clip) -> None:
+        hooks.check()
         shapes[clip.key] = tuple(latents(clip).latent.shape)
         texts(clip.prompt)
+        hooks.on_clip(len(shapes), len(clips))
 
+    _share(clips, ready)
     clips = usable(clips, ready, skip_bad=request.skip_bad_clips)
-    empty = texts("")
-    tell(f"{len(clips)} clips are ready in {folder}.")
+    empty, wishes = texts(""), _wishes(request, clips, shapes, latents, texts)
+    hooks.tell(f"{len(clips)} clips are ready in {folder}.")
     latents.release(), texts.release()
+    gc.collect()
+    empty_cache()
     rows = [clip for clip in clips for _ in range(request.repeat)]
 
     key = digest(*(clip.key + clip.prompt for clip in rows), latents.vae_key, texts.encoder_key)
     return Data(lambda i: latents(rows[i]), lambda i: texts(rows[i].prompt), empty,
-                [shapes[clip.key] for clip in rows], key)  # fmt: skip
+                [shapes[clip.key] for clip in rows], key), wishes  # fmt: skip
+
+
+def _share(clips: Sequence[Clip], ready: Callable[[Clip], None]) -> None:
+    """With several processes, each encodes its share; afterwards all find everything in the cache."""
+    processes = Processes.current()
+    if processes.count == 1:
+        return
+    for clip in clips[processes.rank :: processes.count]:
+        with suppress(ClipProblem):  # which all processes will tell alike
+            ready(clip)
+    processes.wait()
+
+
+def _wishes(
+    request: Request, clips: Sequence[Clip], shapes: dict[str, tuple], latents: Latents, texts: Texts
+) -> list[Wish]:
+    """The rows of the sample grids: the prompts asked for, or those of the first clips.
+
+    I2V is shown the first clips' images, and so is TI2V where the prompt is the clip's own.
+    """
+    if not request.sample_every:
+        return []
+    longest = max(shapes.values(), key=lambda shape: shape[1])
+    shown = [clip for clip in clips if shapes[clip.key] == longest]
+    prompts = request.sample_prompts or [clip.prompt for clip in shown[:4]]
+    frames = VARIANTS[request.task].image == "frame" and not request.sample_prompts
+    wishes = []
+    for i, prompt in enumerate(prompts):
+        entry = latents(shown[i % len(shown)])
+        wishes.append(Wish(prompt, texts(prompt), entry.concat, entry.latent[:, :1] if frames else None))
+    return wishes
+
+
+def _grids(request: Request, task: DiTTask, wishes: Sequence[Wish], vae: Path) -> Grids:
+    variant, device = task.recipe.variant, task.model.device
+    guidance = variant.guidance.high if request.expert == "high" else variant.guidance.low
+    how = Sampling(request.sample_steps, task.recipe.noise.shift, guidance, precision=task.precision)
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        decoder = load_vae(vae, device=device, dtype=torch.float32)
+        return torch.cat([decoder.decode(latent).cpu() for latent in latents.split(1)])
+
+    shape = max(task.data.shapes, key=lambda shape: shape[1])
+    return Grids(task.model, wishes, task.data.empty, shape, how, variant, decode, request.seed)
+
+
+def _model(
+    request: Request, base: DiTFile, device: torch.device
+) -> tuple[TrainedDiT, dict[str, AdaptedLinear] | None]:
+    dtype = resolve_dtype(request.dtype, device) if request.rank else torch.float32
+    model, adapted = load_trained(base, device=device, dtype=dtype), None
+    if request.rank:
+        adapted = add_lora(model, request.rank, request.targets, alpha=request.alpha, seed=request.seed)
+    if request.checkpointing:
+        checkpoint_blocks(model, offload=request.checkpoint_offload)
+    return model, adapted
 
 
 def _noise(request: Request, variant: Variant) -> NoiseRange:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..sampling.guidance import Condition, OnBlock
 from ..sampling.schedules import schedule
 from .model import TrainedDiT
 from .precision import autocast
+from .report import sample_grid
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class _Model:
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition, on_block: OnBlock | None = None) -> Tensor:
         if condition.concat is not None:
-            x = torch.cat([x, condition.concat], dim=1)
+            x = torch.cat([x, condition.concat.to(x.device)], dim=1)
         with autocast(self.precision, self.dit.device):
             return self.dit(x, t, condition.text, on_block=on_block)
 
@@ -68,7 +70,7 @@ def sample(
     start = noise(seed, (len(texts), *shape)).to(high.device)
     given = None
     if first is not None:
-        known, mask = torch.zeros_like(start), torch.ones(1, 1, shape[1], 1, 1)
+        known, mask = torch.zeros_like(start), torch.ones(1, 1, shape[1], 1, 1, device=start.device)
         known[:, :, :1], mask[:, :, 0] = first, 0
         given = Given(known, mask, clean=True)
     experts = _experts(high, low, how, variant)
@@ -82,3 +84,42 @@ def _experts(high: TrainedDiT, low: TrainedDiT, how: Sampling, variant: Variant)
         return Experts.dense(_Model(high, how.precision), how.guidance)
     both = (Expert(_Model(model, how.precision), how.guidance, name) for model, name in ((high, "high"), (low, "low")))
     return Experts(*both, variant.boundary)
+
+
+@dataclass(frozen=True, eq=False)
+class Wish:
+    """One row of a grid: a prompt [n, D], and what the model is shown beside it."""
+
+    caption: str
+    text: Tensor
+    concat: Tensor | None = None  # I2V: [20, T, h, w]
+    first: Tensor | None = None  # TI2V: [C, 1, h, w]
+
+
+@dataclass(frozen=True, eq=False)
+class Grids:
+    """Draws the same wishes again and again while a model learns: the same seed, one picture each time.
+
+    The model does all steps itself, one expert of a pair also those of the other, for which it was not trained: a grid
+    shows what it learns, not how good the pair is.
+    """
+
+    model: TrainedDiT
+    wishes: Sequence[Wish]
+    empty: Tensor
+    shape: tuple[int, int, int, int]
+    how: Sampling
+    variant: Variant
+    decode: Callable[[Tensor], Tensor]  # [B, C, T, h, w] -> [B, 3, F, H, W] in -1..1
+    seed: int = 0
+
+    def __call__(self, step: int, folder: Path) -> None:
+        """Write ``sample_<step>.png``."""
+        latents = torch.cat([self._draw(wish) for wish in self.wishes])  # one at a time, to save memory
+        captions = [wish.caption for wish in self.wishes]
+        sample_grid(list(self.decode(latents).cpu()), folder / f"sample_{step:06d}.png", captions=captions)
+
+    def _draw(self, wish: Wish) -> Tensor:
+        concat, first = (None if part is None else part[None] for part in (wish.concat, wish.first))
+        return sample(self.model, self.model, [wish.text], self.empty, self.shape, self.how, self.variant,
+                      seed=self.seed, concat=concat, first=first)  # fmt: skip

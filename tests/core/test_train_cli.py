@@ -1,0 +1,187 @@
+"""The train command: several processes, sample grids, and mistakes that are told before anything is loaded."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from wan_core.__main__ import main
+from wan_core.errors import WanError
+from wan_core.tiny import TinySizes, write_tiny
+from wan_core.train.data import Frame
+from wan_core.train.report import read_log
+from wan_core.train.run import Hooks, Request, files_in, run
+from wan_core.video import save_video
+
+ROOT = Path(__file__).parents[2]
+SIZES = TinySizes(dim=128, ffn_dim=64, layers=1, text_dim=32, text_layers=1, vae_dim=4)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        save_video([torch.rand(3, 5, 32, 32, generator=generator) * 2 - 1], folder / name, 16)
+    with (folder / "metadata.csv").open("w", newline="") as out:
+        csv.writer(out).writerows([["video", "prompt"], *([f"{name}.mp4", f"a clip, {name}"] for name in "abc")])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for task in ("t2v-A14B", "i2v-A14B", "ti2v-5B"):
+        write_tiny(folder / task, task, sizes=SIZES)
+    return folder
+
+
+def flags(checkpoints: Path, clips: Path, out: Path, task: str = "t2v-A14B", **more: object) -> list[str]:
+    expert = [] if task == "ti2v-5B" else ["--expert", "low"]
+    given = {"max_steps": 4, "lora_rank": 2, "learning_rate": 1e-3, "precision": "fp32", "device": "cpu"} | more
+    words = ["train", "--task", task, *expert, "--ckpt_dir", checkpoints / task, "--dataset_base_path", clips,
+             "--output_path", out, "--width", 32, "--height", 32, "--num_frames", 5]  # fmt: skip
+    words += [word for name, value in given.items() for word in (f"--{name}", value)]
+    return [str(word) for word in words]
+
+
+# --- several processes
+
+
+def test_two_processes_learn_what_one_with_two_batches_does(checkpoints: Path, clips: Path, tmp_path: Path):
+    """Weights within 1e-3 of the longest way that any went in 4 steps: averaging adds in another order, and Adam's
+    first steps divide by gradients near 0. Other batches, or gradients not averaged, miss by more than a tenth."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "wan_core"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    two = subprocess.run([*launch, *flags(checkpoints, clips, tmp_path / "two")], env=environment, cwd=tmp_path,
+                         capture_output=True, text=True)  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("Wrote ") == two.stdout.count("clips are ready") == 1
+    one = flags(checkpoints, clips, tmp_path / "one", gradient_accumulation_steps=2)
+    assert main(one) == 0
+    alone = flags(checkpoints, clips, tmp_path / "alone")  # half of the clips: what a lonely process would learn
+    assert main(alone) == 0
+
+    ours, theirs, other = (load_file(tmp_path / name / "lora.safetensors") for name in ("two", "one", "alone"))
+    keys = [key for key in theirs if key.endswith("lora_B.weight")]  # these begin at 0
+    way = max(theirs[key].abs().max().item() for key in keys)
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in theirs) <= 1e-3 * way
+    assert max((other[key] - theirs[key]).abs().max().item() for key in keys) > 0.1 * way
+    losses = [[float(row["loss"]) for row in read_log(tmp_path / name / "log.csv")] for name in ("two", "one")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    # The state is one's that accumulates two batches, who may go on with it.
+    assert main(flags(checkpoints, clips, tmp_path / "two", gradient_accumulation_steps=2)) == 0
+
+
+# --- sample grids
+
+
+@pytest.mark.parametrize("task", ["t2v-A14B", "i2v-A14B", "ti2v-5B"])
+def test_sample_grids_lie_beside_the_log(checkpoints: Path, clips: Path, tmp_path: Path, task: str):
+    more = {"sample_every": 1, "sample_steps": 2, "max_steps": 2}
+    assert main(flags(checkpoints, clips, tmp_path, task, **more, learning_rate=0.1)) == 0
+    grids = [Image.open(tmp_path / f"sample_{step:06d}.png") for step in (1, 2)]
+    assert all(grid.size == (5 * 32, 3 * (32 + 14)) for grid in grids)  # 5 frames; 3 clips, captions above them
+    first, second = (np.asarray(grid, dtype=float) for grid in grids)
+    assert first[14:46].std() > 1 and np.abs(first - second).max() > 1  # the same noise, another model
+
+
+def test_sample_prompts_and_what_they_leave_alone(checkpoints: Path, clips: Path, tmp_path: Path):
+    """Samples take no chance from training: the LoRA is the same with and without them."""
+    given = flags(checkpoints, clips, tmp_path / "with", sample_every=2, sample_steps=1)
+    assert main([*given, "--sample_prompt", "a cat", "--sample_prompt", "a dog"]) == 0
+    assert main(flags(checkpoints, clips, tmp_path / "without")) == 0
+    assert Image.open(tmp_path / "with/sample_000004.png").size == (5 * 32, 2 * (32 + 14))
+    one, other = (load_file(tmp_path / name / "lora.safetensors") for name in ("with", "without"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+# --- hooks, and mistakes told early
+
+
+def a_request(clips: Path, out: Path) -> Request:
+    return Request(task="t2v-A14B", expert="low", clips=clips, out=out, frame=Frame(32, 32, 5), rank=2, steps=2,
+                   precision="fp32")  # fmt: skip
+
+
+@pytest.mark.parametrize("when", [1, 4, 30])
+def test_a_cancelled_run_goes_on_to_the_same_lora(checkpoints: Path, clips: Path, tmp_path: Path, when: int):
+    """Cancelled while clips are encoded and while a step is computed."""
+    files, calls = files_in(checkpoints / "t2v-A14B", "t2v-A14B", "low"), []
+
+    def check(*_: object) -> None:
+        calls.append(0)
+        if len(calls) == when:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(a_request(clips, tmp_path / "parts"), steps=20), files, hooks=Hooks(check=check))
+    for name in ("parts", "whole"):
+        run(replace(a_request(clips, tmp_path / name), steps=20), files)
+    parts, whole = (load_file(tmp_path / name / "lora.safetensors") for name in ("parts", "whole"))
+    assert all(torch.equal(parts[key], whole[key]) for key in whole)
+
+
+def test_hooks_hear_of_clips_and_steps(checkpoints: Path, clips: Path, tmp_path: Path):
+    files, heard = files_in(checkpoints / "t2v-A14B", "t2v-A14B", "low"), []
+    hooks = Hooks(on_step=lambda report: heard.append(report.step), on_clip=lambda *done: heard.append(done),
+                  tell=heard.append)  # fmt: skip
+    run(a_request(clips, tmp_path), files, hooks=hooks)
+    assert heard[:3] == [(1, 3), (2, 3), (3, 3)] and heard[3].startswith("3 clips are ready") and heard[4:] == [1, 2]
+
+
+def test_mistakes_are_told_before_anything_is_loaded(
+    checkpoints: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    files, good = files_in(checkpoints / "t2v-A14B", "t2v-A14B", "low"), a_request(clips, tmp_path / "out")
+    run(good, files)
+    for name in ("load_vae", "load_text_encoder", "load_trained"):
+        monkeypatch.setattr(f"wan_core.train.run.{name}", None)
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin/metadata.csv").write_bytes("video,prompt\na.mp4,ein Bär\n".encode("latin-1"))
+    quantised = tmp_path / "fp8.safetensors"
+    save_file(quantise(load_all(files.dit)), quantised)
+    wrong_vae = replace(files, vae=files_in(checkpoints / "ti2v-5B", "ti2v-5B", "only").vae)
+    for request, parts, expected in (
+        (replace(good, steps=3), files, "another run: steps was 2, now 3"),
+        (replace(good, targets=("q", "k_img")), files, "LoRA targets k_img"),
+        (replace(good, frame=Frame(32, 32, 9)), files, "a.mp4 has 5 frames, expected at least 9"),
+        (replace(good, frame=Frame(32, 32, 6)), files, r"6 frames: Wan makes 4n \+ 1"),
+        (replace(good, clips=tmp_path / "latin"), files, "not a table in UTF-8"),
+        (replace(good, boundaries=(0.9, 0.1)), files, "minimum < maximum"),
+        (good, replace(files, dit=quantised), r"fp8.safetensors is quantised \(float8_e4m3fn\)"),
+        (good, wrong_vae, "wan2.2 VAE, but Wan2.2 T2V-A14B needs wan2.1"),
+        (replace(good, task="i2v-A14B"), files, "takes 16 channels"),
+    ):
+        with pytest.raises(WanError, match=expected):
+            run(request, parts)
+
+
+def test_other_base_weights_and_other_lora_layers_are_refused(checkpoints: Path, clips: Path, tmp_path: Path):
+    files, request = files_in(checkpoints / "t2v-A14B", "t2v-A14B", "low"), a_request(clips, tmp_path)
+    run(request, files)
+    high = files_in(checkpoints / "t2v-A14B", "t2v-A14B", "high")
+    fewer, weaker = replace(request, targets=("q",)), replace(request, alpha=1.0)
+    for other, parts, expected in ((request, high, "base was"), (fewer, files, "lora_layers"),
+                                   (weaker, files, "lora_alpha was 2")):  # fmt: skip
+        with pytest.raises(WanError, match=expected):
+            run(other, parts)
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
+def quantise(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    wide = ("q.weight", "k.weight", "v.weight", "o.weight")
+    return {key: tensor.to(torch.float8_e4m3fn) if key.endswith(wide) else tensor for key, tensor in weights.items()}
