@@ -30,6 +30,16 @@ from .layers import (
 from .rope import rope_table, rotate, rotate_
 
 Runs = list[tuple[int, int, Modulation]]
+TOKENS_AT_ONCE = 16384  # of a long video, where a whole second copy of the tokens would not fit
+
+
+def over(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """``layer(x)`` for x [B, L, ...]; of a long x in inference, written over x some tokens at a time."""
+    if torch.is_grad_enabled() or x.shape[1] <= TOKENS_AT_ONCE:
+        return layer(x)
+    for part in x.split(TOKENS_AT_ONCE, dim=1):
+        part.copy_(layer(part))
+    return x
 
 
 class TextStates:
@@ -67,10 +77,13 @@ class SelfAttention(nn.Module):
     def queries_keys_values(
         self, x: torch.Tensor, rope: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens [B, L, dim] -> rotated queries, rotated keys and values, each [B, L, heads, head_dim]."""
+        """Tokens [B, L, dim] -> rotated queries, rotated keys and values, each [B, L, heads, head_dim].
+
+        May overwrite x, with the values.
+        """
         q = self._rotated(self.norm_q, self.q(x), rope)
         k = self._rotated(self.norm_k, self.k(x), rope)
-        return q, k, split_heads(self.v(x), self.heads)
+        return q, k, split_heads(over(self.v, x), self.heads)
 
     def _rotated(self, norm: RMSNorm, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
@@ -92,9 +105,10 @@ class CrossAttention(nn.Module):
         return split_heads(self.norm_k(self.k(text)), self.heads), split_heads(self.v(text), self.heads)
 
     def forward(self, x: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
-        q = self.q(x)
+        """Tokens [B, L, dim] -> what they hear of the text; may overwrite x."""
+        q = over(self.q, x)
         q = self.norm_q(q) if torch.is_grad_enabled() else self.norm_q.apply_(q)
-        return self.o(attend(split_heads(q, self.heads), *keys_values).flatten(2))
+        return over(self.o, over(lambda part: attend(part, *keys_values), split_heads(q, self.heads)).flatten(2))
 
 
 class AffineNorm(nn.Module):
@@ -111,9 +125,7 @@ class AffineNorm(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Linear, GELU(tanh), linear; in inference some tokens at a time, so that the wide middle stays small."""
-
-    tokens_at_once = 16384
+    """Linear, GELU(tanh), linear; in inference a long x is overwritten bit by bit: the wide middle stays small."""
 
     def __init__(self, dim: int, ffn_dim: int):
         super().__init__(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
@@ -121,8 +133,7 @@ class FeedForward(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             return super().forward(x)
-        parts = [self[2](_gelu_(self[0](part))) for part in x.split(self.tokens_at_once, dim=1)]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return over(lambda part: self[2](_gelu_(self[0](part))), x)
 
 
 def _gelu_(x: torch.Tensor) -> torch.Tensor:
@@ -144,10 +155,10 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """Tokens [B, L, dim] -> the same; overwrites x when no gradients are wanted."""
         attention, feed_forward = self._modulations(timed)
-        # In two steps, so that the normed tokens are gone when attention, the hungriest moment, begins.
-        qkv = self.self_attn.queries_keys_values(modulated_norm(x, attention, self.eps), rope)
-        seen = attend(*qkv).flatten(2)
-        del qkv
+        # The hungriest moment: tokens, queries, keys and values. What attention answers takes the queries' place.
+        q, k, v = self.self_attn.queries_keys_values(modulated_norm(x, attention, self.eps), rope)
+        seen = over(lambda part: attend(part, k, v), q).flatten(2)
+        del q, k, v
         x = add_gated(x, self.self_attn.o(seen), attention)
         del seen
         heard = self.cross_attn(self.norm3(x), text.of_block(index, self.cross_attn), attend)

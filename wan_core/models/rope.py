@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 
 _THETA = 10000.0
-_SLICE = 8192  # tokens in one float32 slice
+_SLICE = 4096  # tokens in one float32 slice
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
