@@ -92,20 +92,26 @@ def find_tokenizer(checkpoint: str | Path) -> Path:
     return _first_file(places) or _refuse(f"No tokenizer found for {path}", places)
 
 
-def train_tiny_tokenizer(texts: Iterable[str], vocabulary: int = 400) -> bytes:
+def train_tiny_tokenizer(
+    texts: Iterable[str], vocabulary: int = 400, *, phrases: Iterable[str] = (), fold_case: bool = False
+) -> bytes:
     """A small SentencePiece model in umT5's manner, for small test checkpoints; the same texts give the same bytes.
 
     Unigram with byte fallback, no normalisation, ids 0 ``<pad>``, 1 ``</s>``, 2 ``<s>``, 3 ``<unk>``.
 
     Args:
         vocabulary: an upper limit, of which 260 are the special tokens and the single bytes.
+        phrases: always one piece each, spaces and all; the longest wins.
+        fold_case: upper and lower case, full and half width are the same (nmt_nfkc_cf).
     """
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=vocabulary,
-        hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False, byte_fallback=True, remove_extra_whitespaces=False,
+        normalization_rule_name="nmt_nfkc_cf" if fold_case else "identity",
+        user_defined_symbols=[phrase.replace(" ", "▁") for phrase in phrases],
         pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece=_END, bos_piece="<s>", unk_piece="<unk>",
         num_threads=1, minloglevel=2,
     )  # fmt: skip

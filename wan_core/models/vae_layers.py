@@ -103,7 +103,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[..., C] -> [..., C], into ``out`` if given."""
         if torch.is_grad_enabled():
-            return F.normalize(x.float(), dim=-1).mul(x.shape[-1] ** 0.5 * self.gamma.flatten()).to(x.dtype)
+            inverse = x.float().square().mean(-1, keepdim=True).clamp_min(1e-24 / x.shape[-1]).rsqrt()
+            return (x * inverse * self.gamma.flatten()).to(x.dtype)
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         factor = (x.shape[-1] ** 0.5 / size.clamp_min_(1e-12)).to(x.dtype)
         return torch.mul(x, factor, out=out).mul_(self.gamma.flatten())

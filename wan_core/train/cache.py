@@ -37,8 +37,14 @@ class Cache:
         self.folder, self.dtype = folder, dtype
         folder.mkdir(parents=True, exist_ok=True)
 
+    def has(self, key: str) -> bool:
+        return self._file(key).exists()
+
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
     def get(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        file = self.folder / key[:2] / f"{key}.safetensors"
+        file = self._file(key)
         if (found := _read(file)) is not None:
             return found
         made = {name: tensor.to("cpu", self.dtype).contiguous() for name, tensor in make().items()}
@@ -68,26 +74,51 @@ class Latents:
         self._load, self._vae = vae, None
 
     def __call__(self, clip: Clip) -> Entry:
-        key = digest(clip.key, self.vae_key, self.variant.image)
-        held = self.cache.get(key, lambda: self._make(clip))
-        return Entry(held["latent"], held.get("concat"))
+        latent = self.cache.get(self._key(clip, "latent"), lambda: {"latent": self._encode([clip])[0]})["latent"]
+        if self.variant.image != "channels":
+            return Entry(latent, None)
+        held = self.cache.get(self._key(clip, "concat"), lambda: {"concat": self._condition([clip])[0]})
+        return Entry(latent, held["concat"])
+
+    def prepare(self, clips: Sequence[Clip], batch: int = 8) -> None:
+        """Make what is missing, some clips of one size at a time: small pictures are encoded faster together."""
+        makers = {"latent": self._encode}
+        if self.variant.image == "channels":
+            makers["concat"] = self._condition
+        for part, make in makers.items():
+            missing = [clip for clip in clips if not self.cache.has(self._key(clip, part))]
+            for start in range(0, len(missing), batch):
+                some = missing[start : start + batch]
+                for clip, made in zip(some, make(some), strict=True):
+                    self.cache.get(self._key(clip, part), lambda made=made, part=part: {part: made})
 
     def release(self) -> None:
         self._vae = None
 
-    def _make(self, clip: Clip) -> dict[str, Tensor]:
+    def _key(self, clip: Clip, part: str) -> str:
+        return digest(clip.key, self.vae_key, part)
+
+    def _encode(self, clips: Sequence[Clip]) -> Tensor:
+        """Latents [N, C, T, h, w]."""
+        return self._through_vae([whole_chunks(clip.pixels(), clip.name) for clip in clips])
+
+    def _condition(self, clips: Sequence[Clip]) -> Tensor:
+        """Conditions [N, 20, T, h, w]: mask and latent of the given frames."""
+        shown, masks = [], []
+        for clip in clips:
+            video = whole_chunks(clip.pixels(), clip.name)
+            given = clip.given() or {0: video[:, 0]}
+            shown.append(condition_video(given, video.shape[1])[0])
+            masks.append(given_mask(list(given), video.shape[1], 1, 1)[0])
+        latents = self._through_vae(shown)
+        mask = torch.stack(masks).to(latents.device).expand(-1, -1, -1, *latents.shape[3:])
+        return torch.cat([mask, latents], dim=1)
+
+    def _through_vae(self, videos: Sequence[Tensor]) -> Tensor:
         if self._vae is None:
             self._vae = self._load()
         device = next(self._vae.parameters()).device
-        video = whole_chunks(clip.pixels(), clip.name)[None].to(device)
-        latent = self._vae.encode(video, self.on_chunk)[0]
-        if self.variant.image != "channels":
-            return {"latent": latent}
-        given = clip.given() or {0: video[0, :, 0]}
-        frames = video.shape[2]
-        shown = condition_video({place: image.to(device) for place, image in given.items()}, frames)
-        mask = given_mask(list(given), frames, *latent.shape[2:]).to(device)
-        return {"latent": latent, "concat": torch.cat([mask[0], self._vae.encode(shown, self.on_chunk)[0]])}
+        return self._vae.encode(torch.stack(videos).to(device), self.on_chunk)
 
 
 class Texts:

@@ -20,6 +20,8 @@ from .model import TrainedDiT
 from .objective import Example, NoiseRange, noisy, velocity_loss, with_channels, with_clean_first_frame
 from .precision import autocast, resolve_precision
 
+_NEGATIVE_BATCHES = 0.2
+
 
 @dataclass(frozen=True, eq=False)
 class Data:
@@ -31,6 +33,8 @@ class Data:
         empty: embedding of the empty prompt, in whose place a caption is sometimes dropped.
         shapes: of the latents; batches hold one shape.
         key: of the whole set, for refusing to go on with other data.
+        negative: embedding of the negative prompt that users will give, for models that would not know it: it stands
+            in for the empty one in some batches.
     """
 
     entries: Callable[[int], Entry]
@@ -38,6 +42,7 @@ class Data:
     empty: Tensor
     shapes: Sequence[tuple]
     key: str
+    negative: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,8 @@ class DiTTask:
         example = self.example(entries, generator)
         texts = [self.data.texts(i) for i in clips]
         dropped = torch.rand(len(clips), generator=generator) < self.recipe.caption_dropout
-        texts = [self.data.empty if drop else text for text, drop in zip(texts, dropped, strict=True)]
+        empty = self._empty(generator)
+        texts = [empty if drop else text for text, drop in zip(texts, dropped, strict=True)]
         with autocast(self.precision, self.model.device):
             velocity = self.model(example.x, example.t, texts, on_block=self.on_block)
         return velocity_loss(velocity, example), {}
@@ -127,6 +133,11 @@ class DiTTask:
             lora.save_lora(self.adapted, file, metadata)
         else:
             save_weights(self.model.state_dict(), file, dtype, metadata)
+
+    def _empty(self, generator: torch.Generator) -> Tensor:
+        if self.data.negative is None or torch.rand((), generator=generator) >= _NEGATIVE_BATCHES:
+            return self.data.empty
+        return self.data.negative
 
     def _clips(self, batch: int) -> list[int]:
         size = len(self._batches(0))

@@ -84,3 +84,15 @@ def _joined(parts: list[str], language: str) -> str:
         return "，".join(parts) + "。"
     text = ", ".join(parts) + "."
     return text[0].upper() + text[1:]
+
+
+def phrases() -> list[str]:
+    """Every wording that means one thing: of the vocabulary, of motion, of colours, shapes and grounds."""
+    english = [term.en for term in _terms()] + [way for ways in _MOTION_EN.values() for way in ways]
+    english += list(_ZH) + ["moves", "slides", "travels", "left", "right", "up", "down"]
+    chinese = [term.zh for term in _terms()] + [way for ways in _MOTION_ZH.values() for way in ways] + [*_ZH.values()]
+    return [" " + words.lower() for words in english] + chinese
+
+
+def _terms() -> list:
+    return [GROUPS[group][term] for group, term in _GROUP_OF.values()]

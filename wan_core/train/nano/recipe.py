@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...config import VARIANTS, DiTConfig, VAEConfig, VAEKind, Variant
+from ...config import NEGATIVE_PROMPT, VARIANTS, DiTConfig, VAEConfig, VAEKind, Variant
 from ...errors import WanError
 from ...models.load_vae import load_vae
 from ...models.text_encoder import load_text_encoder
@@ -33,7 +33,7 @@ from ..sample import Sampling, sample
 from ..vae import Phase, VAERecipe, VAETask, calibrate, new_vae, psnr, reconstruct
 from .dataset import RandomClips, scenes, to_tensor, training_clips
 from .evaluate import Rate, ceiling, score
-from .text import TextTask, make_tokenizer, new_encoder, save_encoder, tokenizer_of
+from .text import ReaderTask, make_tokenizer, new_encoder, save_encoder, tokenizer_of
 from .world import Scene, film
 
 
@@ -45,8 +45,8 @@ class Settings:
         scale: of the steps of every stage: 1 is the full training, 0.01 tries the way.
     """
 
-    frame: Frame = Frame(128, 128, 17)
-    clips: int = 4000
+    frame: Frame = Frame(64, 64, 17)
+    clips: int = 3000
     vae_dim: int = 12
     dim: int = 128
     ffn_dim: int = 512
@@ -72,6 +72,7 @@ FILES = {
     "ti2v": "diffusion_models/nano_ti2v.safetensors",
 }  # fmt: skip
 
+VAE_STAGE: dict[VAEKind, str] = {"wan2.1": "vae16", "wan2.2": "vae48"}
 T2V, I2V, TI2V = (VARIANTS[task] for task in ("t2v-A14B", "i2v-A14B", "ti2v-5B"))
 
 
@@ -96,40 +97,38 @@ class Family:
         return self.file(stage)
 
     def vae(self, kind: VAEKind) -> VideoVAE:
-        stage = "vae16" if kind == "wan2.1" else "vae48"
-        return load_vae(self.need(stage), dtype=torch.float32)
+        return load_vae(self.need(VAE_STAGE[kind]), dtype=torch.float32)
 
     @cached_property
     def texts(self) -> Texts:
         file = self.need("text")
-        cache = Cache(self.work / "cache" / "texts", dtype=torch.float16)
-        return Texts(cache, lambda: load_text_encoder(file, dtype=torch.float32), file_key(file))
+        kept = Cache(self.work / "cache" / "texts", dtype=torch.float16)
+        return Texts(kept, lambda: load_text_encoder(file, dtype=torch.float32), file_key(file))
 
     @cached_property
     def clips(self) -> list[Clip]:
         return training_clips(self.settings.clips, self.settings.frame, self.settings.seed)
 
     def latents(self, variant: Variant) -> Latents:
-        """Latents of a variant; T2V shares I2V's, which have the condition beside them."""
-        stage = "vae16" if variant.vae == "wan2.1" else "vae48"
-        shared = I2V if variant is T2V else variant
         dtype = torch.bfloat16 if resolve_precision(self.settings.precision, "cpu") == "bf16" else torch.float32
-        cache = Cache(self.work / "cache" / "latents", dtype=torch.float16)
-        file = self.need(stage)
-        return Latents(cache, lambda: load_vae(file, dtype=dtype), file_key(file), shared)
+        kept = Cache(self.work / "cache" / "latents", dtype=torch.float16)
+        file = self.need(VAE_STAGE[variant.vae])
+        return Latents(kept, lambda: load_vae(file, dtype=dtype), file_key(file), variant)
 
     def data(self, variant: Variant, clips: list[Clip]) -> Data:
         latents = self.latents(variant)
+        latents.prepare(clips)
         first = latents(clips[0])
         kept: dict[int, Entry] = {}
+        texts = cache(lambda words: self.texts(words))
 
         def entry(i: int) -> Entry:
             if i not in kept:
                 kept[i] = latents(clips[i])
             return kept[i]
 
-        return Data(entry, lambda i: self.texts(clips[i].prompt), self.texts(""),
-                    [tuple(first.latent.shape)] * len(clips), f"{len(clips)} {clips[0].key} {latents.vae_key}")
+        return Data(entry, lambda i: texts(clips[i].prompt), self.texts(""), [tuple(first.latent.shape)] * len(clips),
+                    f"{len(clips)} {clips[0].key} {latents.vae_key}", negative=self.texts(NEGATIVE_PROMPT))
 
     def config(self, variant: Variant) -> DiTConfig:
         s = self.settings
@@ -166,16 +165,14 @@ def text(family: Family) -> bool:
     """Tokenizer and text encoder. Gate: a reader names 98 % of the words of held-out captions."""
     settings, folder = family.settings, family.work / "text"
     folder.mkdir(parents=True, exist_ok=True)
-    spiece = folder / "spiece.model"
-    if not spiece.exists():
-        spiece.write_bytes(make_tokenizer())
-    tokenizer = tokenizer_of(spiece.read_bytes())
-    task = TextTask(new_encoder(tokenizer.size, settings.seed), tokenizer, 32, settings.seed)
-    plan = Plan(settings.steps(1000), 1e-3, seed=settings.seed, weight_decay=0.0)
-    if not walk(family, "text", task, plan):
+    spiece = make_tokenizer()
+    tokenizer = tokenizer_of(spiece)
+    encoder = new_encoder(tokenizer.size, settings.seed)
+    task = ReaderTask(encoder, tokenizer, settings.steps(2000), 32, settings.seed)
+    if not walk(family, "text", task, Plan(settings.steps(2500), 3e-4, seed=settings.seed, weight_decay=0.0)):
         return False
     family.tell(f"text: {task.accuracy(300):.3f} of the words of held-out captions are read (gate 0.98)")
-    save_encoder(task.encoder, spiece.read_bytes(), family.file("text"), "fp32")
+    save_encoder(encoder, spiece, family.file("text"), "fp32")
     return True
 
 
@@ -184,8 +181,7 @@ def vae(family: Family, stage: str, kind: VAEKind, channels: int, full_steps: in
     settings, frame = family.settings, family.settings.frame
     config = VAEConfig(kind, channels, settings.vae_dim, settings.vae_dim)
     model = new_vae(config, settings.seed)
-    half, most = frame.width // 2, frame.width * 3 // 4 // 32 * 32
-    phases = (Phase(0.35, 1, frame.width, 4), Phase(0.75, 5, half, 4), Phase(0.9, min(9, frame.frames), most, 1),
+    phases = (Phase(0.3, 1, frame.width, 12), Phase(0.7, min(5, frame.frames), frame.width, 3),
               Phase(1.0, frame.frames, frame.width, 1))  # fmt: skip
     steps = settings.steps(full_steps)
     task = VAETask(model, RandomClips(frame), f"world {frame}", VAERecipe(phases, steps, precision=settings.precision))
@@ -329,8 +325,8 @@ def _expert(stage: str, variant: Variant, expert: str, steps: int, start: str | 
 
 STAGES: dict[str, Callable[[Family], bool]] = {
     "text": text,
-    "vae16": lambda family: vae(family, "vae16", "wan2.1", 16, 6000),
-    "vae48": lambda family: vae(family, "vae48", "wan2.2", 48, 6000),
+    "vae16": lambda family: vae(family, "vae16", "wan2.1", 16, 3000),
+    "vae48": lambda family: vae(family, "vae48", "wan2.2", 48, 3000),
     "overfit": overfit,
     "pilot": pilot,
     "t2v_high": _expert("t2v_high", T2V, "high", 3000, "pilot"),

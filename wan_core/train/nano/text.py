@@ -1,7 +1,8 @@
-"""The nano text encoder: a thin umT5 whose states make plain what a caption says.
+"""The nano text encoder: a thin umT5 whose tokenizer has the world's wordings as whole pieces.
 
-A random encoder tells words apart, but not which word belongs to which ("left" of a motion, a pan or a composition). So
-it is trained to let a small reader name every word of the scene from its states; the reader is thrown away.
+Words are bound where they are cut: "left" of a motion, of a pan and of a composition are three pieces. So the encoder
+need not learn to tell them apart: its random table and thin random layers give every piece a direction of its own
+among 4096, and a small reader shows that every word of a scene can be read from its states.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ...config import TextConfig
 from ...models.tokenizer import Tokenizer, load_tokenizer, train_tiny_tokenizer
 from ...models.umt5 import Umt5Encoder
 from ..dit import save_weights
-from .captions import caption
+from .captions import caption, phrases
 from .dataset import held_out
 from .world import CAMERAS, COLOURS, GROUNDS, LOOKS, MOTIONS, SHAPES, Scene, random_scene
 
@@ -32,10 +33,10 @@ assert set(WORDS) <= {f.name for f in fields(Scene)}
 
 
 def make_tokenizer(captions: int = 4000, vocabulary: int = 512) -> bytes:
-    """A SentencePiece model of the world's captions; half of its pieces are single bytes, for all other text."""
+    """A SentencePiece model of the world's captions, its phrases and, for all other text, single bytes."""
     random = np.random.default_rng(7)
     texts = [caption(random_scene(random), random) for _ in range(captions)]
-    return train_tiny_tokenizer(texts, vocabulary)
+    return train_tiny_tokenizer(texts, vocabulary, phrases=phrases(), fold_case=True)
 
 
 def new_encoder(vocabulary: int, seed: int) -> Umt5Encoder:
@@ -70,46 +71,64 @@ class Reader(nn.Module):
         return {name: vote(heard[:, i]) for i, (name, vote) in enumerate(self.votes.items())}
 
 
-class TextTask:
-    """The ``Task`` of training encoder and reader together."""
+def states_of(encoder: Umt5Encoder, tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """The states [N, L, 4096] and their mask [N, L]."""
+    ids, mask = pad_ids([tokenizer.encode(words) for words in captions])
+    with torch.no_grad():
+        parts = [encoder(*part) for part in zip(ids.split(50), mask.split(50), strict=True)]
+    return torch.cat(parts), mask
 
-    def __init__(self, encoder: Umt5Encoder, tokenizer: Tokenizer, batch: int, seed: int):
+
+class ReaderTask:
+    """The ``Task`` of teaching a reader what the states of captions say; the encoder stays as it is."""
+
+    def __init__(self, encoder: Umt5Encoder, tokenizer: Tokenizer, captions: int, batch: int, seed: int):
         self.encoder, self.tokenizer, self.batch = encoder, tokenizer, batch
         torch.manual_seed(seed)  # of the reader's weights
         self.reader = Reader(encoder.config.dim)
+        random = np.random.default_rng(seed)
+        self.scenes = _scenes(random, captions, test=False)
+        self.states, self.mask = states_of(encoder, tokenizer, [caption(scene, random) for scene in self.scenes])
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(nn.ModuleDict({"encoder": self.encoder, "reader": self.reader}).named_parameters())
+        return dict(self.reader.named_parameters())
 
     def describe(self) -> dict[str, object]:
-        return {"text": self.encoder.config, "batch": self.batch}
+        return {"text": self.encoder.config, "batch": self.batch, "captions": len(self.scenes)}
 
     def sample(self, step: int, folder: Path) -> None: ...
 
     def loss(self, batch: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        loss, right = self._read(random, self.batch, test=False)
+        picked = torch.randint(len(self.scenes), (self.batch,), generator=generator)
+        votes = self.reader(self.states[picked], self.mask[picked])
+        loss, right = _judge(votes, [self.scenes[i] for i in picked])
         return loss, {"right": right}
 
     @torch.no_grad()
     def accuracy(self, count: int, seed: int = 901) -> float:
         """How many of the words are read rightly from captions of scenes held out from training."""
-        return self._read(np.random.default_rng(seed), count, test=True)[1]
+        random = np.random.default_rng(seed)
+        scenes = _scenes(random, count, test=True)
+        votes = self.reader(*states_of(self.encoder, self.tokenizer, [caption(scene, random) for scene in scenes]))
+        return _judge(votes, scenes)[1]
 
-    def _read(self, random: np.random.Generator, count: int, *, test: bool) -> tuple[Tensor, float]:
-        scenes = []
-        while len(scenes) < count:
-            scene = random_scene(random)
-            if held_out(scene) == test:
-                scenes.append(scene)
-        ids, mask = pad_ids([self.tokenizer.encode(caption(scene, random)) for scene in scenes])
-        votes = self.reader(self.encoder(ids, mask), mask)
-        loss, right = torch.zeros(()), []
-        for name, words in WORDS.items():
-            wanted = torch.tensor([words.index(getattr(scene, name)) for scene in scenes])
-            loss = loss + F.cross_entropy(votes[name], wanted)
-            right.append((votes[name].argmax(-1) == wanted).float().mean().item())
-        return loss / len(WORDS), float(np.mean(right))
+
+def _scenes(random: np.random.Generator, count: int, *, test: bool) -> list[Scene]:
+    scenes = []
+    while len(scenes) < count:
+        scene = random_scene(random)
+        if held_out(scene) == test:
+            scenes.append(scene)
+    return scenes
+
+
+def _judge(votes: dict[str, Tensor], scenes: list[Scene]) -> tuple[Tensor, float]:
+    loss, right = torch.zeros(()), []
+    for name, words in WORDS.items():
+        wanted = torch.tensor([words.index(getattr(scene, name)) for scene in scenes])
+        loss = loss + F.cross_entropy(votes[name], wanted)
+        right.append((votes[name].argmax(-1) == wanted).float().mean().item())
+    return loss / len(WORDS), float(np.mean(right))
 
 
 def pad_ids(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
