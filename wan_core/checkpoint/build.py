@@ -50,7 +50,7 @@ def load_strict(
     _check_shapes(wanted, names, checkpoint)
     packed: dict[str, Packed] = {}
     for key, slot in wanted.items():
-        if packs(key) and (make(key) or checkpoint.tensors[names[key]].format):
+        if packs(key) and (make(key) or _is_packed(checkpoint, names[key])):
             matrix = _packed(checkpoint, names[key], make(key), device)
             packed[key] = matrix.to(device if place(key) else "cpu")
             continue
@@ -65,10 +65,15 @@ def load_strict(
 
 def _packed(checkpoint: Checkpoint, key: str, make: Scaled | None, device: torch.device | str) -> Packed:
     """A matrix as the file has it, mapped, or packed on the device."""
-    kind = checkpoint.tensors[key].format
-    if kind and (make is None or kind.name == make.name):
+    if _is_packed(checkpoint, key) and (make is None or checkpoint.tensors[key].format.name == make.name):
         return checkpoint.packed(key)
     return make.pack(checkpoint.tensor(key).to(device))
+
+
+def _is_packed(checkpoint: Checkpoint, key: str) -> bool:
+    """Whether a matrix lies packed in the file row by row (GGUF may have cut it into other rows)."""
+    info = checkpoint.tensors[key]
+    return info.format is not None and checkpoint.packed(key).shape == info.shape
 
 
 def assign(module: nn.Module, key: str, tensor: torch.Tensor, *, is_parameter: bool = True) -> None:

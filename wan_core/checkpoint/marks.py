@@ -65,8 +65,8 @@ def understand(
         if key.endswith(_BESIDE) or key.endswith(_FILE_MARK):
             continue
         layer = key.removesuffix(".weight")
-        packed = _packed(path, key, info, stored, layers.get(layer)) if len(info.shape) == 2 and layer != key else None
-        found[key] = packed or info
+        matrix = info.format is None and layer != key and len(info.shape) == 2
+        found[key] = (matrix and _packed(path, key, info, stored, layers.get(layer))) or info
     return found
 
 

@@ -1,6 +1,6 @@
 """Checkpoint files without loading them: headers first, tensors memory-mapped on request.
 
-Three containers: one safetensors file, a folder of shards with an index json, and ``.pth`` (weights only: a pickle
+Four containers: one safetensors file, a folder of shards with an index json, GGUF, and ``.pth`` (weights only: a pickle
 that wants to run code is refused).
 """
 
@@ -19,6 +19,7 @@ import torch
 
 from ..errors import WanError
 from ..quant.base import Packed
+from . import read_gguf
 from .marks import TensorInfo, understand
 
 _HEADER_LIMIT = 100 * 1024 * 1024  # safetensors' own limit
@@ -71,7 +72,8 @@ class Checkpoint:
 
     def tensor(self, key: str) -> torch.Tensor:
         """One tensor, memory-mapped from its file, in the file's dtype and shape; a packed matrix in float32."""
-        return self.packed(key).dequantise() if self.tensors[key].format else self._piece(key)
+        info = self.tensors[key]
+        return (self.packed(key).dequantise() if info.format else self._piece(key)).view(info.shape)
 
     def packed(self, key: str) -> Packed:
         """A matrix in its quantised format, memory-mapped; only for keys whose ``TensorInfo`` names one."""
@@ -92,12 +94,18 @@ class Checkpoint:
 
     def _mapped(self, file: Path) -> Mapping[str, torch.Tensor]:
         if file not in self._open:
-            self._open[file] = _SafetensorsFile(file) if _is_safetensors(file) else _load_pickle(file, "cpu")
+            self._open[file] = _open_file(file)
         return self._open[file]
 
     @cached_property
     def _open(self) -> dict[Path, Mapping[str, torch.Tensor]]:
         return {}
+
+
+def _open_file(file: Path) -> Mapping[str, torch.Tensor]:
+    if _is_gguf(file):
+        return read_gguf.GGUFFile(file)
+    return _SafetensorsFile(file) if _is_safetensors(file) else _load_pickle(file, "cpu")
 
 
 class _SafetensorsFile(Mapping):
@@ -122,8 +130,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read the headers of a checkpoint.
 
     Args:
-        path: a ``.safetensors`` / ``.pth`` / ``.pt`` / ``.bin`` file, an index json, or a folder that holds one
-            safetensors file, shards with an index json, or one ``.pth``.
+        path: a ``.safetensors`` / ``.gguf`` / ``.pth`` / ``.pt`` / ``.bin`` file, an index json, or a folder that holds
+            one safetensors file, shards with an index json, or one ``.pth``.
 
     Raises:
         WanError: nothing there, an empty, truncated or corrupt file, missing shards, or a pickle that wants code run.
@@ -181,13 +189,19 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     size = file.stat().st_size
     if size == 0:
         raise WanError(f"{file} is empty (0 bytes): the download failed; fetch it again.")
+    if _is_gguf(file):
+        return read_gguf.tensor_infos(file, read_gguf.read_header(file))
     if _is_safetensors(file):
         return _safetensors_header(file, size)
     if _looks_like_pickle(file):
         tensors = _load_pickle(file, "meta")
         return {k: TensorInfo(tuple(v.shape), v.dtype, file) for k, v in tensors.items()}, {}
-    raise WanError(f"{file} is neither safetensors nor a PyTorch checkpoint: it begins with {_first_bytes(file)!r}. "
-                   "If it is a web page or a Git LFS pointer, download the real file.")
+    raise WanError(f"{file} is neither safetensors nor a PyTorch checkpoint nor GGUF: it begins with "
+                   f"{_first_bytes(file)!r}. If it is a web page or a Git LFS pointer, download the real file.")
+
+
+def _is_gguf(file: Path) -> bool:
+    return _first_bytes(file, 4) == read_gguf.MAGIC
 
 
 def _is_safetensors(file: Path) -> bool:

@@ -29,14 +29,30 @@ DIALECTS: dict[str, Renames] = {
         ("encoder.block.{a}.layer.1.DenseReluDense.wi_1", "blocks.{a}.ffn.fc1"),
         ("encoder.block.{a}.layer.1.DenseReluDense.wo", "blocks.{a}.ffn.fc2"),
     ]),
+    "llama.cpp": Renames([
+        ("token_embd", "token_embedding"),
+        ("enc.output_norm", "norm"),
+        ("enc.blk.{a}.attn_norm", "blocks.{a}.norm1"),
+        ("enc.blk.{a}.attn_q", "blocks.{a}.attn.q"),
+        ("enc.blk.{a}.attn_k", "blocks.{a}.attn.k"),
+        ("enc.blk.{a}.attn_v", "blocks.{a}.attn.v"),
+        ("enc.blk.{a}.attn_o", "blocks.{a}.attn.o"),
+        ("enc.blk.{a}.attn_rel_b", "blocks.{a}.pos_embedding.embedding"),
+        ("enc.blk.{a}.ffn_norm", "blocks.{a}.norm2"),
+        ("enc.blk.{a}.ffn_gate", "blocks.{a}.ffn.gate.0"),
+        ("enc.blk.{a}.ffn_up", "blocks.{a}.ffn.fc1"),
+        ("enc.blk.{a}.ffn_down", "blocks.{a}.ffn.fc2"),
+    ]),
 }  # fmt: skip
 
 _MARKS = {
     "official": "blocks.0.attn.q.weight",
     "huggingface": "encoder.block.0.layer.0.SelfAttention.q.weight",
+    "llama.cpp": "enc.blk.0.attn_q.weight",
 }
 _EXTRAS = (SPIECE_MODEL,)
-_SECOND_HALF = ("decoder.", "lm_head.")  # a whole sequence-to-sequence checkpoint: only the encoder is of use
+# Of a whole sequence-to-sequence checkpoint only the encoder is of use.
+_SECOND_HALF = ("decoder.", "lm_head.", "dec.", "output.")
 
 
 def recognise(keys: Collection[str]) -> str | None:
@@ -51,7 +67,7 @@ def names(checkpoint: Checkpoint, dialect: str) -> dict[str, str]:
     renames = DIALECTS[dialect]
     found: dict[str, str] = {}
     for key in sorted(checkpoint.tensors, key=lambda key: key.startswith("encoder.embed_tokens")):
-        if key not in _EXTRAS and not (dialect == "huggingface" and key.startswith(_SECOND_HALF)):
+        if key not in _EXTRAS and not (dialect != "official" and key.startswith(_SECOND_HALF)):
             found.setdefault(renames.to_own(key) or key, key)
     return found
 
@@ -95,4 +111,4 @@ def _config(shapes: Mapping[str, tuple[int, ...]], layers: int) -> TextConfig:
 
 
 def _has_table(dialect: str, keys: Collection[str]) -> bool:
-    return any(DIALECTS[dialect].to_own(key) == TABLE for key in keys if "embed" in key or "shared" in key)
+    return any(DIALECTS[dialect].to_own(key) == TABLE for key in keys if "emb" in key or "shared" in key)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checkpoint import text as layout
 from ..checkpoint.build import load_strict
 from ..checkpoint.detect import expect
+from ..checkpoint.gguf_tokenizer import spiece_model
 from ..checkpoint.read import Checkpoint, open_checkpoint
 from ..config import TEXT_ENCODER_CHECKPOINT, TEXT_LENGTH, TextConfig
 from ..dtypes import resolve_dtype
@@ -123,8 +124,8 @@ def load_text_encoder(
     """Load a umT5 text encoder.
 
     Args:
-        path: the official ``.pth``, ComfyUI's safetensors file, a Hugging Face folder (sharded or not), or the folder
-            of a whole official or diffusers checkpoint.
+        path: the official ``.pth``, ComfyUI's safetensors file, a GGUF file, a Hugging Face folder (sharded or not), or
+            the folder of a whole official or diffusers checkpoint.
         tokenizer: a folder or file; None takes the one inside the checkpoint or beside it.
         dtype: of the computation; None means bfloat16 where the device is fast in it, else float32.
 
@@ -153,7 +154,8 @@ def _tokenizer_source(checkpoint: Checkpoint, named: Tokenizer | bytes | str | P
         return tokenizer_file(named)
     if layout.SPIECE_MODEL in checkpoint:
         return checkpoint.tensor(layout.SPIECE_MODEL).to(torch.uint8).numpy().tobytes()
-    return find_tokenizer(checkpoint.path)
+    inside = spiece_model(checkpoint.path) if checkpoint.path.suffix == ".gguf" else None
+    return inside or find_tokenizer(checkpoint.path)
 
 
 def _is_small(key: str) -> bool:
