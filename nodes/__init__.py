@@ -11,6 +11,7 @@ from .options import BlockSwap
 from .prompt import AestheticPrompt
 from .sample import Sampler
 from .text import LoadTextEncoder
+from .train import TrainLora
 from .vae import LoadVAE, VAEDecode, VAEEncode
 
 NODES: list[type[io.ComfyNode]] = [
@@ -25,6 +26,7 @@ NODES: list[type[io.ComfyNode]] = [
     VAEEncode,
     Sampler,
     VAEDecode,
+    TrainLora,
 ]
 
 

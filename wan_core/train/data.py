@@ -66,28 +66,34 @@ def read_folder(folder: str | Path, frame: Frame, *, metadata: str | Path | None
     """The clips of a table.
 
     Raises:
-        WanError: no table, no column of files or prompts, or no row.
+        WanError: see ``read_table``.
     """
     folder = Path(folder)
     table = Path(metadata) if metadata else folder / "metadata.csv"
+    column, rows = read_table(table)
+    return [_clip(folder, row, column, frame) for row in rows]
+
+
+def read_table(table: Path) -> tuple[str, list[dict[str, str]]]:
+    """The name of the column of files, and the rows; no clip is opened.
+
+    Raises:
+        WanError: no table, no column of files or prompts, or no row.
+    """
     if not table.is_file():
         raise WanError(f"No {table}: the data folder needs a metadata.csv with the columns video,prompt.")
-    columns, rows = _read_table(table)
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as text:
+            reader = csv.DictReader(text)
+            columns, rows = list(reader.fieldnames or []), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise WanError(f"{table} is not a table in UTF-8 ({error}): save it as CSV UTF-8.") from error
     column = next((name for name in _FILE_COLUMNS if name in columns), None)
     if column is None or "prompt" not in columns:
         raise WanError(f"{table} has the columns {', '.join(columns) or '(none)'}; expected video,prompt.")
     if not rows:
         raise WanError(f"{table} has no rows: add one for each clip.")
-    return [_clip(folder, row, column, frame) for row in rows]
-
-
-def _read_table(table: Path) -> tuple[list[str], list[dict[str, str]]]:
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as text:
-            reader = csv.DictReader(text)
-            return list(reader.fieldnames or []), list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise WanError(f"{table} is not a table in UTF-8 ({error}): save it as CSV UTF-8.") from error
+    return column, rows
 
 
 def _clip(folder: Path, row: dict[str, str], column: str, frame: Frame) -> Clip:

@@ -268,6 +268,12 @@ def check_resumable(file: Path, plan: Plan) -> None:
     _check_same(file, {key: saved.get(key) for key in now}, now)
 
 
+def forget(folder: Path) -> None:
+    """The next run in this folder begins anew."""
+    for name in (STATE, LOG, PLOT):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _check_same(file: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
     changed = [f"{key} was {saved.get(key)}, now {now.get(key)}"
                for key in sorted({*saved, *now}) if saved.get(key) != now.get(key)]  # fmt: skip

@@ -23,7 +23,7 @@ from ..video import check_writable
 from .cache import Cache, Latents, Texts, digest, file_key
 from .data import Clip, ClipProblem, Frame, check_frame, read_folder, usable
 from .dit import Data, DiTTask, Recipe
-from .loop import STATE, Plan, StepReport, check_resumable, train
+from .loop import STATE, Plan, StepReport, check_resumable, forget, train
 from .lora import TARGETS, AdaptedLinear, add_lora, find_targets
 from .model import TrainedDiT, checkpoint_blocks, load_trained
 from .objective import NoiseRange, expert_range
@@ -50,6 +50,7 @@ class Request:
         rank: of the LoRA; 0 trains all weights.
         boundaries: of the noise levels, as fractions of the timesteps; None is the expert's own.
         steps: 0 takes ``epochs`` instead.
+        restart: forget an earlier run in ``out`` instead of going on with it.
         dtype: of frozen base weights; None is the device's default. Full training keeps float32.
         sample_every: steps between grids of samples; 0 draws none.
         sample_prompts: of the grids; without any, prompts of the first clips.
@@ -85,6 +86,7 @@ class Request:
     sample_prompts: Sequence[str] = ()
     sample_steps: int = 20
     dtype: str | None = None
+    restart: bool = False
     cache: Path | None = None
 
 
@@ -116,12 +118,14 @@ class Hooks:
         on_clip: called with the number of clips made ready, and of all.
         check: called often and with anything; what it (or any other hook) raises ends the run, which keeps its state.
         tell: called with remarks.
+        before_load: called once all is checked, and nothing is loaded.
     """
 
     on_step: Callable[[StepReport], None] | None = None
     on_clip: Callable[[int, int], None] = lambda done, total: None
     check: Callable[..., None] = lambda *anything: None
     tell: Callable[[str], None] = print
+    before_load: Callable[[], None] = lambda: None
 
 
 def run(
@@ -143,6 +147,10 @@ def run(
     base, clips = check(request, files)
     request.out.mkdir(parents=True, exist_ok=True)
     check_writable(request.out / STATE)
+    if request.restart and processes.first:
+        forget(request.out)
+    processes.wait()
+    hooks.before_load()
     data, wishes = prepare(request, clips, files, variant, device, torch.device(text_device), hooks)
     model, adapted = _model(request, base, device)
     recipe = Recipe(variant, _noise(request, variant), request.batch, request.caption_dropout,
@@ -172,7 +180,7 @@ def check(request: Request, files: TrainFiles) -> tuple[DiTFile, list[Clip]]:
     if request.rank:
         with torch.device("meta"):
             find_targets(WanDiT(base.config), request.targets)
-    if request.steps:
+    if request.steps and not request.restart:
         check_resumable(request.out / STATE, _plan(request, 1))
     clips = request.clips
     if isinstance(clips, Path):
@@ -199,18 +207,18 @@ def check_files(files: TrainFiles, variant: Variant) -> DiTFile:
     return base
 
 
-_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
-
-
 def check_trainable(file: DiTFile) -> None:
     """
     Raises:
-        WanError: quantised weights: they cannot carry gradients.
+        WanError: quantised weights: they cannot carry gradients, and a LoRA would learn to mend their rounding.
     """
-    stored = {file.checkpoint.tensors[theirs].dtype for theirs in file.names.values()}
-    if odd := sorted(str(dtype).removeprefix("torch.") for dtype in stored - {*_WEIGHTS}):
+    infos = [file.checkpoint.tensors[theirs] for theirs in file.names.values()]
+    if odd := sorted({str(info.dtype).removeprefix("torch.") for info in infos if info.dtype not in _WEIGHTS}):
         raise WanError(f"{file.checkpoint.path} is quantised ({', '.join(odd)}): training needs the weights in "
                        "bfloat16, float16 or float32. Choose such a file of the same model.")
+
+
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def prepare(

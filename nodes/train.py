@@ -1,0 +1,384 @@
+"""Wan Train LoRA: ``wan_core.train.run`` on a clip folder of ComfyUI, with its progress bar and cancel button."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import comfy.model_management as management
+import folder_paths
+import numpy as np
+import torch
+from comfy.utils import ProgressBar
+from comfy_api.latest import io, ui
+
+from ..wan_core.errors import WanError
+from ..wan_core.latents import latent_frames
+from ..wan_core.models.load_dit import DiTFile
+from ..wan_core.recipe import ModelRecipe, noise_level_of
+from . import host
+from .text import WanCLIP
+from .types import WanModel
+from .vae import WanVAE
+
+if TYPE_CHECKING:
+    from ..wan_core.train.loop import StepReport
+    from ..wan_core.train.run import Hooks, Request
+
+log = logging.getLogger(__name__)
+
+TABLE = "metadata.csv"
+WORK = "wan_training"  # below ComfyUI's output folder: states, logs and plots, a folder for each save name
+_CHECKPOINTING = ["on", "offload", "off"]
+
+
+class TrainLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanCoreTrainLora",
+            display_name="Wan Train LoRA",
+            category="Wan 2.2/training",
+            description="Trains a LoRA on a folder of clips and saves it in ComfyUI's loras folder. Cancel when you like: "
+            "queued again with the same settings, it goes on where it stopped. The preview is the loss so far.",
+            is_output_node=True,
+            inputs=[
+                WanModel.Input(
+                    "model", tooltip="From Load Wan Model, in bfloat16, float16 or float32: quantised weights cannot "
+                    "be trained on. T2V and I2V have two experts, each of which gets a LoRA of its own.",
+                ),
+                io.Vae.Input("vae", tooltip="From Load Wan VAE. Encodes each clip once."),
+                io.Clip.Input("clip", tooltip="From Load Wan Text Encoder. Encodes each prompt once."),
+                io.Combo.Input(
+                    "dataset", options=datasets(),
+                    tooltip="A folder in ComfyUI's input folder with clips and a metadata.csv, whose columns are "
+                    "video,prompt. Press R after you have put one there.",
+                ),
+                io.Combo.Input(
+                    "expert", options=["auto", "high", "low"], default="auto",
+                    tooltip="Which expert learns, on its own part of the noise: high decides layout and motion, low "
+                    "the look. auto: as the file's name says; the 5B has only one.",
+                ),
+                io.Int.Input(
+                    "width", default=832, min=16, max=4096, step=16,
+                    tooltip="Clips are scaled and cut to this width: a multiple of 16, or of 32 for the 5B.",
+                ),
+                io.Int.Input(
+                    "height", default=480, min=16, max=4096, step=16,
+                    tooltip="Clips are scaled and cut to this height: a multiple of 16, or of 32 for the 5B.",
+                ),
+                io.Int.Input(
+                    "frames", default=49, min=1, max=1001, step=4,
+                    tooltip="Frames from the beginning of each clip: 1, 5, 9, ... (4n + 1). Shorter clips are refused; "
+                    "images count as one frame.",
+                ),
+                io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Training steps."),
+                io.Float.Input(
+                    "learning_rate", default=1e-4, min=1e-7, max=1.0, step=1e-5, round=1e-7,
+                    tooltip="Rises over the first 20 steps and falls along a cosine. Lower it if the loss jumps.",
+                ),
+                io.Int.Input(
+                    "rank", default=32, min=1, max=1024,
+                    tooltip="Size of the LoRA: 16 to 32 for a look or a person, more for many things at once.",
+                ),
+                io.Float.Input(
+                    "alpha", default=0.0, min=0.0, max=1024.0, step=1.0,
+                    tooltip="Strength of the update is alpha / rank. 0: the same as the rank.",
+                ),
+                io.String.Input(
+                    "targets", default="q,k,v,o,ffn.0,ffn.2",
+                    tooltip="Layers of each block that the LoRA adapts, by the ends of their names.",
+                ),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=64,
+                    tooltip="Clips in one step: steadier, and slower in proportion.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFF,
+                    tooltip="Decides the order and the noise. The same seed and settings give the same LoRA.",
+                ),
+                io.Combo.Input(
+                    "checkpointing", options=_CHECKPOINTING, default="on",
+                    tooltip="Saves memory for time. on: blocks are computed again for the gradients; offload: what "
+                    "they need waits in main memory as well; off: fastest, for small clips or models.",
+                ),
+                io.Boolean.Input(
+                    "skip_bad_clips", default=False,
+                    tooltip="Off: a clip that is missing, short or broken is refused by name. On: it is left out, and "
+                    "named in the log.",
+                ),
+                io.String.Input(
+                    "save_name", default="wan_lora",
+                    tooltip="Name of the file in ComfyUI's loras folder, and of the folder in output/wan_training "
+                    "that keeps the state.",
+                ),
+                io.Boolean.Input(
+                    "resume", default=True,
+                    tooltip="On: goes on with what was trained under this name. Off: begins anew, and replaces it.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="lora_path"), io.Image.Output(display_name="loss_plot")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(
+        cls, dataset: str | None, frames: int | None, targets: str | None, save_name: str | None
+    ) -> bool:
+        """What the widgets alone show; a None comes from a link and is not known yet."""
+        if dataset is not None:
+            find_table(dataset)
+        if frames is not None:
+            latent_frames(frames)
+        if save_name is not None:
+            lora_file(save_name)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, dataset: str | None = None, **_: object) -> tuple:
+        try:
+            stat = (dataset_folder(dataset or "") / TABLE).stat()
+        except (OSError, WanError) as error:
+            return (str(error),)
+        return stat.st_size, stat.st_mtime_ns
+
+    @classmethod
+    def execute(cls, model: ModelRecipe, vae: object, clip: object, **settings: object) -> io.NodeOutput:
+        file, plot = train(model, vae, clip, Settings(**settings))
+        return io.NodeOutput(str(file), plot, ui=ui.PreviewImage(plot, cls=cls))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The node's widgets."""
+
+    dataset: str
+    expert: str
+    width: int
+    height: int
+    frames: int
+    steps: int
+    learning_rate: float
+    rank: int
+    alpha: float
+    targets: str
+    batch_size: int
+    seed: int
+    checkpointing: str
+    skip_bad_clips: bool
+    save_name: str
+    resume: bool
+
+
+def train(model: ModelRecipe, vae: object, clip: object, settings: Settings) -> tuple[Path, torch.Tensor]:
+    """The LoRA file, and the plot of the loss as an IMAGE.
+
+    Raises:
+        WanError: what does not fit together, before anything is loaded.
+    """
+    from ..wan_core.train.run import TrainFiles, run
+
+    vae, clip = _ours(vae, WanVAE, "vae", "Load Wan VAE"), _ours(clip, WanCLIP, "clip", "Load Wan Text Encoder")
+    weights, expert = choose_expert(model, settings.expert)
+    find_table(settings.dataset)
+    goal = lora_file(settings.save_name)
+    request = _request(model, expert, settings)
+    _check_not_foreign(goal, request)
+    parts = TrainFiles(weights.checkpoint.path, vae.file.checkpoint.path, clip.file.checkpoint.path)
+    # ComfyUI runs nodes in inference mode, whose tensors have no gradients.
+    with torch.inference_mode(False), torch.enable_grad():
+        made = run(request, parts, device=host.device(), text_device=host.text_device(clip.device),
+                   hooks=_hooks(request))  # fmt: skip
+    management.soft_empty_cache()
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    _copy(made, goal)
+    log.info("Wan Train LoRA: wrote %s", goal)
+    return goal, _image(request.out / "loss.png")
+
+
+def _request(model: ModelRecipe, expert: str, settings: Settings) -> Request:
+    from ..wan_core.train.data import Frame
+    from ..wan_core.train.run import Request
+
+    return Request(
+        task=model.variant.task, expert=expert, clips=dataset_folder(settings.dataset),
+        out=_work(settings.save_name), cache=_work("_cache"),
+        frame=Frame(settings.width, settings.height, settings.frames), steps=settings.steps, rank=settings.rank,
+        alpha=settings.alpha or None, targets=[name.strip() for name in settings.targets.split(",") if name.strip()],
+        batch=settings.batch_size, learning_rate=settings.learning_rate, seed=settings.seed,
+        checkpointing=settings.checkpointing != "off", checkpoint_offload=settings.checkpointing == "offload",
+        skip_bad_clips=settings.skip_bad_clips, dtype=_base_dtype(model), restart=not settings.resume,
+        precision="fp32" if model.dtype == "float32" else "auto",
+    )  # fmt: skip
+
+
+def _base_dtype(model: ModelRecipe) -> str:
+    if model.dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise WanError(f"The model is to be quantised to {model.dtype}: training needs its weights as they are. Set "
+                       "the dtype of Load Wan Model to auto or bfloat16.")
+    return model.dtype
+
+
+def _ours(connected: object, kind: type, socket: str, node: str) -> object:
+    if not isinstance(connected, kind):
+        raise WanError(f"{socket} comes from another loader, which does not tell which file it read: connect {node}.")
+    return connected
+
+
+def choose_expert(model: ModelRecipe, choice: str) -> tuple[DiTFile, str]:
+    """The weights to train, and "high", "low" or "only".
+
+    Raises:
+        WanError: it is not clear which, or the file's name says otherwise.
+    """
+    if model.variant.experts == 1:
+        return model.high, "only"
+    if model.low is not None:
+        if choice == "auto":
+            raise WanError("The model is a pair of experts, and each gets a LoRA of its own: set expert to high or "
+                           "low, and train the other in a second run.")
+        return (model.high if choice == "high" else model.low), choice
+    name = model.high.checkpoint.path
+    told = noise_level_of(name)
+    if choice == "auto" and told is None:
+        raise WanError(f"The name of {name.name} does not say which expert of {model.variant.display_name} it is: set "
+                       "expert to high or low.")
+    if told and choice not in ("auto", told):
+        raise WanError(f"{name.name} is the {told}-noise expert by its name, but expert is {choice}: set it to "
+                       f"{told}, or load the other file.")
+    return model.high, told if choice == "auto" else choice
+
+
+# --- folders
+
+
+def datasets() -> list[str]:
+    """Folders in ComfyUI's input folder, at most two deep, that hold a table."""
+    root = Path(folder_paths.get_input_directory())
+    tables = [*root.glob(f"*/{TABLE}"), *root.glob(f"*/*/{TABLE}")]
+    return sorted(table.parent.relative_to(root).as_posix() for table in tables)
+
+
+def dataset_folder(name: str) -> Path:
+    return _within(Path(folder_paths.get_input_directory()), name, "dataset")
+
+
+def find_table(name: str) -> None:
+    """
+    Raises:
+        WanError: no such folder, no table in it, or one without the columns or without rows.
+    """
+    from ..wan_core.train.data import read_table
+
+    folder = dataset_folder(name)
+    if not folder.is_dir():
+        raise WanError(f"There is no folder {folder}. Put the clips and their {TABLE} there, or choose one of "
+                       f"{', '.join(datasets()) or '(none found)'}.")
+    read_table(folder / TABLE)
+
+
+def lora_file(name: str) -> Path:
+    """Where the LoRA is saved."""
+    stem = name.strip().removesuffix(".safetensors")
+    folder = Path(folder_paths.get_folder_paths("loras")[0])
+    if stem == "_cache":
+        raise WanError(f"save_name is {name!r}, which this node uses itself: choose another.")
+    return _within(folder, f"{stem}.safetensors" if stem else "", "save_name")
+
+
+def _work(name: str) -> Path:
+    stem = name.strip().removesuffix(".safetensors")
+    return _within(Path(folder_paths.get_output_directory(), WORK), stem, "save_name")
+
+
+def _within(root: Path, name: str, what: str) -> Path:
+    """A place below a folder, and not outside of it.
+
+    Raises:
+        WanError: an empty or absolute name, or one that leads out.
+    """
+    place = (root / name).resolve()
+    if not name or place == root.resolve() or not place.is_relative_to(root.resolve()):
+        raise WanError(f"{what} is {name!r}: expected a name below {root}.")
+    return root / name
+
+
+def _check_not_foreign(goal: Path, request: Request) -> None:
+    """Do not write over a LoRA that was not trained here under this name."""
+    if goal.exists() and not (request.out / "state.pt").exists():
+        raise WanError(f"{goal} exists and was not trained by this node: choose another save_name.")
+
+
+def _copy(file: Path, goal: Path) -> None:
+    from ..wan_core.video import unfinished
+
+    with unfinished(goal) as partial:
+        shutil.copyfile(file, partial)
+
+
+# --- ComfyUI's side of a run
+
+
+def _hooks(request: Request) -> Hooks:
+    from ..wan_core.train.run import Hooks
+
+    return Hooks(on_step=Losses(request), on_clip=Clips(), check=host.check_cancelled, before_load=free_models,
+                 tell=lambda text: log.info("Wan Train LoRA: %s", text))  # fmt: skip
+
+
+def free_models() -> None:
+    """All of ComfyUI's models and ours leave the device."""
+    management.unload_all_models()
+    host.engine().release()
+    management.soft_empty_cache()
+
+
+class Clips:
+    """A progress bar over the clips that are encoded."""
+
+    def __init__(self):
+        self.bar: ProgressBar | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        self.bar = self.bar or ProgressBar(total)
+        self.bar.update_absolute(done, total)
+
+
+class Losses:
+    """A progress bar over the steps with the plot of the loss as its picture, and a place to cancel."""
+
+    def __init__(self, request: Request):
+        self.folder = request.out
+        self.bar: ProgressBar | None = None
+        self.losses: list[float] = []
+        self.drawn = float("-inf")
+
+    def __call__(self, report: StepReport) -> None:
+        from ..wan_core.train.report import read_log
+
+        if self.bar is None:
+            self.bar = ProgressBar(report.steps)
+            self.losses = [float(row["loss"]) for row in read_log(self.folder / "log.csv")][: report.step - 1]
+        self.losses.append(report.loss)
+        self.bar.update_absolute(report.step, report.steps, self._picture(report.step == report.steps))
+        host.check_cancelled()
+
+    def _picture(self, last: bool, every: float = 2.0) -> tuple | None:
+        """The plot as ComfyUI's progress bar takes it, every few seconds."""
+        from ..wan_core.train.report import draw_loss
+
+        if not last and time.monotonic() - self.drawn < every:
+            return None
+        self.drawn = time.monotonic()
+        return "PNG", draw_loss(self.losses), None
+
+
+def _image(file: Path) -> torch.Tensor:
+    """[1, H, W, 3] in 0..1."""
+    from PIL import Image
+
+    with Image.open(file) as picture:
+        return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
