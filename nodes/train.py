@@ -43,8 +43,8 @@ class TrainLora(io.ComfyNode):
             node_id="WanCoreTrainLora",
             display_name="Wan Train LoRA",
             category="Wan 2.2/training",
-            description="Trains a LoRA on a folder of clips and saves it in ComfyUI's loras folder. Cancel when you like: "
-            "queued again with the same settings, it goes on where it stopped. The preview is the loss so far.",
+            description="Trains a LoRA on a folder of clips and saves it in ComfyUI's loras folder. Cancel when you "
+            "like: queued again with the same settings, it goes on where it stopped. The preview is the loss so far.",
             is_output_node=True,
             inputs=[
                 WanModel.Input(
