@@ -29,6 +29,7 @@ from .world import (
     ground_picture,
     moments,
     outline,
+    picture,
     placed,
     world_places,
 )
@@ -273,15 +274,44 @@ def score_pairs(films: Callable[[Scene], Tensor], base: Iterable[Scene]) -> dict
     """How often the first word of a pair moves the statistic above the second, all else the same."""
     hits: dict[str, list[bool]] = {name: [] for name in PAIRS}
     for scene in base:
-        for name, (look, more, less) in PAIRS.items():
-            values = [getattr(statistics(films(one), one), _STATISTIC[name])
-                      for one in (_placed(scene, look, more), _placed(scene, look, less))]
-            hits[name].append(values[0] > values[1])
+        for name, won in hits.items():
+            more, less = (pair_scene(scene, name, side) for side in (0, 1))
+            won.append(pair_won(name, (films(more), more), (films(less), less)))
     return {name: Rate(sum(row), len(row)) for name, row in hits.items()}
 
 
-def _placed(scene: Scene, look: str, word: str) -> Scene:
-    return placed(replace(scene, **{look: word}), np.random.default_rng(0))
+def pair_scene(scene: Scene, name: str, side: int) -> Scene:
+    """The scene with the first (0) or the second (1) word of a pair."""
+    look, *words = PAIRS[name]
+    return placed(replace(scene, **{look: words[side]}), np.random.default_rng(0))
+
+
+def pair_won(name: str, more: tuple[Tensor, Scene], less: tuple[Tensor, Scene]) -> bool:
+    """Whether the clip of a pair's first word has the larger statistic."""
+    first, second = (getattr(statistics(*side), _STATISTIC[name]) for side in (more, less))
+    return first > second
+
+
+def explanation(video: Tensor, asked: Scene) -> float:
+    """PSNR in dB of a clip against the world's own picture of what was asked for, with the shape where it is seen.
+
+    It falls with the wrong colours, a torn shape, noise or blur, whatever words can still be read.
+    """
+    clip = _to_array(video)
+    errors = []
+    for frame, mask, moment in zip(clip, find_shape(clip, asked), moments(len(clip)), strict=True):
+        x, y = _world_place(_centre(mask) or (0.0, 0.0), asked, moment, *frame.shape[:2])
+        seen = picture(replace(asked, motion="still", x=x, y=y), moment, *frame.shape[:2])
+        errors.append(float(np.square(frame - seen).mean()))
+    return -10 * math.log10(max(1e-10, float(np.mean(errors))))
+
+
+def _world_place(
+    place: tuple[float, float], scene: Scene, moment: float, height: int, width: int
+) -> tuple[float, float]:
+    """A place in the picture, in picture widths from its middle, as a place in the world."""
+    x, y, scale = world_places(scene.camera, moment, height, width)
+    return float(x.mean()) + place[0] * scale, float(y.mean()) + place[1] * scale
 
 
 def ceiling(
