@@ -12,8 +12,10 @@ from wan_core.train.data import Frame
 from wan_core.train.nano.captions import caption
 from wan_core.train.nano.dataset import RandomClips, held_out, scenes, to_tensor, training_clips
 from wan_core.train.nano.evaluate import PAIRS, ceiling, look_at, score, score_pairs
+from wan_core.train.nano.judge import T2V, Judge, held_out_prompts
 from wan_core.train.nano.text import WORDS, make_tokenizer, tokenizer_of
 from wan_core.train.nano.world import CAMERAS, MOTIONS, SHAPES, Scene, film, placed, random_scene
+from wan_core.train.sample import Sampling
 
 SIDE, FRAMES = 64, 9
 PLAIN = Scene("circle", "red", "ocean")
@@ -108,3 +110,31 @@ def test_clips_for_the_autoencoder_are_parts_of_films():
     clips = RandomClips(Frame(SIDE, SIDE, 17))
     a, b = (clips(torch.Generator().manual_seed(1), 5) for _ in range(2))
     assert a.shape == (3, 5, SIDE, SIDE) and torch.equal(a, b)
+
+
+class Perfect(Judge):
+    """A judge of clips that are what was asked for, or with ``wrong`` what somebody else asked for."""
+
+    wrong = False
+
+    def clips(self, high, low, variant, prompts, seed, *, images=False):
+        for scene, _ in prompts:
+            shown = replace(scene, motion="up", shape="circle", colour="red") if self.wrong else scene
+            yield self.film(shown), scene
+
+
+def test_the_judge_finds_perfect_clips_perfect_and_wrong_ones_wrong():
+    judge = Perfect(lambda stage: None, Frame(SIDE, SIDE, FRAMES), Sampling())
+    prompts = held_out_prompts(12, fixed=True)
+    seen, moved = judge.words("", "", T2V, prompts, [0]), judge.animated("", "", T2V, prompts, [0])
+    assert all(rate.value == 1 for rate in seen.rates.values()) and seen.share.value == 1 and seen.explained.value > 30
+    assert moved.first.value > 60 and moved.motion.value == 1
+    assert all(rate.value == 1 for rate in judge.pairs("", "", T2V, 2).values())
+    judge.wrong = True
+    worse = judge.words("", "", T2V, prompts, [0])
+    assert worse.rates["motion"].value < 0.5 and worse.rates["colour"].value < 0.5
+    assert worse.share.value < seen.share.value and worse.explained.value < seen.explained.value - 5
+
+
+def test_prompts_of_the_judge_are_held_out():
+    assert all(held_out(scene) for scene, _ in held_out_prompts(20))

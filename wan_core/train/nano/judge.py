@@ -158,7 +158,7 @@ class Judge:
     ) -> Animated:
         """First frames against the image, and the motion word."""
         made = [clip for seed in seeds for clip in self.clips(high, low, variant, prompts, seed, images=True)]
-        first = [psnr(video[:, 0], self.film(scene)[:, 0]).item() for video, scene in made]
+        first = [min(100.0, psnr(video[:, 0], self.film(scene)[:, 0]).item()) for video, scene in made]
         return Animated(Mean.of(first), score(made)["motion"])
 
 

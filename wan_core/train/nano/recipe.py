@@ -207,7 +207,7 @@ def overfit(family: Family) -> bool:
     recipe = DiTRecipe(T2V, NoiseRange(0, 1, family.settings.shift), batch=16, caption_dropout=0.1,
                        precision=family.settings.precision)  # fmt: skip
     task = DiTTask(model, family.data(T2V, clips), recipe)
-    if not walk(family, "overfit", task, dit_plan(family.settings, 1500)):
+    if not walk(family, "overfit", task, dit_plan(family.settings, 600)):
         return False
     family.finish("overfit", model.state_dict())
     seen = family.judge().words("overfit", "overfit", T2V, wanted, seeds=(0,))
@@ -234,7 +234,7 @@ def dit_stage(
 
 def pilot(family: Family) -> bool:
     """A dense 16-channel model. Gate: motion of held-out prompts at 0.4 or more."""
-    if not dit_stage(family, "pilot", T2V, NoiseRange(0, 1, family.settings.shift), 3000, None):
+    if not dit_stage(family, "pilot", T2V, NoiseRange(0, 1, family.settings.shift), 2400, None):
         return False
     pilot_gate(family)
     return True
@@ -324,9 +324,9 @@ STAGES: dict[str, Callable[[Family], bool]] = {
     "vae48": lambda family: vae(family, "vae48", "wan2.2", 48, 3000),
     "overfit": overfit,
     "pilot": pilot,
-    "t2v_high": _expert("t2v_high", T2V, "high", 1500, "pilot"),
-    "t2v_low": gated(_expert("t2v_low", T2V, "low", 1500, "pilot"), "t2v"),
-    "i2v_high": _expert("i2v_high", I2V, "high", 1500, "t2v_high"),
-    "i2v_low": gated(_expert("i2v_low", I2V, "low", 1500, "t2v_low"), "i2v"),
-    "ti2v": gated(_expert("ti2v", TI2V, "only", 6000, None), "ti2v"),
+    "t2v_high": _expert("t2v_high", T2V, "high", 1000, "pilot"),
+    "t2v_low": gated(_expert("t2v_low", T2V, "low", 1000, "pilot"), "t2v"),
+    "i2v_high": _expert("i2v_high", I2V, "high", 1000, "t2v_high"),
+    "i2v_low": gated(_expert("i2v_low", I2V, "low", 1000, "t2v_low"), "i2v"),
+    "ti2v": gated(_expert("ti2v", TI2V, "only", 4000, None), "ti2v"),
 }  # fmt: skip
