@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import WanError
@@ -43,8 +42,7 @@ class Array:
         with _mapped(self.file) as data:
             if self.kind == _STRING:
                 return _Cursor(data, self.start).strings(self.count)
-            numbers = np.frombuffer(data, np.dtype(_SCALARS[self.kind].replace("?", "b")), self.count, self.start)
-            return numbers.tolist()
+            return list(struct.unpack_from(f"<{self.count}{_scalar(self.kind)[1:]}", data, self.start))
 
 
 @dataclass(frozen=True)
