@@ -14,7 +14,9 @@ from ...dtypes import NAMES
 from ...errors import WanError
 from ..data import Frame
 from ..dit import save_weights
-from .recipe import FILES, STAGES, Family, Settings
+from .judge import FILES
+from .pictures import first_frames
+from .recipe import STAGES, Family, Settings
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -83,6 +85,7 @@ def export(family: Family, out: Path) -> None:
         save_weights(_stored(family.file(stage), family.settings.storage), file, "auto", {"wan_nano": stage})
         total += file.stat().st_size
         family.tell(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+    first_frames(out, family.settings.frame.width)
     family.tell(f"{total / 1e6:.1f} MB in all")
 
 
