@@ -17,6 +17,7 @@ from comfy.cli_args import LatentPreviewMethod, args
 from comfy.utils import ProgressBar
 
 from ..wan_core.errors import WanError
+from ..wan_core.quant.registry import MADE_ON_LOAD
 
 if TYPE_CHECKING:
     from ..wan_core.engine import Engine
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
+WEIGHT_DTYPES = [*DTYPES, *MADE_ON_LOAD]  # of models whose matrices may be quantised while they are loaded
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
 
 File = TypeVar("File")
@@ -43,11 +45,32 @@ def engine() -> Engine:
 
 def model_names(folder: str) -> list[str]:
     """What a loader offers: the files of one of ComfyUI's model folders, with sharded checkpoints as one entry each."""
-    files = folder_paths.get_filename_list(folder)
+    files = {name for part in _with_gguf(folder) for name in folder_paths.get_filename_list(part)}
     shards = [name for name in files if _SHARD.search(name)]
     sharded = {os.path.dirname(name) for name in shards} - {""}
     whole = [name for name in files if name not in shards]
     return sorted([*whole, *(name for name in sharded if _has_index(folder, name))])
+
+
+_GGUF_FOLDERS = {"diffusion_models": "unet_gguf", "text_encoders": "clip_gguf"}
+
+
+def _with_gguf(folder: str) -> list[str]:
+    """A folder's name, and the name under which its .gguf files are listed.
+
+    ComfyUI lists no .gguf files in its own folders. The names are those that the GGUF pack registers, with the same
+    places, so that both packs show the same files whichever is there.
+    """
+    name = _GGUF_FOLDERS.get(folder)
+    if name is None:
+        return [folder]
+    known = folder_paths.folder_names_and_paths
+    known.setdefault(name, (known[folder][0], {".gguf"}))
+    return [folder, name]
+
+
+def _places(folder: str) -> list[str]:
+    return list(dict.fromkeys(place for part in _with_gguf(folder) for place in folder_paths.get_folder_paths(part)))
 
 
 def _has_index(folder: str, name: str) -> bool:
@@ -61,7 +84,7 @@ def model_path(folder: str, name: str) -> Path:
         WanError: the list does not offer it.
     """
     if name in model_names(folder):
-        for base in folder_paths.get_folder_paths(folder):
+        for base in _places(folder):
             if Path(base, name).exists():
                 return Path(base, name)
     places = " or ".join(folder_paths.get_folder_paths(folder))

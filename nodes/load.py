@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..wan_core.dtypes import resolve_dtype
 from ..wan_core.models.attention import BACKENDS, find_backend
-from ..wan_core.models.load_dit import DiTFile, read_dit
+from ..wan_core.models.load_dit import DiTFile, quantised_note, read_dit
 from ..wan_core.recipe import ModelRecipe
 from . import host
 from .types import WanModel
@@ -27,13 +27,15 @@ class LoadModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name", options=host.model_names(FOLDER),
-                    tooltip="A Wan2.2 model in ComfyUI's diffusion_models folder: one file, or the folder of a sharded "
-                    "checkpoint as the official download has it.",
+                    tooltip="A Wan2.2 model in ComfyUI's diffusion_models folder: one file (safetensors, fp8 and int8 "
+                    "too, or GGUF), or the folder of a sharded checkpoint as the official download has it.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=host.DTYPES, default="auto",
+                    "dtype", options=host.WEIGHT_DTYPES, default="auto",
                     tooltip="Number format of the computation. auto: bfloat16 where the device is fast in it, else "
-                    "float16 on older GPUs and float32 on CPUs.",
+                    "float16 on older GPUs and float32 on CPUs. Quantised files stay as they are in memory. fp8_e4m3fn "
+                    "and int8 quantise the weights while they are loaded: half the memory of bfloat16, a slightly "
+                    "different video.",
                 ),
                 io.Combo.Input(
                     "attention", options=["auto", *BACKENDS], default="auto",
@@ -56,4 +58,5 @@ class LoadModel(io.ComfyNode):
     def execute(cls, model_name: str, dtype: str, attention: str) -> io.NodeOutput:
         file: DiTFile = host.read_header(read_dit, FOLDER, model_name)
         find_backend(attention, host.device(), resolve_dtype(dtype, host.device(), file.checkpoint.dtype))
-        return io.NodeOutput(ModelRecipe(file, dtype=dtype, attention=attention))
+        note = quantised_note(file, dtype, host.device())
+        return io.NodeOutput(ModelRecipe(file, dtype=dtype, attention=attention, notes=(note,) if note else ()))

@@ -33,12 +33,14 @@ class LoadTextEncoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "text_encoder_name", options=host.model_names(FOLDER),
-                    tooltip="A umT5-XXL encoder in ComfyUI's text_encoders folder. ComfyUI's file carries its "
-                    "tokenizer; the official .pth needs the folder google/umt5-xxl beside it.",
+                    tooltip="A umT5-XXL encoder in ComfyUI's text_encoders folder: safetensors, fp8 too, GGUF or .pth. "
+                    "ComfyUI's file and GGUF carry their tokenizer; the official .pth needs the folder google/umt5-xxl "
+                    "beside it.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=host.DTYPES, default="auto",
-                    tooltip="Number format of the computation. auto: bfloat16 where the device is fast in it.",
+                    "dtype", options=host.WEIGHT_DTYPES, default="auto",
+                    tooltip="Number format of the computation. auto: bfloat16 where the device is fast in it. "
+                    "fp8_e4m3fn and int8 quantise the weights while they are loaded.",
                 ),
                 io.Combo.Input(
                     "device", options=["default", "cpu"], default="default",

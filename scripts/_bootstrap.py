@@ -39,6 +39,7 @@ TEST_PACKAGES = (
     "transformers==5.23.0",
     "accelerate==1.15.0",
     "gguf==0.19.0",
+    "comfy-kitchen==0.2.40",
     "ftfy==6.3.1",
     "sentencepiece==0.2.3",
     "tokenizers==0.23.3",

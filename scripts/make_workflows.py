@@ -182,20 +182,7 @@ def files_note(variant: Variant) -> str:
     files = [download("diffusion_models", name) for name in variant.comfy_names]
     files += [download("text_encoders", TEXT_ENCODER), download("vae", VAES[variant.vae].comfy_name)]
     rows = "\n".join(f"- {file['directory']} / [{file['name']}]({file['url']})" for file in files)
-    return f"Put these into ComfyUI's **models** folder, then press **R**.\n\n{rows}\n\n{INSTEAD[variant.task]}"
-
-
-_OFFICIAL = "https://huggingface.co/Wan-AI/Wan2.2-{}"
-_WHOLE_TEXT_ENCODER = download("text_encoders", "umt5_xxl_fp16.safetensors")["url"]
-_NO_FP8 = (
-    "This version of the pack reads 16- and 32-bit weights, fp8 not yet. Until then take [umt5_xxl_fp16.safetensors]"
-    f"({_WHOLE_TEXT_ENCODER})"
-)
-INSTEAD = {
-    task: f"{_NO_FP8}, and in place of the two models the folders high_noise_model and low_noise_model of "
-    f"[Wan2.2-{name}]({_OFFICIAL.format(name)}), put into a folder below diffusion_models."
-    for task, name in (("t2v-A14B", "T2V-A14B"), ("i2v-A14B", "I2V-A14B"))
-} | {"ti2v-5B": f"{_NO_FP8}."}
+    return f"Put these into ComfyUI's **models** folder, then press **R**.\n\n{rows}"
 
 
 def size_note(variant: Variant) -> str:

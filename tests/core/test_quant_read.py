@@ -18,7 +18,7 @@ from tests.core.quant_files import fp8_scaled, is_matrix, random_blocks, write_g
 from wan_core.checkpoint.read import open_checkpoint
 from wan_core.errors import WanError
 from wan_core.models.dit import WanDiT
-from wan_core.models.load_dit import build_dit, read_dit
+from wan_core.models.load_dit import build_dit, quantised_note, read_dit
 from wan_core.quant.gguf import BLOCK_TYPES
 from wan_core.quant.linear import QuantLinear
 from wan_core.tiny import TinySizes, make_tiny
@@ -167,6 +167,22 @@ def test_the_same_resident_and_swapped(weights: Weights, tmp_path: Path, name: s
     resident = velocity(build_dit(file, dtype=dtype))
     for blocks in (1, 2):
         assert torch.equal(velocity(build_dit(file, dtype=dtype, swap_blocks=blocks)), resident)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "says"),
+    [("fp8 scaled, old marking", "auto", "cpu has no fp8_e4m3fn arithmetic"), ("int8", None, "cpu has no int8 arith"),
+     ("GGUF Q8_0", "int8", "cpu has no int8 arithmetic"), ("GGUF Q8_0", "auto", None)],
+)  # fmt: skip
+def test_a_device_without_the_arithmetic_dequantises_and_says_so(
+    weights: Weights, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, dtype: str | None, says: str | None
+):
+    file = read_dit(FILES[name](weights, tmp_path)[0])
+    note = quantised_note(file, dtype, "cpu")
+    assert says in note if says else note is None
+    with caplog.at_level("INFO", logger="wan_core"):
+        velocity(build_dit(file, dtype=dtype))
+    assert (note in caplog.text) if note else ("arithmetic" not in caplog.text)
 
 
 @pytest.mark.parametrize("name", ["fp8_e4m3fn", "int8"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from ..offload import PREFETCH, BlockSwap
 from ..quant.registry import MADE_ON_LOAD
 from .attention import find_backend
 from .dit import WanDiT, keeps_float32
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +61,11 @@ def build_dit(
     Raises:
         WanError: see ``load_strict``, ``find_backend`` and ``resolve_dtype``.
     """
-    make = MADE_ON_LOAD.get(dtype) if isinstance(dtype, str) else None
+    requested, make = dtype, MADE_ON_LOAD.get(dtype) if isinstance(dtype, str) else None
     dtype = resolve_dtype(dtype, device, file.checkpoint.dtype)
     backend = find_backend(attention, device, dtype)
+    if note := quantised_note(file, requested, device):
+        log.info("wan_core: %s", note)
     with torch.device("meta"):
         model = WanDiT(file.config)
     swap = BlockSwap(model.blocks, swap_blocks, device=device, dtype=dtype, keep_float32=keeps_float32,
@@ -71,6 +76,18 @@ def build_dit(
     model.attend = backend.run
     model.swap = swap.adopt() if swap_blocks else None
     return model
+
+
+def quantised_note(file: DiTFile, dtype: torch.dtype | str | None, device: torch.device | str) -> str | None:
+    """What the user should know of quantised weights on a device that cannot multiply them as they are."""
+    made = [MADE_ON_LOAD[dtype]] if isinstance(dtype, str) and dtype in MADE_ON_LOAD else []
+    infos = (file.checkpoint.tensors[theirs] for own, theirs in file.names.items() if keys.packs(own))
+    formats = made or [info.format for info in infos if info.format]
+    lacking = sorted({one.name for one in formats if one.lacks_arithmetic(torch.device(device))})
+    if not lacking:
+        return None
+    return (f"{file.checkpoint.path.name}: {device} has no {', '.join(lacking)} arithmetic, so each layer's weights "
+            "are dequantised when they are used. That saves the same memory, but no time.")
 
 
 def load_dit(

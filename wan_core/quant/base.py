@@ -52,6 +52,10 @@ class Format(ABC):
         """The parts of some rows of the matrix."""
         return {"data": parts["data"][index]}
 
+    def lacks_arithmetic(self, device: torch.device) -> bool:
+        """Whether the format is made for products that this device does not have."""
+        return False
+
     def multiply(self, x: Tensor, parts: Parts) -> Tensor | None:
         """``x @ matrix.T`` for x [..., columns] without dequantising, or None where the device or format cannot."""
         return None

@@ -31,6 +31,9 @@ class FP8(Scaled):
     def largest(self) -> float:
         return torch.finfo(self.dtype).max
 
+    def lacks_arithmetic(self, device: torch.device) -> bool:
+        return not has_fp8(device)
+
     def multiply(self, x: Tensor, parts: Parts) -> Tensor | None:
         data = parts["data"]
         if self.full_precision or not can_multiply(x, data):

@@ -39,6 +39,9 @@ class Int8(Scaled):
     def _rounded(self, x: Tensor) -> Tensor:
         return super()._rounded(x.round_())
 
+    def lacks_arithmetic(self, device: torch.device) -> bool:
+        return not has_int8(device)
+
     def multiply(self, x: Tensor, parts: Parts) -> Tensor | None:
         data = parts["data"]
         tokens = x.reshape(-1, x.shape[-1])
