@@ -139,11 +139,12 @@ class TrainLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, dataset: str | None = None, **_: object) -> tuple:
+        """Changes when a clip or the table does."""
         try:
-            stat = (dataset_folder(dataset or "") / TABLE).stat()
+            files = sorted((file, file.stat()) for file in dataset_folder(dataset or "").iterdir())
         except (OSError, WanError) as error:
             return (str(error),)
-        return stat.st_size, stat.st_mtime_ns
+        return tuple((file.name, stat.st_size, stat.st_mtime_ns) for file, stat in files)
 
     @classmethod
     def execute(cls, model: ModelRecipe, vae: object, clip: object, **settings: object) -> io.NodeOutput:

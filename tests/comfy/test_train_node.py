@@ -12,6 +12,7 @@ import pytest
 import torch
 from comfy_server import Client, PromptRejected, Run, Server
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.comfy import graphs as wan
@@ -132,6 +133,23 @@ def test_cancelled_and_queued_again_it_goes_on_to_the_same_lora(client: Client, 
     g.set(node, resume=False, steps=2)  # begins anew, although the steps are others
     assert client.run(g.nodes).ok
     assert len(read_log(server.base / "output/wan_training/parts/log.csv")) == 2
+
+
+@pytest.mark.parametrize(("task", "noise"), [("i2v", ("0.9", "1.0")), ("ti2v", ("0.0", "1.0"))])
+def test_every_variant_trains_on_its_own_noise(
+    client: Client, server: Server, dataset: str, task: str, noise: tuple[str, str]
+) -> None:
+    """I2V as a pair whose high-noise expert is asked for; the 5B, which has only one."""
+    g = Graph()
+    node = train(g, dataset, task, wan.model(g, task), steps=2, targets="self_attn.q, ffn.0", alpha=1.0)
+    g.set(node, vae=wan.vae(g, task), expert="high" if task == "i2v" else "auto", checkpointing="offload")
+    run = client.run(g.nodes)
+    assert run.ok, run.error
+    with safe_open(lora_of(server, task), "pt") as file:
+        assert (file.metadata()["noise_from"], file.metadata()["noise_to"]) == noise
+        assert {key.split(".", 3)[3].rpartition(".lora")[0] for key in file.keys() if "lora_A" in key} == {  # noqa: SIM118
+            "self_attn.q", "ffn.0"}  # fmt: skip
+        assert file.get_tensor("diffusion_model.blocks.0.ffn.0.alpha") == 1
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_gradient_checkpointing", action="store_true", help="faster, with more memory")
     parser.add_argument("--use_gradient_checkpointing_offload", action="store_true", help="slower, with less memory")
     parser.add_argument("--save_steps", type=int, default=0, help="default: save every two minutes")
+    parser.add_argument("--t5_cpu", action="store_true", help="encode the prompts on the CPU")
     parser.add_argument("--sample_every", type=int, default=0, help="steps between grids of samples, as PNG; 0: none")
     parser.add_argument("--sample_prompt", action="append", default=[], metavar="TEXT",
                         help="a row of the grids, may be given several times; default: prompts of the first clips")
@@ -73,12 +74,13 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     files = files_in(args.ckpt_dir, args.task, expert)
-    if not Processes.current(device).first:
-        train(request, files, device=device, hooks=Hooks(tell=lambda text: None))
-        return
+    first = Processes.current(device).first
     with _Bar() as bar:
-        file = train(request, files, device=device, hooks=Hooks(on_step=bar))
-    print(f"Wrote {file}; log.csv and loss.png lie beside it.")
+        hooks = Hooks(on_step=bar) if first else Hooks(tell=lambda text: None)
+        file = train(request, files, device=device, text_device="cpu" if args.t5_cpu else device, hooks=hooks)
+    Processes.leave()
+    if first:
+        print(f"Wrote {file}; log.csv and loss.png lie beside it.")
 
 
 def _only_expert(experts: tuple[str, ...]) -> str:

@@ -71,6 +71,11 @@ class Processes:
         """Go on when all have come here."""
         self.any(False)
 
+    @staticmethod
+    def leave() -> None:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
     def _sum(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         distributed.all_reduce(total)
