@@ -12,7 +12,7 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from .models.load_vae import VAEFile, build_vae
 from .models.text_encoder import TextEncoder, TextFile, build_text_encoder
 from .models.vae import VideoVAE
 from .offload import spread
+from .plan import AUTO, Plan, plan, smaller, weights_of
+from .readahead import ReadAhead
 from .recipe import ModelRecipe
 from .sampling.experts import Expert, Experts
 from .sampling.guidance import Condition
@@ -43,6 +45,7 @@ class _Loaded:
     part: Any
     bytes: int
     device: torch.device
+    alone: bool  # on its device: a memory limit leaves no room for others
 
 
 def _no_room_made(needed: int, device: torch.device) -> None: ...
@@ -62,25 +65,69 @@ class Engine:
     keep_one: bool = False
     loads: int = 0  # how many models were read so far; a run that reloads nothing leaves it as it was
     _loaded: OrderedDict[Hashable, _Loaded] = field(default_factory=OrderedDict)
+    _plans: dict[Hashable, Plan] = field(default_factory=dict)
+    _ahead: ReadAhead = field(default_factory=ReadAhead)
 
-    def get(self, key: Hashable, size: int, device: torch.device | str, load: Callable[[], Any]) -> Any:
+    def get(
+        self, key: Hashable, size: int, device: torch.device | str, load: Callable[[], Any], *, alone: bool = False
+    ) -> Any:
         """The part under this key, loaded now if it is not there yet.
 
         Args:
             size: bytes it takes on the device.
             load: makes the part.
+            alone: every other part on the device makes way, as this one will for the next.
         """
         device = torch.device(device)
         if key in self._loaded:
             self._loaded.move_to_end(key)
             return self._loaded[key].part
         self.make_room(size, device)
-        self._evict_for(size, device)
+        self._evict_for(size, device, alone)
         self.loads += 1
         part = load()
         log.info("wan_core: loaded %s on %s (%.2f GB)", key[0], device, size / 1e9)
-        self._loaded[key] = _Loaded(part, size, device)
+        self._loaded[key] = _Loaded(part, size, device, alone)
         return part
+
+    def fit(
+        self, recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device | str, *, guided: bool = True
+    ) -> tuple[ModelRecipe, Plan]:
+        """A recipe with its memory limit turned into blocks that stream, for a latent [B, C, T, h, w]; and the plan.
+
+        What "auto" came to is kept for the next run of the same kind, so that it finds its weights where they are.
+
+        Raises:
+            WanError: see ``plan``.
+        """
+        device = torch.device(device)
+        key = (_identity(recipe), tuple(shape), str(device), guided)
+        if key not in self._plans:
+            if recipe.vram_limit == AUTO:
+                self.make_room(dit_bytes(recipe.high, replace(recipe, swap_blocks=0), device), device)
+            free = available_bytes(device) + self.bytes_on(device)
+            self._plans[key] = plan(recipe, shape, device, guided=guided, free=free)
+        found = self._plans[key]
+        return replace(recipe, swap_blocks=found.swapped, prefetch=found.prefetch), found
+
+    def fit_less(
+        self, used: Plan, recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device | str, *,
+        guided: bool = True,
+    ) -> tuple[ModelRecipe, Plan] | None:  # fmt: skip
+        """After what ``fit`` said was too much: all is released, and less is planned from now on.
+
+        None if there is no less.
+        """
+        device = torch.device(device)
+        key = (_identity(recipe), tuple(shape), str(device), guided)
+        less = smaller(used)
+        self.release()
+        if less is None:
+            return None
+        swapped, prefetch = less
+        tight = replace(recipe, swap_blocks=swapped, prefetch=prefetch, vram_limit=None)
+        self._plans[key] = plan(tight, shape, device, guided=guided)
+        return replace(tight, vram_limit=recipe.vram_limit or AUTO), self._plans[key]
 
     def dit(self, file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> WanDiT:
         """One expert's weights, as the recipe wants them.
@@ -89,10 +136,15 @@ class Engine:
             WanError: the file was changed since its header was read, or see ``build_dit``.
         """
         check_unchanged(file)
-        key = ("dit", file.fingerprint, str(device), recipe.dtype, recipe.attention, recipe.swap_blocks)
-        return self.get(key, dit_bytes(file, recipe, device), device, lambda: build_dit(
+        return self.get(_dit_key(file, recipe, device), dit_bytes(file, recipe, device), device, lambda: build_dit(
             file, device=device, dtype=recipe.dtype, attention=recipe.attention, swap_blocks=recipe.swap_blocks,
-        ))  # fmt: skip
+            prefetch=recipe.prefetch,
+        ), alone=recipe.vram_limit is not None)  # fmt: skip
+
+    def read_ahead(self, file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> None:
+        """Have a file read that will be needed soon, unless it is loaded: by the system, into no memory of ours."""
+        if _dit_key(file, recipe, device) not in self._loaded:
+            self._ahead.begin(file.checkpoint.files)
 
     def experts(self, recipe: ModelRecipe, guidance: PerExpert, device: torch.device | str) -> Experts:
         """A recipe's experts as ``denoise`` calls them; nothing is loaded before the first call."""
@@ -105,16 +157,20 @@ class Engine:
             boundary=recipe.variant.boundary, switch=recipe.switch,
         )  # fmt: skip
 
-    def text_encoder(self, file: TextFile, device: torch.device | str, dtype: str | torch.dtype | None) -> TextEncoder:
-        """A text encoder with its weights.
+    def text_encoder(
+        self, file: TextFile, device: torch.device | str, dtype: str | torch.dtype | None, *, resident: bool = True
+    ) -> TextEncoder:
+        """A text encoder with its weights; without ``resident`` they come to the device matrix by matrix.
 
         Raises:
             WanError: the file was changed since its header was read, or see ``build_text_encoder``.
         """
         check_unchanged(file)
-        key = ("text", file.fingerprint, str(device), str(dtype))
-        size = _bytes(file, device, dtype, skip=(text_layout.TABLE,))
-        return self.get(key, size, device, lambda: build_text_encoder(file, device=device, dtype=dtype))
+        key = ("text", file.fingerprint, str(device), str(dtype), resident)
+        size = text_bytes(file, device, dtype) if resident else largest_matrix(file, device, dtype)
+        return self.get(key, size, device, lambda: build_text_encoder(
+            file, device=device, dtype=dtype, resident=resident,
+        ))  # fmt: skip
 
     def vae(self, file: VAEFile, device: torch.device | str, dtype: str | torch.dtype | None) -> VideoVAE:
         """A VAE with its weights.
@@ -130,6 +186,8 @@ class Engine:
         """Drop what is loaded; with kinds ("dit", "vae", "text"), only those."""
         for key in [k for k in self._loaded if not kinds or k[0] in kinds]:
             del self._loaded[key]
+        self._plans.clear()
+        self._ahead.stop()
         gc.collect()
         empty_cache()
 
@@ -140,6 +198,7 @@ class Engine:
             if before - self.bytes_on(device) >= wanted:
                 break
             del self._loaded[key]
+        self._plans.clear()
         gc.collect()
         empty_cache()
         return before - self.bytes_on(device)
@@ -148,10 +207,11 @@ class Engine:
         """Bytes of weights held for a device."""
         return sum(entry.bytes for entry in self._loaded.values() if entry.device == torch.device(device))
 
-    def _evict_for(self, size: int, device: torch.device) -> None:
+    def _evict_for(self, size: int, device: torch.device, alone: bool) -> None:
         on_device = [key for key, entry in self._loaded.items() if entry.device == device]
         for key in on_device:
-            if not (self.keep_one and device.type != "cpu") and available_bytes(device) >= size + _MARGIN:
+            must_go = device.type != "cpu" and (self.keep_one or alone or self._loaded[key].alone)
+            if not must_go and available_bytes(device) >= size + _MARGIN:
                 return
             log.info("wan_core: releasing %s to make room", key[0])
             del self._loaded[key]
@@ -181,6 +241,10 @@ class LazyDiT:
         x = self._with_channels(x.to(self.device), condition)
         return dit(x, t, self._text(dit, condition, len(x)), on_block=on_block).to(torch.float32)
 
+    def prepare(self) -> None:
+        """Called while the step before the first of this expert is computed."""
+        self.engine.read_ahead(self.file, self.recipe, self.device)
+
     def _with_channels(self, x: torch.Tensor, condition: Condition) -> torch.Tensor:
         if condition.concat is None:
             return x
@@ -192,7 +256,8 @@ class LazyDiT:
             self._owner, self._texts = weakref.ref(dit, lambda _: self._texts.clear()), {}
         if id(condition) not in self._texts:
             text = pad_text(condition.text)
-            self._texts[id(condition)] = condition, dit.text_states(text.expand(batch, *text.shape[1:]))
+            states = dit.text_states(text.expand(batch, *text.shape[1:]), keep=self.recipe.keeps_text)
+            self._texts[id(condition)] = condition, states
         return self._texts[id(condition)][1]
 
 
@@ -203,9 +268,33 @@ def pad_text(text: torch.Tensor) -> torch.Tensor:
 
 
 def dit_bytes(file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> int:
-    """Bytes on the device of one expert, without its swapped blocks."""
+    """Bytes on the device of one expert: what stays there, and the slots that swapped blocks pass through."""
+    weights = weights_of(file, recipe.dtype, device, mapped_too=True)
     swapped = spread(recipe.swap_blocks, file.config.layers)
-    return _bytes(file, device, recipe.dtype, skip=tuple(f"blocks.{i}." for i in swapped))
+    slots = min(recipe.prefetch + 1, len(swapped)) * max(weights.blocks)
+    return weights.total + weights.scratch - sum(weights.blocks[i] for i in swapped) + slots
+
+
+def text_bytes(file: TextFile, device: torch.device | str, dtype: str | torch.dtype | None) -> int:
+    """Bytes on the device of a text encoder, whose table always stays in the file."""
+    return _bytes(file, device, dtype, skip=(text_layout.TABLE,))
+
+
+def largest_matrix(file: TextFile, device: torch.device | str, dtype: str | torch.dtype | None) -> int:
+    """Bytes on the device of a text encoder whose matrices pass through one buffer."""
+    width = resolve_dtype(dtype, device, file.checkpoint.dtype).itemsize
+    shapes = (file.checkpoint.tensors[theirs].shape for own, theirs in file.names.items() if own != text_layout.TABLE)
+    return max(math.prod(shape) for shape in shapes) * width
+
+
+def _dit_key(file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> Hashable:
+    return ("dit", file.fingerprint, str(device), recipe.dtype, recipe.attention, recipe.swap_blocks, recipe.prefetch)
+
+
+def _identity(recipe: ModelRecipe) -> Hashable:
+    """What decides a recipe's plan."""
+    files = tuple(file.fingerprint for file in recipe.files)
+    return files, recipe.dtype, recipe.vram_limit, recipe.swap_blocks, recipe.prefetch
 
 
 def _bytes(
@@ -216,6 +305,8 @@ def _bytes(
 ) -> int:
     """Bytes of a file's weights in the dtype of the computation, without those whose names begin with ``skip``."""
     width = resolve_dtype(dtype, device, file.checkpoint.dtype).itemsize
-    tensors = file.checkpoint.tensors
-    kept = (tensors[theirs].shape for own, theirs in file.names.items() if not own.startswith(skip))
-    return sum(math.prod(shape) * width for shape in kept)
+    kept = [theirs for own, theirs in file.names.items() if not own.startswith(skip)]
+    infos = ((key, file.checkpoint.tensors[key]) for key in kept)
+    return sum(
+        file.checkpoint.stored_bytes(key) if info.format else math.prod(info.shape) * width for key, info in infos
+    )

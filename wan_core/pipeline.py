@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -14,14 +16,17 @@ import torch
 from . import latents
 from .checkpoint.folder import find_parts
 from .config import NEGATIVE_PROMPT, VAES, VARIANTS, PerExpert, Variant
+from .devices import available_bytes
 from .dtypes import resolve_dtype
-from .engine import Engine
+from .engine import Engine, text_bytes
 from .errors import WanError
 from .models.load_dit import read_dit
 from .models.load_vae import VAEFile, read_vae
 from .models.text_encoder import TextFile, read_text_encoder
+from .plan import AUTO, GB, MARGIN, decode_bytes
 from .recipe import ModelRecipe, pair
-from .sampling.denoise import Given, StepReport, denoise
+from .retry import denoise_in_memory
+from .sampling.denoise import Given, StepReport
 from .sampling.experts import Switch
 from .sampling.guidance import Condition
 from .sampling.lookup import look_up
@@ -30,6 +35,8 @@ from .sampling.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -156,9 +163,8 @@ def generate(
     request = request.completed(variant)
     positive, negative = _encode_prompts(models, request, engine, text_device or device)
     start = _start(models, request, engine, device)
-    experts = engine.experts(recipe, request.guidance, device)
-    latent, _ = denoise(
-        start.noise.to(device), experts, request.timetable(), request.solver,
+    latent = denoise_in_memory(
+        engine, recipe, request.guidance, device, start.noise, request.timetable(), request.solver,
         Condition(positive, start.concat), Condition(negative, start.concat), given=start.given, on_step=on_step,
     )  # fmt: skip
     if engine.keep_one:
@@ -191,12 +197,22 @@ def _dtype_of(models: Models, device: torch.device) -> torch.dtype:
 def _encode_prompts(
     models: Models, request: Request, engine: Engine, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    encoder = engine.text_encoder(models.text, device, _dtype_of(models, device))
+    dtype = _dtype_of(models, device)
+    fits = text_bytes(models.text, device, dtype) <= _room(models, engine, device)
+    encoder = engine.text_encoder(models.text, device, dtype, resident=fits)
     positive, negative = (encoder([text]) for text in (request.prompt, request.negative_prompt))
     if engine.keep_one:
         del encoder
         engine.release("text")
     return positive, negative
+
+
+def _room(models: Models, engine: Engine, device: torch.device) -> float:
+    """Bytes that a part may take on a device under the run's memory limit."""
+    limit = models.dit.vram_limit
+    if limit is None or device.type == "cpu":
+        return math.inf
+    return available_bytes(device) + engine.bytes_on(device) - MARGIN if limit == AUTO else limit * GB
 
 
 def _start(models: Models, request: Request, engine: Engine, device: torch.device) -> Start:
@@ -247,6 +263,17 @@ def _open_image(path: Path) -> Image:
 
 
 def _decode(models: Models, engine: Engine, latent: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
+    device = _decoder_device(models, engine, latent, device)
     vae = engine.vae(models.vae, device, torch.float32)  # as the official pipelines do, whatever the DiT runs in
     for chunk in vae.decode_chunks(latent.to(device)):
         yield chunk[0].cpu()
+
+
+def _decoder_device(models: Models, engine: Engine, latent: torch.Tensor, device: torch.device) -> torch.device:
+    """The run's device, or the CPU where the memory limit leaves the VAE too little."""
+    room = _room(models, engine, device)
+    height, width = (side * VAES[models.vae.config.kind].spatial_stride for side in latent.shape[3:])
+    if math.isinf(room) or decode_bytes(models.vae.config, height, width) <= room:
+        return device
+    log.warning("Decoding %dx%d does not fit the memory limit: the VAE runs on the CPU.", width, height)
+    return torch.device("cpu")

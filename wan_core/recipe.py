@@ -12,6 +12,7 @@ from pathlib import Path
 from .config import Variant, variant_of
 from .errors import WanError
 from .models.load_dit import DiTFile
+from .offload import PREFETCH
 from .sampling.experts import Switch
 
 
@@ -21,6 +22,9 @@ class ModelRecipe:
 
     ``high`` alone is a dense model. ``dtype`` and ``attention`` may be "auto". ``notes`` are remarks for the user that
     loading made (which file was taken for which expert, say).
+
+    Block swap: ``swap_blocks`` of them stream; a ``vram_limit`` in GB, or "auto" for what is free, decides their number
+    instead when the size of the video is known (``plan``). ``prefetch`` blocks are on the device before their turn.
     """
 
     high: DiTFile
@@ -30,6 +34,13 @@ class ModelRecipe:
     switch: Switch = field(default_factory=Switch)
     swap_blocks: int = 0
     notes: tuple[str, ...] = ()
+    vram_limit: float | str | None = None
+    prefetch: int = PREFETCH
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether each block's keys and values of the prompts are kept: fast, and up to a gigabyte."""
+        return self.vram_limit is None
 
     @property
     def variant(self) -> Variant:

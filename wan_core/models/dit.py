@@ -30,7 +30,7 @@ from .layers import (
 from .rope import rope_table, rotate, rotate_
 
 Runs = list[tuple[int, int, Modulation]]
-TOKENS_AT_ONCE = 16384  # of a long video, where a whole second copy of the tokens would not fit
+TOKENS_AT_ONCE = 8192  # of a long video, where a whole second copy of the tokens would not fit
 
 
 def over(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

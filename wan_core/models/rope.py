@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 
 _THETA = 10000.0
-_SLICE = 4096  # tokens in one float32 slice
+SLICE = 4096  # tokens in one float32 slice
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -53,7 +53,7 @@ def rotate_(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     if x.dtype == torch.float32:
         torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(table)
         return x
-    for a in range(0, x.shape[1], _SLICE):
-        b = a + _SLICE
+    for a in range(0, x.shape[1], SLICE):
+        b = a + SLICE
         x[:, a:b] = rotate(x[:, a:b], table[a:b])
     return x

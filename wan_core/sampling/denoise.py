@@ -81,6 +81,7 @@ class StepReport:
         expert: "high", "low" or "only".
         x: the sample after the step.
         x0: the clean estimate that the step was made with.
+        history: the solver's; with x it is all that is needed to go on from here.
     """
 
     index: int
@@ -90,6 +91,7 @@ class StepReport:
     expert: str
     x: Tensor
     x0: Tensor
+    history: History
 
 
 def noised(latent: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -139,13 +141,14 @@ def denoise(
     if given and given.clean:
         x = given.put_back(x)
     for i in range(start, end):
+        experts.announce(i, schedule)
         x, history = step(x, i, schedule, velocity, history)
         sigma = schedule.sigmas[i + 1].item()
         if given and (given.clean or sigma == 0):
             x = given.put_back(x)
         if on_step:
             expert = experts.at(i, schedule).name
-            on_step(StepReport(i, i + 1 - start, end - start, sigma, expert, x, velocity.x0))
+            on_step(StepReport(i, i + 1 - start, end - start, sigma, expert, x, velocity.x0, history))
     return x, history
 
 

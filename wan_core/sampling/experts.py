@@ -83,6 +83,13 @@ class Experts:
             return self.high
         return self.high if self._is_high(i, schedule) else self.low
 
+    def announce(self, i: int, schedule: Schedule) -> None:
+        """Before step i: another expert that follows it is told that its turn is near, if it wants to know."""
+        if i + 1 == schedule.steps or (coming := self.at(i + 1, schedule)) is self.at(i, schedule):
+            return
+        if hasattr(coming.model, "prepare"):
+            coming.model.prepare()
+
     def names(self, schedule: Schedule) -> list[str]:
         """Who works at each step: tells before the run which experts will be needed."""
         return [self.at(i, schedule).name for i in range(schedule.steps)]

@@ -1,0 +1,200 @@
+"""What the planner says: against the real modules without data, against measured memory, and against a budget."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wan_core.checkpoint.marks import TensorInfo
+from wan_core.checkpoint.read import Checkpoint
+from wan_core.config import TEXT_LENGTH, DiTConfig, VAEConfig
+from wan_core.errors import WanError
+from wan_core.models import dit
+from wan_core.models.dit import Block, TextStates, WanDiT, keeps_float32
+from wan_core.models.layers import Timed
+from wan_core.models.load_dit import DiTFile, build_dit, read_dit
+from wan_core.plan import activation_bytes, decode_bytes, plan, smaller, weights_of
+from wan_core.recipe import ModelRecipe
+from wan_core.tiny import _random_weights
+from wan_core.tracing import peak_bytes
+
+A14B = DiTConfig(16, 16, 5120, 13824, layers=40, text_dim=4096, freq_dim=256, heads=40)
+TI2V_5B = DiTConfig(48, 48, 3072, 14336, layers=30, text_dim=4096, freq_dim=256, heads=24)
+
+
+def traced_block(config: DiTConfig, batch: int, tokens: int, dtype: torch.dtype) -> int:
+    """The peak of a real block on the meta device, its rotation table included."""
+    with torch.device("meta"):
+        block = Block(config)
+        for name, parameter in block.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if keeps_float32(name) else dtype)
+        rope = torch.empty(tokens, 1, config.dim // config.heads // 2, dtype=torch.complex64)
+        text = TextStates(torch.empty(batch, TEXT_LENGTH, config.dim, dtype=dtype), 1, keep=False)
+        timed = Timed(((0, tokens),), torch.empty(batch, 1, 6, config.dim))
+
+        def call() -> Tensor:
+            x = torch.empty(batch, tokens, config.dim, dtype=dtype)
+            return block(x, timed, rope, text, 0, lambda q, k, v: torch.empty_like(q))
+
+        return peak_bytes(call) + rope.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", [A14B, TI2V_5B], ids=["A14B", "5B"])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 75600), (1, 32760), (1, 27280), (2, 27280), (1, 6000), (1, 1560)])
+def test_activations_are_those_of_a_real_block(config: DiTConfig, batch: int, tokens: int, dtype: torch.dtype):
+    real, planned = traced_block(config, batch, tokens, dtype), activation_bytes(config, batch, tokens, dtype)
+    assert planned == pytest.approx(real, rel=0.05)
+
+
+def header(config: DiTConfig, stored: torch.dtype = torch.bfloat16) -> DiTFile:
+    """A model's file as its header tells it, with no file behind it."""
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in WanDiT(config).state_dict().items()}
+    path = Path("model.safetensors")
+    checkpoint = Checkpoint(path, {key: TensorInfo(shape, stored, path) for key, shape in shapes.items()}, {})
+    return DiTFile(checkpoint, {key: key for key in shapes}, config, ())
+
+
+def recipe(config: DiTConfig, **options) -> ModelRecipe:
+    return ModelRecipe(header(config), **({"dtype": "bfloat16"} | options))
+
+
+SHAPE_720P = (1, 16, 21, 90, 160)  # 1280x720, 81 frames
+SHAPE_5B = (1, 48, 31, 44, 80)  # 1280x704, 121 frames
+CUDA = "cuda:0"  # nothing is asked of it
+
+
+def test_weights_are_those_of_the_published_models():
+    """28.6 GB for an expert of A14B, 10 GB for the 5B, in bfloat16."""
+    big, small = (weights_of(header(config), "bfloat16", CUDA) for config in (A14B, TI2V_5B))
+    assert big.total == pytest.approx(28.6e9, rel=0.01) and small.total == pytest.approx(10.0e9, rel=0.01)
+    assert big.blocks[0] == pytest.approx(0.70e9, rel=0.01) and len(set(big.blocks)) == 1
+
+
+def test_weights_are_those_that_the_built_model_holds(tmp_path: Path):
+    config = DiTConfig(16, 16, 256, 512, layers=3, text_dim=32, freq_dim=256, heads=2)
+    weights = _random_weights(WanDiT, config, torch.Generator().manual_seed(0))
+    save_file({key: value.half() for key, value in weights.items()}, tmp_path / "half.safetensors")
+    file = read_dit(tmp_path / "half.safetensors")
+    for dtype in ("bfloat16", "float32"):
+        model = build_dit(file, dtype=dtype)
+        held = sum(p.nbytes for p in model.parameters())
+        assert weights_of(file, dtype, "cpu", mapped_too=True).total == held
+        assert weights_of(file, dtype, "cpu").total == held  # nothing fits as it lies in the file
+        assert weights_of(file, dtype, CUDA).blocks[1] == sum(p.nbytes for p in model.blocks[1].parameters())
+    assert weights_of(file, "float16", "cpu").total == sum(
+        p.nbytes for key, p in build_dit(file, dtype="float16").named_parameters() if keeps_float32(key)
+    )
+
+
+def test_quantised_weights_count_as_they_are_packed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    plain, packed = (weights_of(header(A14B), dtype, CUDA) for dtype in ("bfloat16", "fp8_e4m3fn"))
+    assert packed.blocks[0] == pytest.approx(plain.blocks[0] / 2, rel=0.01)
+    assert packed.outside == plain.outside
+    assert packed.scratch == 5120 * 13824 * 2 and plain.scratch == 0
+
+
+def test_the_goals_fit():
+    """T2V-A14B at 720p in 6 GB, TI2V-5B in 5 GB, both in full bfloat16: what the sampler needs."""
+    big = plan(recipe(A14B, vram_limit=6.0), SHAPE_720P, CUDA)
+    small = plan(recipe(TI2V_5B, vram_limit=5.0), SHAPE_5B, CUDA)
+    assert big.total <= 6e9 and big.swapped == 40 and big.prefetch == 1
+    assert small.total <= 5e9 and small.swapped < 30
+    assert big.ram <= 3e9
+
+
+@pytest.mark.parametrize("limit", [6.0, 8.0, 12.0, 16.0, 24.0, 32.0])
+def test_a_budget_is_used_and_not_exceeded(limit: float):
+    found = plan(recipe(A14B, vram_limit=limit), SHAPE_720P, CUDA)
+    assert found.total <= limit * 1e9
+    one_more = plan(recipe(A14B, swap_blocks=max(0, found.swapped - 1)), SHAPE_720P, CUDA)
+    kept = 2 * 40 * 2 * 512 * 5120 * 2  # a limit gives up the prompts' keys and values
+    assert found.swapped == 0 or one_more.total - kept > limit * 1e9
+
+
+def test_an_impossible_budget_names_the_smallest_that_works():
+    with pytest.raises(WanError, match="does not fit into 3.0 GB on cuda:0.*Allow [0-9.]+ GB") as caught:
+        plan(recipe(A14B, vram_limit=3.0), SHAPE_720P, CUDA)
+    named = float(re.search(r"Allow ([0-9.]+) GB", str(caught.value))[1])
+    tight = plan(recipe(A14B, vram_limit=named), SHAPE_720P, CUDA)
+    assert tight.total <= named * 1e9 and tight.prefetch == 0
+    with pytest.raises(WanError, match=f"Allow {named} GB"):
+        plan(recipe(A14B, vram_limit=named - 0.1), SHAPE_720P, CUDA)
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, "much", float("nan")])
+def test_a_budget_is_a_number_or_auto(limit: object):
+    with pytest.raises(WanError, match="expected gigabytes, more than 0, or auto"):
+        plan(recipe(A14B, vram_limit=limit), SHAPE_720P, CUDA)
+
+
+def test_auto_leaves_a_margin():
+    found = plan(recipe(A14B, vram_limit="auto"), SHAPE_720P, CUDA, free=int(16e9))
+    assert 14e9 < found.total <= 15e9
+    assert plan(recipe(A14B, vram_limit="auto"), SHAPE_720P, CUDA, free=int(80e9)).swapped == 0
+
+
+def test_what_is_moved_each_step():
+    both = plan(recipe(A14B, swap_blocks=10), SHAPE_720P, CUDA)
+    alone = plan(recipe(A14B, swap_blocks=10), SHAPE_720P, CUDA, guided=False)
+    block = weights_of(header(A14B), "bfloat16", CUDA).blocks[0]
+    assert both.moved == 2 * alone.moved == 20 * block
+    assert both.stream == 2 * block
+
+
+def test_a_cpu_uses_the_file_itself():
+    mapped = plan(recipe(A14B, swap_blocks=40), SHAPE_720P, "cpu")
+    assert mapped.weights < 0.5e9  # float32 norms, modulation, time embedding and head of a bfloat16 file
+    converted = plan(recipe(A14B, dtype="float32"), SHAPE_720P, "cpu")
+    assert converted.weights > 50e9
+
+
+def test_what_is_left_to_give():
+    first = plan(recipe(A14B), SHAPE_720P, CUDA)
+    assert smaller(first) == (20, 0)
+    second = plan(recipe(A14B, swap_blocks=20), SHAPE_720P, CUDA)
+    assert smaller(second) == (30, 1)
+    assert smaller(plan(recipe(A14B, swap_blocks=40), SHAPE_720P, CUDA)) == (40, 0)
+    assert smaller(plan(recipe(A14B, swap_blocks=40, prefetch=0), SHAPE_720P, CUDA)) is None
+
+
+def test_too_many_blocks_are_refused():
+    with pytest.raises(WanError, match="has 40 blocks"):
+        plan(recipe(A14B, swap_blocks=41), SHAPE_720P, CUDA)
+
+
+def test_a_plan_reads_as_a_text():
+    text = str(plan(recipe(A14B, vram_limit=8.0), SHAPE_720P, CUDA))
+    for part in ("GB on cuda:0 of 8.0 GB allowed", "160x90x21", "of 40 blocks stay on the device", "copied", "RAM"):
+        assert part in text, text
+
+
+@pytest.mark.parametrize(("kind", "channels", "dim"), [("wan2.1", 16, 96), ("wan2.2", 48, 256)])
+def test_decoding_is_planned_by_its_frames_size_alone(kind: str, channels: int, dim: int):
+    config = VAEConfig(kind, channels, dim, dim)
+    small, large = (decode_bytes(config, side, side) for side in (128, 256))
+    weights = decode_bytes(config, 32, 32)
+    assert weights < small < large < 4.1 * small
+    assert decode_bytes(config, 256, 256, torch.bfloat16) < 0.6 * large
+
+
+@pytest.mark.parametrize("tokens", [5, 16, 24])
+def test_a_long_video_is_answered_in_place(monkeypatch: pytest.MonkeyPatch, tokens: int):
+    """Parts of the tokens at a time, and the same velocity: also for two videos at once."""
+    config = DiTConfig(16, 16, 256, 512, layers=2, text_dim=32, freq_dim=256, heads=2)
+    model = WanDiT(config)
+    model.load_state_dict(_random_weights(WanDiT, config, torch.Generator().manual_seed(0)))
+    model.eval().requires_grad_(False)
+    torch.manual_seed(1)
+    x, t, context = torch.randn(2, 16, 4, 6, 4), torch.tensor([937.0, 3.0]), torch.randn(2, 20, 32)
+    whole = model(x, t, context)
+    monkeypatch.setattr(dit, "TOKENS_AT_ONCE", tokens)
+    parts = model(x, t, context)
+    assert (parts - whole).abs().max() <= 1e-5 * whole.abs().max()
