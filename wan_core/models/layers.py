@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SLICE = 8192  # tokens in one float32 slice
+SLICE = 4096  # tokens in one float32 slice
 
 
 class Modulation(NamedTuple):

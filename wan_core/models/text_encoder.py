@@ -95,9 +95,15 @@ def read_text_encoder(path: str | Path, tokenizer: Tokenizer | bytes | str | Pat
 
 
 def build_text_encoder(
-    file: TextFile, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
+    file: TextFile,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    resident: bool = True,
 ) -> TextEncoder:
     """The encoder with its matrices on the device; arguments as in ``load_text_encoder``.
+
+    Without ``resident`` they stay mapped and pass through one buffer on the device as they are used.
 
     Raises:
         WanError: see ``load_strict`` and ``resolve_dtype``.
@@ -108,7 +114,7 @@ def build_text_encoder(
         encoder = Umt5Encoder(file.config)
     load_strict(encoder, file.checkpoint, file.names, device=device,
                 dtype=resolve_dtype(dtype, device, file.checkpoint.dtype),
-                place=lambda key: _is_small(key) or (device.type != "cpu" and key != layout.TABLE),
+                place=lambda key: _is_small(key) or (resident and device.type != "cpu" and key != layout.TABLE),
                 packs=layout.packs, make=lambda key: make if layout.is_matrix(key) else None)  # fmt: skip
     file.checkpoint.close()  # the tensors keep the mapping; it must not outlive them
     return TextEncoder(encoder, file.tokenizer)
