@@ -34,6 +34,10 @@ class FrameCache:
         """Remember a copy, so that the chunk they are a part of can be freed."""
         self._frames[layer] = frames.clone()
 
+    def move(self, device: torch.device) -> None:
+        """Take what is remembered to another device."""
+        self._frames = {layer: frames.to(device) for layer, frames in self._frames.items()}
+
 
 class CausalConv3d(nn.Conv3d):
     """A 3D convolution that sees the present frame and the two before it; before the video there is black.
