@@ -157,6 +157,14 @@ def check_cancelled(*_: object) -> None:
     management.throw_exception_if_processing_interrupted()
 
 
+def show_text(node_id: str | None, text: str) -> None:
+    """A text on a node in the editor, below its widgets."""
+    from server import PromptServer
+
+    if node_id is not None and getattr(PromptServer, "instance", None) is not None:
+        PromptServer.instance.send_progress_text(text, node_id)
+
+
 class Chunks:
     """A progress bar over the pieces of several videos, and a place to cancel after each piece."""
 

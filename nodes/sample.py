@@ -12,8 +12,10 @@ from comfy_api.latest import io
 from ..wan_core import latents
 from ..wan_core.config import PerExpert, Variant
 from ..wan_core.errors import WanError
+from ..wan_core.plan import Plan
 from ..wan_core.recipe import ModelRecipe
-from ..wan_core.sampling.denoise import Given, denoise, noised
+from ..wan_core.retry import denoise_in_memory
+from ..wan_core.sampling.denoise import Given, noised
 from ..wan_core.sampling.lookup import look_up
 from ..wan_core.sampling.schedules import AUTO, SCHEDULES, Schedule, from_sigmas, schedule, truncate
 from ..wan_core.sampling.solvers import SOLVERS
@@ -121,7 +123,7 @@ class Sampler(io.ComfyNode):
         settings = Settings(
             seed, steps, guidance, shift, solver, schedule, denoise, start_step, end_step, add_noise, sigmas
         )
-        return io.NodeOutput(sample(model, positive, negative, latent, settings))
+        return io.NodeOutput(sample(model, positive, negative, latent, settings, node_id=cls.hidden.unique_id))
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,8 +175,13 @@ def _check_settings(settings: Settings, *, has_sigmas: bool) -> bool:
     return True
 
 
-def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, settings: Settings) -> dict:
+def sample(
+    model: ModelRecipe, positive: list, negative: list, latent: dict, settings: Settings, *, node_id: str | None = None
+) -> dict:
     """A LATENT -> the LATENT after the steps, both raw. Everything is checked before the first weight is read.
+
+    Args:
+        node_id: of the node that shows what the run takes.
 
     Raises:
         WanError: what does not fit together.
@@ -188,16 +195,35 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
     noise = _noise(settings.seed, latent, raw.shape)
     start = _start(clean, noise, plan, settings)
     steps = min(settings.end, plan.steps) - settings.start
+    notes = Notes(node_id, model)
     if model.low is None and model.variant.experts == 2 and steps == plan.steps:
         log.warning("Wan Sampler: one expert of %s does all %d steps. Join both with Wan Expert Switch.", model, steps)
-    experts = host.engine().experts(model, settings.guidance, device)
-    x, _ = denoise(
-        start.to(device), experts, plan, settings.solver, *conditions,
+    x = denoise_in_memory(
+        host.engine(), model, settings.guidance, device, start, plan, settings.solver, *conditions,
         given=_given(latent, clean, noise, model.variant), start=settings.start, end=settings.end,
-        on_step=host.Steps(steps), on_block=host.check_cancelled,
+        on_step=host.Steps(steps), on_block=host.check_cancelled, on_plan=notes.planned, on_note=notes.warned,
     )  # fmt: skip
     sampled = denormalise(_as_stored(x, plan, settings.end), kind)
     return latent | {"samples": sampled.to(host.storage_device())}
+
+
+@dataclass(eq=False)
+class Notes:
+    """What is said of a run's memory: on the sampler's node where a limit was asked for, and whenever it ran out."""
+
+    node_id: str | None
+    model: ModelRecipe
+    said: tuple[str, ...] = ()
+
+    def planned(self, plan: Plan) -> None:
+        log.info("Wan Sampler: %s", str(plan).replace("\n", "; "))
+        if self.model.vram_limit is not None or self.model.swap_blocks or self.said:
+            host.show_text(self.node_id, "\n".join((*self.said, str(plan))))
+
+    def warned(self, note: str) -> None:
+        log.warning("Wan Sampler: %s", note)
+        self.said += (note,)
+        host.show_text(self.node_id, note)
 
 
 def _noise(seed: int, latent: dict, shape: torch.Size) -> torch.Tensor:
