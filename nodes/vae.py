@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from comfy_api.latest import io
 
 from ..wan_core.config import TEMPORAL_STRIDE, VAES
+from ..wan_core.devices import available_bytes
 from ..wan_core.dtypes import resolve_dtype
 from ..wan_core.errors import WanError
 from ..wan_core.latents import latent_frames, pixel_frames
 from ..wan_core.models.load_vae import VAEFile, read_vae
 from ..wan_core.models.vae import VideoVAE
+from ..wan_core.models.vae_tiles import Tiles, cut, decoded_tiles, encode_tiled_chunks, fitting_tiles
 from . import host
 
 log = logging.getLogger(__name__)
@@ -96,24 +98,55 @@ class WanVAE:
         return vae.denormalise(torch.cat(encoded, dim=2)).to(host.storage_device())
 
     def decode(self, samples_in: torch.Tensor, vae_options: dict | None = None) -> torch.Tensor:
-        """Raw latent -> pixels [B,F,H,W,3], filled chunk by chunk."""
+        """Raw latent -> pixels [B,F,H,W,3], filled chunk by chunk; in tiles where the device has too little memory."""
+        return self._decode(samples_in, self._fitting_tiles(samples_in))
+
+    def encode_tiled(
+        self, pixel_samples: torch.Tensor, tile_x: int | None = None, tile_y: int | None = None,
+        overlap: int | None = None, **time: int | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Tiles in pixels, as ComfyUI's VAE. Time is streamed, so tiles in time are not needed."""
+        videos = pixel_samples if pixel_samples.ndim == 5 else pixel_samples[None]
+        videos = _cropped(videos[..., :3], self.spacial_compression_encode())
+        vae, tiles = self._weights(), _tiles(tile_y, tile_x, overlap, 1)
+        bar = host.Chunks(len(videos) * latent_frames(videos.shape[1]) * self._tile_count(videos.shape[2:4], tiles))
+        encoded = [torch.cat(list(encode_tiled_chunks(vae, _pieces(video), tiles, bar)), dim=2) for video in videos]
+        return vae.denormalise(torch.cat(encoded)).to(host.storage_device())
+
+    def decode_tiled(
+        self, samples: torch.Tensor, tile_x: int | None = None, tile_y: int | None = None, overlap: int | None = None,
+        **time: int | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Tiles in places of the latent, as ComfyUI's VAE. Time is streamed, so tiles in time are not needed."""
+        return self._decode(samples, _tiles(tile_y, tile_x, overlap, self.spacial_compression_decode()))
+
+    def _decode(self, samples: torch.Tensor, tiles: Tiles | None) -> torch.Tensor:
         vae = self._weights()
-        batch, _, frames, height, width = _video_latent(samples_in, self.latent_channels).shape
+        batch, _, frames, height, width = _video_latent(samples, self.latent_channels).shape
         stride = self.spacial_compression_decode()
         size = (batch, pixel_frames(frames), height * stride, width * stride, 3)
-        video = torch.empty(size, device=host.storage_device())
-        bar = host.Chunks(batch * frames)
+        video = torch.zeros(size, device=host.storage_device())
+        bar = host.Chunks(batch * frames * self._tile_count(size[2:4], tiles))
         for i in range(batch):
-            _fill(video[i], vae.decode_chunks(vae.normalise(samples_in[i : i + 1]), bar))
+            latent = vae.normalise(samples[i : i + 1])
+            if tiles is None:
+                _fill(video[i], vae.decode_chunks(latent, bar))
+            else:
+                _blend(video[i], decoded_tiles(vae, latent, tiles, bar))
         return video
 
-    def encode_tiled(self, pixel_samples: torch.Tensor, **tiles: int | None) -> torch.Tensor:
-        """Streams over time like ``encode``; tiles in space are not made yet."""
-        return self.encode(pixel_samples)
+    def _fitting_tiles(self, samples: torch.Tensor) -> Tiles | None:
+        device = host.vae_device()
+        if device.type == "cpu":  # pages are swapped out before a tile would help
+            return None
+        vae, stride = self._weights(), self.spacial_compression_decode()
+        _, _, _, height, width = _video_latent(samples, self.latent_channels).shape
+        free = available_bytes(device) + sum(p.nbytes for p in vae.parameters())  # those are there already
+        return fitting_tiles(vae, height * stride, width * stride, free)
 
-    def decode_tiled(self, samples: torch.Tensor, **tiles: int | None) -> torch.Tensor:
-        """Streams over time like ``decode``; tiles in space are not made yet."""
-        return self.decode(samples)
+    def _tile_count(self, size: Sequence[int], tiles: Tiles | None) -> int:
+        stride = self.spacial_compression_decode()
+        return len(cut(size[0] // stride, size[1] // stride, tiles, stride)) if tiles else 1
 
     def spacial_compression_encode(self) -> int:
         return VAES[self.file.config.kind].spatial_stride
@@ -167,6 +200,19 @@ def _fill(video: torch.Tensor, chunks: Iterable[torch.Tensor]) -> None:
         start += len(pixels)
 
 
+def _blend(video: torch.Tensor, pieces: Iterable[tuple[tuple, torch.Tensor, torch.Tensor]]) -> None:
+    """Weighted pieces [1,3,f,H,W] in -1..1 into [F,H,W,3] in 0..1, which is zero before."""
+    for place, piece, weight in pieces:
+        video[place] += (piece[0].add(1).div(2) * weight).movedim(0, -1).to(video.device)
+
+
+def _tiles(height: int | None, width: int | None, overlap: int | None, unit: int) -> Tiles:
+    """What ComfyUI asks for, in multiples of ``unit`` pixels; what it leaves open is 512 pixels and 64 shared ones."""
+    size = [side * unit if side else 512 for side in (height, width)]
+    shared = 64 if overlap is None else overlap * unit
+    return Tiles(*size, min(shared, min(size) // 2))
+
+
 def _video_latent(samples: torch.Tensor, channels: int) -> torch.Tensor:
     if samples.ndim == 5 and samples.shape[1] == channels:
         return samples
@@ -218,16 +264,30 @@ class VAEDecode(io.ComfyNode):
             display_name="Wan VAE Decode",
             category="Wan 2.2/latent",
             description="Decodes a latent to a video (a batch of images), a few frames at a time, so that device "
-            "memory does not grow with its length.",
+            "memory does not grow with its length; in tiles where frames are too large for it.",
             inputs=[
                 io.Vae.Input("vae", tooltip="From Load Wan VAE, or ComfyUI's Load VAE; of the model's kind."),
                 io.Latent.Input("samples", tooltip="The latent of one or several videos."),
+                io.Int.Input(
+                    "tile_size", default=0, min=0, max=4096, step=32, optional=True,
+                    tooltip="Side of the tiles in pixels. 0: whole frames where they fit into the device's memory, "
+                    "else the largest tiles that do.",
+                ),
+                io.Int.Input(
+                    "overlap", default=64, min=0, max=1024, step=16, optional=True,
+                    tooltip="What neighbouring tiles share, in pixels. More hides seams better and takes longer.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="images")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, vae: object, samples: dict) -> io.NodeOutput:
-        latent = samples["samples"]
-        images = vae.decode(_video_latent(latent, getattr(vae, "latent_channels", latent.shape[1])))
+    def execute(cls, vae: object, samples: dict, tile_size: int = 0, overlap: int = 64) -> io.NodeOutput:
+        latent = _video_latent(samples["samples"], getattr(vae, "latent_channels", samples["samples"].shape[1]))
+        if tile_size:
+            stride = vae.spacial_compression_decode()
+            side = max(1, tile_size // stride)
+            images = vae.decode_tiled(latent, tile_x=side, tile_y=side, overlap=min(overlap // stride, side // 2))
+        else:
+            images = vae.decode(latent)
         return io.NodeOutput(images.reshape(-1, *images.shape[-3:]))

@@ -96,29 +96,58 @@ def _rise(places: Tensor, before: slice, after: slice, scale: int, ramp: float) 
     return ((places - middle) / max(ramp, 1e-6) + 0.5).clamp(0, 1)
 
 
+def fitting_tiles(vae: VideoVAE, height: int, width: int, free: int) -> Tiles | None:
+    """The largest tiles whose decoding fits into ``free`` bytes, for frames of so many pixels; None: no tiles needed.
+
+    Where nothing fits, the smallest tiles.
+    """
+    from ..plan import decode_bytes
+
+    dtype = vae.conv2.weight.dtype
+    if decode_bytes(vae.config, height, width, dtype) <= free:
+        return None
+    sizes = [size for size in _SIZES if size < max(height, width)] or _SIZES[-1:]
+    fits = (s for s in sizes if decode_bytes(vae.config, min(s, height), min(s, width), dtype) <= free)
+    size = next(fits, sizes[-1])
+    return Tiles(size, size, min(64, size // 4))
+
+
+_SIZES = (1024, 768, 640, 512, 448, 384, 320, 256, 192)
+
+
 @torch.no_grad()
 def decode_tiled(vae: VideoVAE, latent: Tensor, tiles: Tiles, on_chunk: OnChunk | None = None) -> Tensor:
     """Normalised latent [B, C, T, h, w] -> video [B, 3, 4 T - 3, H, W] in -1..1, on the latent's device.
 
-    One tile after the other, each through all frames: the device holds one tile at a time.
-
     Args:
         on_chunk: told of every latent frame of every tile; may raise to cancel.
     """
-    vae._check_latent(latent)
     b, _, t, h, w = latent.shape
     stride = vae.spec.spatial_stride
-    grid = cut(h, w, tiles, stride)
     video = latent.new_zeros(b, 3, TEMPORAL_STRIDE * (t - 1) + 1, h * stride, w * stride, dtype=torch.float32)
-    report = _Report(on_chunk, len(grid) * t)
+    for place, chunk, weight in decoded_tiles(vae, latent, tiles, on_chunk):
+        video[(..., *place)] += chunk * weight
+    return video
+
+
+@torch.no_grad()
+def decoded_tiles(
+    vae: VideoVAE, latent: Tensor, tiles: Tiles, on_chunk: OnChunk | None = None
+) -> Iterator[tuple[tuple[slice, slice, slice], Tensor, Tensor]]:
+    """Pieces of the video in any order: its frames, rows and columns, [B, 3, f, H, W], and its weight [H, W].
+
+    One tile after the other, each through all frames: the device holds one tile at a time.
+    """
+    vae._check_latent(latent)
+    frames, stride = latent.shape[2], vae.spec.spatial_stride
+    grid = cut(*latent.shape[3:], tiles, stride)
+    report = _Report(on_chunk, len(grid) * frames)
     for tile in grid:
-        rows, columns = tile.pixels(stride)
         weight = tile.pixel_weight.to(latent.device)
         start = 0
         for chunk in vae.decode_chunks(latent[..., tile.rows, tile.columns], report):
-            video[:, :, start : start + chunk.shape[2], rows, columns] += chunk * weight
+            yield (slice(start, start + chunk.shape[2]), *tile.pixels(stride)), chunk, weight
             start += chunk.shape[2]
-    return video
 
 
 @torch.no_grad()
