@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -264,7 +265,7 @@ def datasets() -> list[str]:
 
 
 def dataset_folder(name: str) -> Path:
-    return _within(Path(folder_paths.get_input_directory()), name, "dataset")
+    return _within(Path(folder_paths.get_input_directory()).absolute(), name, "dataset")
 
 
 def find_table(name: str) -> None:
@@ -284,7 +285,7 @@ def find_table(name: str) -> None:
 def lora_file(name: str) -> Path:
     """Where the LoRA is saved."""
     stem = name.strip().removesuffix(".safetensors")
-    folder = Path(folder_paths.get_folder_paths("loras")[0])
+    folder = Path(folder_paths.get_folder_paths("loras")[0]).absolute()
     if stem == "_cache":
         raise WanError(f"save_name is {name!r}, which this node uses itself: choose another.")
     return _within(folder, f"{stem}.safetensors" if stem else "", "save_name")
@@ -292,7 +293,7 @@ def lora_file(name: str) -> Path:
 
 def _work(name: str) -> Path:
     stem = name.strip().removesuffix(".safetensors")
-    return _within(Path(folder_paths.get_output_directory(), WORK), stem, "save_name")
+    return _within(Path(folder_paths.get_output_directory(), WORK).absolute(), stem, "save_name")
 
 
 def _within(root: Path, name: str, what: str) -> Path:
@@ -301,16 +302,17 @@ def _within(root: Path, name: str, what: str) -> Path:
     Raises:
         WanError: an empty or absolute name, or one that leads out.
     """
-    place = (root / name).resolve()
-    if not name or place == root.resolve() or not place.is_relative_to(root.resolve()):
+    place = Path(os.path.normpath(root / name))  # links are followed: a data set may lie on another disk
+    if not name or place == root or not place.is_relative_to(root):
         raise WanError(f"{what} is {name!r}: expected a name below {root}.")
-    return root / name
+    return place
 
 
 def _check_not_foreign(goal: Path, request: Request) -> None:
     """Do not write over a LoRA that was not trained here under this name."""
     if goal.exists() and not (request.out / "state.pt").exists():
-        raise WanError(f"{goal} exists and was not trained by this node: choose another save_name.")
+        raise WanError(f"{goal} exists, and {request.out} holds no run that made it: choose another save_name, or move "
+                       "the file away.")
 
 
 def _copy(file: Path, goal: Path) -> None:

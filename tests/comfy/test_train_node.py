@@ -36,7 +36,9 @@ def dataset(server: Server) -> Iterator[str]:
     write_table(folder, ["video", "prompt"], *([name, f"a clip, {name}"] for name in ("a.mp4", "b.mp4")))
     write_table(server.base / "input/wrong_columns", ["file", "text"], ["a.mp4", "b"])
     write_table(server.base / "input/no_rows", ["video", "prompt"])
+    (server.base / "input/linked").symlink_to(folder)  # as if it lay on another disk
     yield "shapes"
+    (server.base / "input/linked").unlink()
     for made in (folder, loras, server.base / "input/wrong_columns", server.base / "input/no_rows"):
         shutil.rmtree(made)
 
@@ -101,6 +103,12 @@ def plot_of(client: Client, run: Run) -> Image.Image:
     return Image.open(io.BytesIO(client.download(file)))
 
 
+def test_datasets_are_offered(client: Client, dataset: str) -> None:
+    about = client.object_info("WanCoreTrainLora")["WanCoreTrainLora"]
+    assert about["output_node"] and about["category"] == "Wan 2.2/training"
+    assert set(about["input"]["required"]["dataset"][1]["options"]) >= {"shapes", "linked"}
+
+
 def test_cancelled_and_queued_again_it_goes_on_to_the_same_lora(client: Client, server: Server, dataset: str) -> None:
     """The sampler has run before: the tables it keeps from ComfyUI's inference mode must not hurt the gradients."""
     g = Graph()
@@ -141,7 +149,7 @@ def test_every_variant_trains_on_its_own_noise(
 ) -> None:
     """I2V as a pair whose high-noise expert is asked for; the 5B, which has only one."""
     g = Graph()
-    node = train(g, dataset, task, wan.model(g, task), steps=2, targets="self_attn.q, ffn.0", alpha=1.0)
+    node = train(g, "linked", task, wan.model(g, task), steps=2, targets="self_attn.q, ffn.0", alpha=1.0)
     g.set(node, vae=wan.vae(g, task), expert="high" if task == "i2v" else "auto", checkpointing="offload")
     run = client.run(g.nodes)
     assert run.ok, run.error
@@ -188,6 +196,8 @@ def test_what_does_not_fit_is_told_before_anything_is_read(
     client: Client, server: Server, dataset: str, quantised: str
 ) -> None:
     (server.base / "models/loras/mine.safetensors").write_bytes(b"precious")
+    nameless = "merged.safetensors"
+    (server.base / "models/diffusion_models" / nameless).symlink_to(server.base / "models/diffusion_models" / LOW)
     before = wan.loads(server)
     for change, parts in (
         ({"frames": 9}, ["a.mp4 has 5 frames, expected at least 9", "b.mp4", "skip_bad_clips"]),
@@ -195,14 +205,16 @@ def test_what_does_not_fit_is_told_before_anything_is_read(
         ({"targets": "q,k_img"}, ["LoRA targets k_img"]),
         ({"expert": "high"}, ["low-noise expert by its name, but expert is high"]),
         ({"model": "pair"}, ["pair of experts", "set expert to high or low"]),
+        ({"model": "nameless"}, ["does not say which expert", "set expert to high or low"]),
         ({"model": "quantised"}, [quantised, "is quantised", "bfloat16"]),
         ({"model": "ti2v"}, ["wan2.1 VAE", "needs wan2.2"]),
         ({"vae": "native"}, ["vae comes from another loader", "Load Wan VAE"]),
         ({"save_name": "mine"}, ["mine.safetensors exists", "choose another save_name"]),
     ):
         g = Graph()
-        model = {"pair": lambda g=g: wan.model(g, "t2v"), "quantised": lambda g=g: wan.load(g, quantised, dtype="auto"),
-                 "ti2v": lambda g=g: wan.load(g, wan.DENSE)}.get(change.pop("model", ""))  # fmt: skip
+        models = {"pair": lambda g=g: wan.model(g, "t2v"), "ti2v": lambda g=g: wan.load(g, wan.DENSE),
+                  "quantised": lambda g=g: wan.load(g, quantised), "nameless": lambda g=g: wan.load(g, nameless)}
+        model = models.get(change.pop("model", ""))
         native = change.pop("vae", None)
         node = train(g, dataset, "bad", model() if model else None)
         g.set(node, **change)
@@ -211,5 +223,6 @@ def test_what_does_not_fit_is_told_before_anything_is_read(
         run = client.run(g.nodes)
         assert run.error and [part for part in parts if part not in run.error] == [], run.error
         assert run.of("execution_error")[0]["exception_type"].endswith("WanError")
+    (server.base / "models/diffusion_models" / nameless).unlink()
     assert wan.loads(server) == before
     assert (server.base / "models/loras/mine.safetensors").read_bytes() == b"precious"

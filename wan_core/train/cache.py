@@ -144,7 +144,9 @@ class Texts:
 
 def file_key(path: Path, blocks: int = 64) -> str:
     """Of the weights' content: a file's whole up to 64 MB, else 64 evenly spaced megabytes, and its size; a folder's
-    files one by one."""
+    (or an index's) files one by one."""
+    if path.name.endswith(".index.json"):
+        path = path.parent
     if path.is_dir():
         return digest(*(file_key(file) for file in sorted(path.rglob("*.safetensors"))))
     size = path.stat().st_size

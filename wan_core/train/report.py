@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from ..video import to_bytes, unfinished
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageDraw, ImageFont
 
 
 class Log:
@@ -100,11 +102,31 @@ def sample_grid(videos: Sequence[Tensor], file: Path, *, captions: Sequence[str]
     draw, y = ImageDraw.Draw(picture), 0
     for i, row in enumerate(rows):
         if captions:
-            draw.text((2, y), captions[i][: width // 6].encode("latin-1", "replace").decode("latin-1"), fill="black")
+            _write(draw, (2, y), captions[i][: width // 6])
         picture.paste(Image.fromarray(row.numpy()), (0, y + head))
         y += row.shape[0] + head
     with unfinished(file) as partial:
         picture.save(partial)
+
+
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> None:
+    """Chinese in a font of the system, where it has one; Pillow's own knows Latin letters alone."""
+    font = None if text.isascii() else _wide_font()
+    draw.text(place, text if font else text.encode("latin-1", "replace").decode("latin-1"), fill="black", font=font)
+
+
+_WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSerifCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "msyh.ttc",
+               "PingFang.ttc", "Arial Unicode.ttf")  # fmt: skip
+
+
+@cache
+def _wide_font() -> ImageFont.FreeTypeFont | None:
+    from PIL import ImageFont
+
+    for name in _WIDE_FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, 11)
+    return None
 
 
 def _strip(video: Tensor, frames: int) -> Tensor:
