@@ -6,11 +6,12 @@ import argparse
 import logging
 import sys
 
-from .commands import generate, make_tiny, train
+from .commands import convert, generate, make_tiny, train
 from .errors import WanError
 
 COMMANDS = {
     "generate": (generate, "a video from a prompt, with the official script's flags"),
+    "convert": (convert, "a checkpoint in another format: fp8, int8, GGUF, bf16, or another layout"),
     "make-tiny": (make_tiny, "random checkpoints of small dimensions, for tests"),
     "train": (train, "a LoRA or a whole expert, trained on a folder of clips"),
 }

@@ -149,7 +149,7 @@ def _diffusers(models: TinyModels, folder: Path) -> None:
     _save_json(folder / "vae" / "config.json", vae_keys.diffusers_config(models.vae))
     text = _renamed(models.text_weights, text_keys.DIALECTS["huggingface"])
     _save(text, folder / "text_encoder" / "model.safetensors")
-    _save_json(folder / "text_encoder" / "config.json", _huggingface_config(models.text))
+    _save_json(folder / "text_encoder" / "config.json", text_keys.huggingface_config(models.text))
     write_tokenizer_folder(folder / "tokenizer", models.spiece)
     _save_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(models.variant))
     _save_json(folder / "model_index.json", _model_index(models.variant))
@@ -210,17 +210,6 @@ def _pieces(spiece: bytes) -> int:
     from sentencepiece import SentencePieceProcessor
 
     return SentencePieceProcessor(model_proto=spiece).get_piece_size()
-
-
-def _huggingface_config(config: TextConfig) -> dict:
-    return {
-        "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "vocab_size": config.vocabulary,
-        "d_model": config.dim, "d_kv": config.attention_dim // config.heads, "d_ff": config.ffn_dim,
-        "num_heads": config.heads, "num_layers": config.layers, "num_decoder_layers": config.layers,
-        "relative_attention_num_buckets": config.buckets, "relative_attention_max_distance": config.max_distance,
-        "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": config.eps, "is_encoder_decoder": True,
-        "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1, "dense_act_fn": "gelu_new",
-    }  # fmt: skip
 
 
 def _scheduler_config(variant: Variant) -> dict:

@@ -32,6 +32,18 @@ def expect(part: Part, checkpoint: Checkpoint) -> str:
     return dialect
 
 
+def part_of(checkpoint: Checkpoint) -> Part:
+    """Which part of a model a checkpoint holds.
+
+    Raises:
+        WanError: none that is known.
+    """
+    for part, module in _PARTS.items():
+        if _fits_architecture(part, checkpoint) and module.recognise(checkpoint.tensors.keys()):
+            return part
+    raise WanError(f"{checkpoint.path} is no part of a Wan model: {_what_it_is(checkpoint)}")
+
+
 def _what_it_is(checkpoint: Checkpoint) -> str:
     keys = checkpoint.tensors.keys()
     for part, module in _PARTS.items():

@@ -110,5 +110,17 @@ def _config(shapes: Mapping[str, tuple[int, ...]], layers: int) -> TextConfig:
     return TextConfig(vocabulary, dim, attention_dim, ffn_dim, heads, layers, buckets)
 
 
+def huggingface_config(config: TextConfig) -> dict:
+    """The ``config.json`` of transformers' UMT5EncoderModel."""
+    return {
+        "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "vocab_size": config.vocabulary,
+        "d_model": config.dim, "d_kv": config.attention_dim // config.heads, "d_ff": config.ffn_dim,
+        "num_heads": config.heads, "num_layers": config.layers, "num_decoder_layers": config.layers,
+        "relative_attention_num_buckets": config.buckets, "relative_attention_max_distance": config.max_distance,
+        "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": config.eps, "is_encoder_decoder": True,
+        "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1, "dense_act_fn": "gelu_new",
+    }  # fmt: skip
+
+
 def _has_table(dialect: str, keys: Collection[str]) -> bool:
     return any(DIALECTS[dialect].to_own(key) == TABLE for key in keys if "emb" in key or "shared" in key)
