@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -190,11 +191,14 @@ def train(model: ModelRecipe, vae: object, clip: object, settings: Settings) -> 
     request = _request(model, expert, settings)
     _check_not_foreign(goal, request)
     parts = TrainFiles(weights.checkpoint.path, vae.file.checkpoint.path, clip.file.checkpoint.path)
-    # ComfyUI runs nodes in inference mode, whose tensors have no gradients.
-    with torch.inference_mode(False), torch.enable_grad():
-        made = run(request, parts, device=host.device(), text_device=host.text_device(clip.device),
-                   hooks=_hooks(request))  # fmt: skip
-    management.soft_empty_cache()
+    try:
+        # ComfyUI runs nodes in inference mode, whose tensors have no gradients.
+        with torch.inference_mode(False), torch.enable_grad():
+            made = run(request, parts, device=host.device(), text_device=host.text_device(clip.device),
+                       hooks=_hooks(request))  # fmt: skip
+    finally:
+        gc.collect()  # the wrapped layers of a model in training hold each other
+        management.soft_empty_cache()
     goal.parent.mkdir(parents=True, exist_ok=True)
     _copy(made, goal)
     log.info("Wan Train LoRA: wrote %s", goal)
