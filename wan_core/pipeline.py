@@ -18,12 +18,12 @@ from .checkpoint.folder import find_parts
 from .config import NEGATIVE_PROMPT, VAES, VARIANTS, PerExpert, Variant
 from .devices import available_bytes
 from .dtypes import resolve_dtype
-from .engine import Engine, text_bytes
+from .engine import Engine, largest_matrix, text_bytes
 from .errors import WanError
 from .models.load_dit import read_dit
 from .models.load_vae import VAEFile, read_vae
 from .models.text_encoder import TextFile, read_text_encoder
-from .plan import AUTO, GB, MARGIN, decode_bytes
+from .plan import AUTO, GB, MARGIN, decode_bytes, plan
 from .recipe import ModelRecipe, pair
 from .retry import denoise_in_memory
 from .sampling.denoise import Given, StepReport
@@ -170,6 +170,39 @@ def generate(
     if engine.keep_one:
         engine.release("dit")
     return Result(latent[0].cpu(), request.seed, lambda: _decode(models, engine, latent, device))
+
+
+def needs(models: Models, request: Request, device: torch.device, text_device: torch.device) -> str:
+    """What a run will need of the device, part by part, from headers alone.
+
+    Raises:
+        WanError: a memory limit that sampling does not fit into.
+    """
+    variant, file = models.dit.variant, models.vae
+    room = _room(models, Engine(), device)
+    text = text_bytes(models.text, text_device, _dtype_of(models, text_device))
+    streamed = f", streamed {largest_matrix(models.text, text_device, _dtype_of(models, text_device)) / GB:.2f} GB"
+    latent = (1, *latents.latent_shape(variant, *_video_size(request, variant), request.frames))
+    guided = (request.guidance.low, request.guidance.high) != (1, 1)
+    free = available_bytes(device)
+    sampling = plan(models.dit, latent, device, guided=guided, free=free)
+    height, width = (side * VAES[file.config.kind].spatial_stride for side in latent[3:])
+    decode = decode_bytes(file.config, height, width)
+    return "\n".join([
+        f"{models.dit}, {width}x{height}, {request.frames} frames",
+        f"Text encoder: {text / GB:.2f} GB on {text_device}{streamed if text > room else ''}",
+        f"Sampling: {sampling}",
+        f"VAE decode: {decode / GB:.2f} GB{' (on the CPU: more than the limit)' if decode > room else ''}",
+    ])  # fmt: skip
+
+
+def _video_size(request: Request, variant: Variant) -> tuple[int, int]:
+    """Width and height of the video; an image decides the aspect ratio."""
+    if request.image is None:
+        return request.size
+    image = _open_image(request.image)
+    size_of = latents.i2v_size if variant.image == "channels" else latents.ti2v_size
+    return size_of(request.size[0] * request.size[1], image.width, image.height)
 
 
 def _recipe(path: Path, variant: Variant, dtype: str, attention: str) -> ModelRecipe:

@@ -195,3 +195,34 @@ def test_loaders_are_quick(client: Client) -> None:
     loaders = {node: s for node, s in took.items() if node and "Load" in g.nodes[node]["class_type"]}
     assert len(loaders) == 4
     assert max(loaders.values()) < 0.2, loaders
+
+
+def test_every_way_to_ask_for_a_swap_gives_the_same_and_shows_its_plan(client: Client, server: Server) -> None:
+    """Also a prompt saved before there were modes, whose node has ``blocks`` alone."""
+    g = Graph()
+    m, sides = wan.load(g, wan.DENSE), wan.prompts(g)
+    latent = wan.empty(g, m, 64, 64, 5)
+    ways = ({"blocks": 1}, {"blocks": 2, "mode": "blocks", "prefetch": 3}, {"blocks": 0, "mode": "vram_limit",
+            "vram_limit": 0.5}, {"blocks": 0, "mode": "auto", "prefetch": 0})  # fmt: skip
+    nodes = []
+    for number, way in enumerate(ways):
+        nodes.append(g.add("WanCoreBlockSwap", model=m, **way))
+        wan.save_latent(g, wan.sample(g, nodes[-1], sides, latent, steps=2), f"way{number}")
+    run = client.run(g.nodes)
+    assert run.ok, run.error
+    results = [wan.read_latent(server, f"way{number}") for number in range(len(ways))]
+    assert all(results[0].equal(other) for other in results[1:])
+    for node in nodes:
+        (text,) = run.history["outputs"][node.node]["text"]
+        assert "1280x704, 121 frames" in text and "blocks" in text, text
+
+
+def test_a_budget_that_is_too_small_is_refused_with_the_smallest(client: Client, server: Server) -> None:
+    g = Graph()
+    m = wan.load(g, wan.DENSE)
+    tight = g.add("WanCoreBlockSwap", model=m, blocks=0, mode="vram_limit", vram_limit=0.1, prefetch=1)
+    wan.save_latent(g, wan.sample(g, tight, wan.prompts(g), wan.empty(g, m, 1280, 704, 121)), "tight")
+    before = wan.loads(server)
+    run = client.run(g.nodes)
+    assert "does not fit into 0.1 GB" in run.error and "Allow 0." in run.error, run.error
+    assert wan.loads(server) - before <= 1  # the text encoder; nothing of the transformer

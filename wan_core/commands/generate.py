@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -39,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sample_guide_scale", type=_guidance, metavar="X or LOW,HIGH", help="classifier-free guidance")
     add("--offload_model", type=_bool, default=None, metavar="True|False",
         help="keep one model at a time on the device (default: True on a GPU)")
+    add("--vram_limit", type=_limit, metavar="GB|auto",
+        help="device memory that a model may take: blocks of the transformer stream from their file as needed")
+    add("--swap_blocks", type=int, default=0, metavar="N", help="stream so many blocks, whatever the memory")
+    add("--prefetch", type=int, metavar="N", help="streamed blocks on the device before their turn (default: 1)")
+    add("--plan", action="store_true", help="say what the run needs of the device, and end")
     add("--convert_model_dtype", action="store_true",
         help="accepted for the official script's users: weights are always kept in --dtype")
     add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
@@ -56,16 +62,20 @@ def run(args: argparse.Namespace) -> None:
     _refuse_unsupported(args)
     from ..devices import resolve_device
     from ..engine import Engine
-    from ..pipeline import generate, read_models
+    from ..pipeline import generate, needs, read_models
     from ..video import check_writable
 
     file = args.save_file or default_name(args)
-    for target in (file, args.save_tensors):
+    for target in () if args.plan else (file, args.save_tensors):
         if target:
             check_writable(target)
     device = resolve_device(args.device)
     request = request_from(args).completed(VARIANTS[args.task])
     models = read_models(args.ckpt_dir, args.task, dtype=args.dtype, attention=args.attention)
+    models = replace(models, dit=replace(models.dit, **_swap(args)))
+    if args.plan:
+        print(needs(models, request, device, _text_device(args, device)))
+        return
     for note in models.dit.notes:
         log.info(note)
     log.info("%s, %s frames, %s, %s steps, seed %s, on %s", models.dit, request.frames, request.solver, request.steps,
@@ -74,6 +84,12 @@ def run(args: argparse.Namespace) -> None:
     with _Bar(request.steps) as bar:
         result = generate(models, request, engine, device=device, text_device=_text_device(args, device), on_step=bar)
     _save(result, file, args.save_tensors, VARIANTS[args.task].fps)
+
+
+def _swap(args: argparse.Namespace) -> dict:
+    """The recipe's fields for block swap, as far as they were given."""
+    given = {"swap_blocks": args.swap_blocks, "vram_limit": args.vram_limit, "prefetch": args.prefetch}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def request_from(args: argparse.Namespace):
@@ -141,6 +157,15 @@ def _guidance(text: str) -> PerExpert:
     if len(high) > 1:
         raise argparse.ArgumentTypeError(f"expected one number or LOW,HIGH, found {text!r}")
     return PerExpert(low=low, high=high[0] if high else low)
+
+
+def _limit(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected gigabytes such as 8, or auto, found {text!r}") from None
 
 
 def _bool(text: str) -> bool:
