@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "cpu": "DiT and VAEs beside diffusers and ComfyUI: time and peak memory, on the CPU",
     "import": "what the pack adds to ComfyUI's start, and how long reading a checkpoint's header takes",
+    "memory": "what the planner says of device memory beside what was measured, for the three variants",
     "nano": "what the nano family's clips show: words, pairs, motion, first frames, and what each expert adds",
     "peak": "peak memory of one contender (what cpu runs in a process of its own)",
 }

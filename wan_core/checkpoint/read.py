@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import pickle
 import struct
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -109,21 +111,40 @@ def _open_file(file: Path) -> Mapping[str, torch.Tensor]:
 
 
 class _SafetensorsFile(Mapping):
-    """A mapping of names to tensors over one safetensors file."""
+    """A mapping of names to tensors over one safetensors file.
+
+    safetensors' own reader maps privately, which Linux counts as memory that might be written: it refuses a file that
+    is larger than the machine's RAM.
+    """
 
     def __init__(self, file: Path):
-        from safetensors import safe_open
-
-        self.handle = safe_open(str(file), framework="pt", device="cpu")
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            self.entries = json.loads(stream.read(length))
+            self.data = mmap.mmap(stream.fileno(), 0, **_COPY_ON_WRITE)
+        self.entries.pop("__metadata__", None)
+        self.begin = 8 + length
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        return self.handle.get_tensor(key)
+        entry = self.entries[key]
+        dtype, shape = _dtype(entry["dtype"]), entry["shape"]
+        count, offset = math.prod(shape), self.begin + entry["data_offsets"][0]
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self.data, dtype=dtype, count=count, offset=offset).view(shape)
 
     def __iter__(self):
-        return iter(self.handle.keys())
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self.handle.keys())
+        return len(self.entries)
+
+
+_NO_RESERVE = 0x4000  # MAP_NORESERVE, which the module names from Python 3.13 on
+_COPY_ON_WRITE = (
+    {"flags": mmap.MAP_PRIVATE | _NO_RESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+    if sys.platform == "linux" else {"access": mmap.ACCESS_COPY}
+)  # fmt: skip
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
