@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import math
@@ -30,8 +31,9 @@ from .gguf import BLOCK_TYPES, GGUF
 from .int8 import Int8
 from .scaled import Scaled
 
-_AT_ONCE = 1 << 22  # numbers of a tensor in memory at a time, as float64 at the most
+_AT_ONCE = 1 << 20  # numbers of a tensor in memory at a time
 _SHARD = 10 * 10**9  # bytes of a file of a sharded folder
+_LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -68,13 +70,23 @@ class Error:
     total: float = 0.0
 
     def add(self, exact: Tensor, made: Tensor) -> None:
-        exact = exact.double()
-        self.squares += (made.double() - exact).square().sum().item()
-        self.total += exact.square().sum().item()
+        exact = exact.float()
+        self.squares += _sum_of_squares(made.float() - exact)
+        self.total += _sum_of_squares(exact)
 
     @property
     def relative(self) -> float:
         return math.sqrt(self.squares / self.total) if self.total else 0.0
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps it between small blocks, and would come to hold a whole model."""
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+
+
+def _sum_of_squares(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2
 
 
 @dataclass
@@ -237,6 +249,7 @@ class _Job:
         if changed:
             self.report.errors[one.name] = error.relative
         self.on_tensor(one.name, error.relative if changed else None)
+        _give_back()
 
     def _write_gguf(self, path: Path) -> None:
         fields: dict[str, Any] = {"general.architecture": {"dit": "wan", "text": "t5encoder"}[self.part],
