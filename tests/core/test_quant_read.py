@@ -230,6 +230,7 @@ def test_every_block_type_reads_from_a_file(tmp_path: Path, kind: str):
     assert checkpoint.tensors["matrix.weight"].shape == (6, 512)
     expected = gguf.quants.dequantize(data, GGMLQuantizationType[kind])
     assert torch.equal(checkpoint.tensor("matrix.weight"), torch.tensor(expected))
+    assert checkpoint.stored_bytes("matrix.weight") == data.nbytes and checkpoint.stored_bytes("odd") == 20
     assert torch.equal(checkpoint.tensor("odd"), torch.arange(5.0))
 
 

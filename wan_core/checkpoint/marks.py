@@ -44,6 +44,12 @@ class TensorInfo:
     file: Path
     format: Format | None = None
     parts: tuple[tuple[str, str], ...] = ()
+    size: int | None = None  # bytes in the file, where shape and dtype do not tell
+
+    @property
+    def bytes(self) -> int:
+        """What the tensor takes in its file, without the scales that belong to it."""
+        return math.prod(self.shape) * self.dtype.itemsize if self.size is None else self.size
 
 
 Infos = dict[str, TensorInfo]

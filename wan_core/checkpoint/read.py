@@ -85,7 +85,7 @@ class Checkpoint:
     def stored_bytes(self, key: str) -> int:
         """What a tensor takes in its file; a packed matrix with its scales."""
         pieces = [self._stored[piece] for _, piece in self.tensors[key].parts] or [self.tensors[key]]
-        return sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in pieces)
+        return sum(piece.bytes for piece in pieces)
 
     def _piece(self, key: str) -> torch.Tensor:
         return self._mapped(self._stored[key].file)[key]

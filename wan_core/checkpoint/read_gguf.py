@@ -104,7 +104,7 @@ def _info(file: Path, key: str, entry: Entry, fields: Mapping[str, Any]) -> Tens
     shape = tuple(original.read()) if isinstance(original, Array) else entry.shape
     if entry.type in _PLAIN:
         return TensorInfo(shape, _PLAIN[entry.type], file)
-    return TensorInfo(shape, torch.uint8, file, GGUF(entry.type), (("data", key),))
+    return TensorInfo(shape, torch.uint8, file, GGUF(entry.type), (("data", key),), entry.bytes)
 
 
 class GGUFFile(Mapping):
