@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .experts import ExpertSwitch
 from .latents import EmptyLatent, ImageToVideo
 from .load import LoadModel
+from .native import ToModel
 from .options import BlockSwap
 from .prompt import AestheticPrompt
 from .sample import Sampler
@@ -25,6 +26,7 @@ NODES: list[type[io.ComfyNode]] = [
     ImageToVideo,
     VAEEncode,
     Sampler,
+    ToModel,
     VAEDecode,
     TrainLora,
 ]

@@ -1,0 +1,170 @@
+"""Wan as ComfyUI MODEL: both experts behind one native model, for ComfyUI's own samplers, guiders and patches.
+
+ComfyUI's model classes are used without the network they would build: in its place stands ``WanAsNetwork``, which has
+no weights and calls the engine. What is relied on: ``comfy.model_base.WAN21`` and ``WAN22`` (conditioning, schedules,
+per-frame timesteps), ``unet_config["disable_unet_model_creation"]``, ``ModelPatcher`` and the DIFFUSION_MODEL wrappers.
+Written for and tested with ComfyUI 0.3.75.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor, nn
+
+from ..wan_core.config import PerExpert
+from ..wan_core.engine import Engine
+from ..wan_core.errors import WanError
+from ..wan_core.recipe import ModelRecipe
+from ..wan_core.sampling.experts import Expert, Experts
+from ..wan_core.sampling.guidance import Condition
+from ..wan_core.sampling.schedules import Schedule, from_sigmas
+from . import host
+from .types import WanModel
+
+log = logging.getLogger(__name__)
+
+_KEPT_TEXTS = 4  # prompts whose embeddings are recognised from one step to the next
+
+
+class ToModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanCoreToModel",
+            display_name="Wan as ComfyUI MODEL",
+            category="Wan 2.2/sampling",
+            description="Makes a Wan model, or both experts joined, one MODEL for ComfyUI's own samplers: KSampler, "
+            "SamplerCustomAdvanced, every scheduler and guider. The experts change within one run, by noise level.",
+            inputs=[
+                WanModel.Input("model", tooltip="From Load Wan Model, or both experts joined by Wan Expert Switch."),
+                io.Float.Input(
+                    "shift", default=5.0, min=0.01, max=100.0, step=0.01, round=0.001,
+                    tooltip="Moves the steps towards noise, as ComfyUI's ModelSamplingSD3. Official: T2V-A14B 12, "
+                    "I2V-A14B 5, TI2V-5B 5.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: ModelRecipe, shift: float) -> io.NodeOutput:
+        return io.NodeOutput(to_model(model, shift, host.engine(), host.device()))
+
+
+def to_model(recipe: ModelRecipe, shift: float, engine: Engine, device: torch.device) -> object:
+    """A ComfyUI ModelPatcher whose weights stay with the engine.
+
+    Raises:
+        WanError: this ComfyUI's model classes have changed.
+    """
+    try:
+        return _patcher(recipe, shift, engine, device)
+    except (AttributeError, TypeError, ImportError) as error:
+        raise WanError(f"Wan as ComfyUI MODEL does not know this version of ComfyUI ({error}). Use Wan Sampler, or the "
+                       "ComfyUI version that the README names.") from error
+
+
+def _patcher(recipe: ModelRecipe, shift: float, engine: Engine, device: torch.device) -> object:
+    from comfy import model_base, supported_models
+    from comfy.model_patcher import ModelPatcher
+
+    class WanPatcher(ModelPatcher):
+        """There is nothing to load, to move or to patch: the engine's own entry tells ComfyUI what its weights take."""
+
+        def add_patches(self, patches: dict, *strengths: float, **options: object) -> list:
+            raise WanError("ComfyUI's LoRA nodes cannot reach a model from Wan as ComfyUI MODEL: its weights stay in "
+                           "the Wan engine. Put Wan LoRA before that node.")
+
+        def model_size(self) -> int:
+            return 0
+
+        def get_ram_usage(self) -> int:
+            return 0
+
+    dense = recipe.variant.vae == "wan2.2"
+    config = (supported_models.WAN22_T2V if dense else supported_models.WAN21_T2V)(
+        {"disable_unet_model_creation": True, "image_model": "wan2.1", "dim": recipe.high.config.dim}
+    )
+    config.sampling_settings = config.sampling_settings | {"shift": shift}
+    base = model_base.WAN22 if dense else model_base.WAN21
+    model = base(config, image_to_video=recipe.variant.image != "none", device=device)
+    model.diffusion_model = WanAsNetwork(recipe, engine, device)
+    return WanPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+
+
+class WanAsNetwork(nn.Module):
+    """What ComfyUI calls instead of its own WanModel."""
+
+    dtype = torch.float32  # of what comes in and goes out: the engine computes in the recipe's own
+
+    def __init__(self, recipe: ModelRecipe, engine: Engine, device: torch.device):
+        super().__init__()
+        channels = torch.empty(recipe.high.config.dim, recipe.variant.in_channels, 1, 2, 2, device="meta")
+        self.patch_embedding = SimpleNamespace(weight=channels)  # ComfyUI reads the number of channels from it
+        self.recipe, self.engine, self.device = recipe, engine, device
+        self._experts: tuple[tuple, Experts] | None = None
+        self._texts: list[Condition] = []
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None = None,
+        time_dim_concat: Tensor | None = None, transformer_options: dict | None = None, **kwargs: object,
+    ) -> Tensor:  # fmt: skip
+        """Velocity [B, C, T, h, w] of x [B, C_in, T, h, w], normalised, condition channels included."""
+        from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+
+        options = transformer_options or {}
+        run = WrapperExecutor.new_class_executor(
+            self._velocity, self, get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        )
+        return run.execute(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+
+    def _velocity(
+        self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None = None,
+        time_dim_concat: Tensor | None = None, transformer_options: dict | None = None, **kwargs: object,
+    ) -> Tensor:  # fmt: skip
+        _refuse_extras({"time_dim_concat": time_dim_concat, **kwargs})
+        expert = self._expert(x, float(timestep.max()), transformer_options or {})
+        return expert.model(x, timestep, self._condition(context), on_block=host.check_cancelled).to(x)
+
+    def _expert(self, x: Tensor, timestep: float, options: dict) -> Expert:
+        experts = self._fitted(x)
+        now = Schedule("now", torch.tensor([timestep / 1000, 0.0]).double(), torch.tensor([timestep]).double())
+        if experts.switch.mode != "step" or experts.high is experts.low:
+            return experts.at(0, now)
+        sigmas = options.get("sample_sigmas")
+        if sigmas is None:
+            raise WanError("This sampler does not tell its steps, so that the experts cannot be switched by step. Set "
+                           "Wan Expert Switch to auto, timestep or snr.")
+        schedule = from_sigmas(sigmas)
+        step = int((schedule.timesteps.float() - timestep).abs().argmin())
+        return experts.at(step, schedule)
+
+    def _fitted(self, x: Tensor) -> Experts:
+        """The experts, laid out for this size; made once for each."""
+        shape = (len(x), self.recipe.high.config.out_channels, *x.shape[2:])
+        if self._experts is None or self._experts[0] != shape:
+            fitted, _ = self.engine.fit(self.recipe, shape, self.device)
+            self._experts = shape, self.engine.experts(fitted, PerExpert(1, 1), self.device)
+        return self._experts[1]
+
+    def _condition(self, context: Tensor) -> Condition:
+        """The same object for the same text, so that what an expert made of it is used again."""
+        for known in self._texts:
+            if known.text.shape == context.shape and torch.equal(known.text, context):
+                return known
+        self._texts = [*self._texts[1 - _KEPT_TEXTS :], Condition(context.clone())]
+        return self._texts[-1]
+
+
+def _refuse_extras(extras: dict[str, object]) -> None:
+    """Conditions of Wan's relatives that this network does not have."""
+    names = {"time_dim_concat": "context frames (Phantom, Fun)", "reference_latent": "a reference image",
+             "vace_context": "VACE", "camera_conditions": "camera control", "audio_embed": "audio"}  # fmt: skip
+    found = [meaning for key, meaning in names.items() if extras.get(key) is not None]
+    if found:
+        raise WanError(f"This Wan model does not understand {' or '.join(found)}: use the model that the conditioning "
+                       "node was made for.")
