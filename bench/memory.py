@@ -84,7 +84,6 @@ class Case:
 # What two CPU cores finish in minutes: full width, few blocks or few tokens.
 ON_CPU = (
     Case("t2v-A14B", (64, 64), 1, "bfloat16", 40, swap_blocks=40),
-    Case("t2v-A14B", (64, 64), 1, "bfloat16", 40),
     Case("t2v-A14B", (416, 240), 17, "float32", 2, swap_blocks=2),
     Case("t2v-A14B", (416, 240), 17, "float32", 2),
     Case("i2v-A14B", (416, 240), 17, "float32", 2, swap_blocks=2),
