@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -25,6 +25,7 @@ STAGES = 2  # blocks in host memory on their way: one is read while the other is
 PREFETCH = 1  # blocks on the device before their turn, unless asked otherwise
 
 Key = Callable[[str], bool]
+Passenger = tuple[nn.Module, str, torch.Tensor, torch.dtype]  # buffer of a module: its name, as stored, dtype there
 
 
 def spread(count: int, layers: int) -> tuple[int, ...]:
@@ -132,7 +133,7 @@ def load_of(block: nn.Module, device: torch.device, dtype: torch.dtype, keep_flo
     """What must be moved of a block whose tensors are mapped: parameters in the dtype of the computation (or float32),
     buffers as they are. What is right as it lies in the file stays there.
     """
-    cargo, offset = [], 0
+    cargo = []
     for path, owner in block.named_modules():
         for is_parameter, tensors in ((True, owner._parameters), (False, owner._buffers)):
             for name, tensor in tensors.items():
@@ -142,9 +143,17 @@ def load_of(block: nn.Module, device: torch.device, dtype: torch.dtype, keep_flo
                 target = _target_dtype(full, tensor, is_parameter, dtype, keep_float32)
                 if tensor.device == device and tensor.dtype == target:
                     continue
-                cargo.append(Cargo(owner, name, is_parameter, tensor.data, target, offset))
-                offset = -(-cargo[-1].end // ALIGNMENT) * ALIGNMENT
-    return Load(tuple(cargo))
+                cargo.append(Cargo(owner, name, is_parameter, tensor.data, target, 0))
+    return _laid_out(cargo)
+
+
+def _laid_out(cargo: Iterable[Cargo]) -> Load:
+    """Each tensor at a place of its own in the slot."""
+    placed, offset = [], 0
+    for item in cargo:
+        placed.append(replace(item, offset=offset))
+        offset = -(-placed[-1].end // ALIGNMENT) * ALIGNMENT
+    return Load(tuple(placed))
 
 
 def _target_dtype(
@@ -348,6 +357,8 @@ class BlockSwap:
         self.prefetch = min(prefetch, max(0, count - 1))
         self._lane = LANES.get(self.device.type)
         self._loads: dict[int, Load] = {}
+        self._own: dict[int, Load] = {}  # the blocks' own weights, without adapters
+        self._check_all = check
         self._conveyor: Conveyor | None = None
         self._slot: torch.Tensor | None = None
 
@@ -361,8 +372,33 @@ class BlockSwap:
         for index in self.indices:
             load = load_of(self.blocks[index], self.device, self.dtype, self.keep_float32)
             load.take_away()
-            self._loads[index] = load
+            self._loads[index] = self._own[index] = load
         return self
+
+    def carry(
+        self, beside: Mapping[int, Iterable[Passenger]], apart: Iterable[tuple[nn.Module, str]],
+        checks: Iterable[Callable[[], None]],
+    ) -> None:  # fmt: skip
+        """Bring other tensors with the blocks from now on; with nothing given, the blocks' own weights alone again.
+
+        Args:
+            beside: what comes with which block.
+            apart: (module, name) of a block's parameters that do not stream: the caller puts something in their place.
+            checks: called before a block is read, as ``check`` is.
+        """
+        self.close()
+        self._check_all = _all_of((self.check, *checks))
+        left = {(id(owner), name) for owner, name in apart}
+        for index, own in self._own.items():
+            own.take_away()
+            more = (Cargo(owner, name, False, tensor.data, dtype, 0) for owner, name, tensor, dtype in
+                    beside.get(index, ()) if (tensor.device, tensor.dtype) != (self.device, dtype))  # fmt: skip
+            stay = (item for item in own.cargo if (id(item.owner), item.name) not in left)
+            self._loads[index] = _laid_out([*stay, *more])
+
+    def brings(self, owner: nn.Module, name: str) -> bool:
+        """Whether a parameter of a module is among the blocks' own that are copied."""
+        return any(item.owner is owner and item.name == name for own in self._own.values() for item in own.cargo)
 
     @property
     def slots(self) -> int:
@@ -403,7 +439,7 @@ class BlockSwap:
     def _take(self, index: int, load: Load) -> torch.Tensor:
         if self._lane and self.moves:
             return self._running().take(index)
-        self.check()
+        self._check_all()
         if self._slot is None:
             with torch.inference_mode(False):
                 self._slot = torch.empty(self.block_bytes, dtype=torch.uint8, device=self.device)
@@ -415,10 +451,18 @@ class BlockSwap:
         if self._conveyor is None:
             lane = self._lane(self.device, self.slots, STAGES, self.block_bytes)
             ring = Ring(self.indices, slots=self.slots, stages=STAGES)
-            self._conveyor = Conveyor(self._loads, lane, ring, self.check)
+            self._conveyor = Conveyor(self._loads, lane, ring, self._check_all)
             # The thread holds the conveyor, never the swap: with the model goes the swap, and with it the thread.
             self._stop = weakref.finalize(self, self._conveyor.close)
         return self._conveyor
+
+
+def _all_of(checks: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    def check() -> None:
+        for one in checks:
+            one()
+
+    return check
 
 
 def _with_index(device: torch.device) -> torch.device:

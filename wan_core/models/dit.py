@@ -196,7 +196,8 @@ class WanDiT(nn.Module):
     """Predicts the flow velocity (noise minus data) of a noisy latent video.
 
     ``attend`` is the attention backend, replaceable after construction; ``swap`` brings a block's weights to the
-    device and takes them away again (``offload.BlockSwap``), or is None when all are resident.
+    device and takes them away again (``offload.BlockSwap``), or is None when all are resident. ``adaptation`` is what
+    LoRAs did to it, or None.
     """
 
     def __init__(self, config: DiTConfig):
@@ -213,6 +214,7 @@ class WanDiT(nn.Module):
         self.head = Head(config)
         self.attend: Attend = sdpa
         self.swap = None
+        self.adaptation = None
 
     @property
     def dtype(self) -> torch.dtype:

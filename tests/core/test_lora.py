@@ -1,0 +1,214 @@
+"""LoRA files: every dialect equals the float32 merge, and ComfyUI's own reading of the same file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.core.lora_files import DIALECTS_OF_LORA, STRENGTH, Dialect, low_rank, prefixed
+from wan_core.config import DiTConfig
+from wan_core.errors import WanError
+from wan_core.lora.apply import PatchedLinear, adaptation_of
+from wan_core.lora.files import read_lora
+from wan_core.models.dit import WanDiT
+from wan_core.models.load_dit import build_dit, read_dit
+from wan_core.tiny import TinySizes, _random_weights, make_tiny
+
+CONFIG = DiTConfig(16, 16, 128, 256, layers=3, text_dim=32, freq_dim=256, heads=1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in float32."""
+    path = tmp_path_factory.mktemp("dit") / "base.safetensors"
+    save_file(_random_weights(WanDiT, CONFIG, torch.Generator().manual_seed(0)), path)
+    return path
+
+
+def inputs(text_dim: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    return draw(1, 16, 2, 4, 6), torch.tensor([437.0]), draw(1, 20, text_dim)
+
+
+def velocity(path: Path, *loras: tuple[Path, float], merge: bool = False, **options) -> Tensor:
+    file = read_dit(path)
+    dit = build_dit(file, **({"dtype": "float32"} | options))
+    read = [read_lora(lora, file) for lora, _ in loras]
+    adaptation_of(dit, file).set(read, [strength for _, strength in loras], merge=merge)
+    return dit(*inputs())
+
+
+def weights_of(path: Path) -> dict[str, Tensor]:
+    checkpoint = read_dit(path).checkpoint
+    return {key: checkpoint.tensor(key) for key in checkpoint.tensors}
+
+
+def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Within a part of the largest value."""
+    return bool((one - other).abs().max() <= tolerance * other.abs().max())
+
+
+@pytest.mark.parametrize("swap_blocks", [0, 3])
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("dialect", DIALECTS_OF_LORA.values(), ids=list(DIALECTS_OF_LORA))
+def test_every_dialect_equals_the_float32_merge(
+    base: Path, tmp_path: Path, dialect: Dialect, merge: bool, swap_blocks: int
+):
+    """To 1e-5 of the largest value; without the LoRA it would be another video by more than 1 %."""
+    torch.manual_seed(2)
+    tensors, merged = dialect.make(weights_of(base))
+    save_file(tensors, tmp_path / "lora.safetensors")
+    save_file(merged, tmp_path / "merged.safetensors")
+    lora = read_lora(tmp_path / "lora.safetensors", read_dit(base))
+    assert (lora.matched, lora.unmatched, lora.misfits) == (len(tensors), (), ())
+    expected = velocity(tmp_path / "merged.safetensors")
+    found = velocity(base, (tmp_path / "lora.safetensors", STRENGTH), merge=merge, swap_blocks=swap_blocks)
+    assert close(found, expected, 1e-5)
+    assert not close(expected, velocity(base), 1e-2)
+
+
+_COMFYUI = """
+import comfy.sd, comfy.utils, comfy.model_management
+model = comfy.sd.load_diffusion_model(inputs["path"], model_options={"dtype": torch.float32})
+for lora, strength in inputs["loras"]:
+    model = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(lora), strength, 0)[0]
+comfy.model_management.load_models_gpu([model])
+with torch.no_grad():
+    outputs["velocity"] = model.model.diffusion_model(inputs["x"], inputs["t"], inputs["context"]).float()
+comfy.model_management.unload_all_models()
+"""
+
+
+@pytest.fixture(scope="module")
+def comfy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that ComfyUI takes for a Wan."""
+    path = tmp_path_factory.mktemp("dit") / "base.safetensors"
+    sizes = TinySizes(dim=128, ffn_dim=256, layers=2, text_dim=4096)
+    save_file(make_tiny("t2v-A14B", sizes=sizes).experts[0], path)
+    return path
+
+
+def assert_as_comfyui(in_comfyui, base: Path, *loras: tuple[Path, float]) -> None:
+    """To 2e-5 of the largest value, as of models without LoRAs."""
+    x, t, context = inputs(4096)
+    file = read_dit(base)
+    dit = build_dit(file, dtype="float32")
+    plain = dit(x, t, context)
+    adaptation_of(dit, file).set([read_lora(lora, file) for lora, _ in loras], [strength for _, strength in loras])
+    given = [(str(lora), strength) for lora, strength in loras]
+    theirs = in_comfyui(_COMFYUI, path=str(base), loras=given, x=x, t=t, context=context)["velocity"]
+    assert close(dit(x, t, context), theirs, 2e-5)
+    assert not close(plain, theirs, 1e-2)
+
+
+COMMON = [name for name, dialect in DIALECTS_OF_LORA.items() if dialect.in_comfyui]
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_every_dialect_that_comfyui_reads_means_the_same(in_comfyui, comfy_base: Path, tmp_path: Path, name: str):
+    torch.manual_seed(2)
+    save_file(DIALECTS_OF_LORA[name].make(weights_of(comfy_base))[0], tmp_path / "lora.safetensors")
+    assert_as_comfyui(in_comfyui, comfy_base, (tmp_path / "lora.safetensors", STRENGTH))
+
+
+def test_differences_mean_the_same_to_comfyui(in_comfyui, comfy_base: Path, tmp_path: Path):
+    """All but those of modulations: it does not know ``.diff_m``."""
+    torch.manual_seed(2)
+    made = DIALECTS_OF_LORA["differences"].make(weights_of(comfy_base))[0]
+    made = {key: value for key, value in made.items() if not key.endswith(".diff_m")}
+    save_file(made, tmp_path / "lora.safetensors")
+    assert_as_comfyui(in_comfyui, comfy_base, (tmp_path / "lora.safetensors", STRENGTH))
+
+
+def test_a_chain_of_every_kind_is_applied_in_its_order(in_comfyui, comfy_base: Path, tmp_path: Path):
+    """DoRA depends on what was merged before it; ComfyUI merges in the order of the nodes."""
+    torch.manual_seed(2)
+    chain = []
+    for name, strength in (("A_B", 0.8), ("dora_rows", 0.6), ("lokr_two", -0.5), ("dora_columns", 1.0), ("loha", 0.4)):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(DIALECTS_OF_LORA[name].make(weights_of(comfy_base))[0], path)
+        chain.append((path, strength))
+    assert_as_comfyui(in_comfyui, comfy_base, *chain)
+
+
+@pytest.fixture
+def lora(base: Path, tmp_path: Path) -> Path:
+    """Low-rank updates inside and outside of blocks."""
+    torch.manual_seed(3)
+    save_file(DIALECTS_OF_LORA["A_B_alpha_everywhere"].make(weights_of(base))[0], tmp_path / "plain.safetensors")
+    return tmp_path / "plain.safetensors"
+
+
+def test_strengths_change_and_go_without_a_trace(base: Path, lora: Path, tmp_path: Path):
+    """What was set last counts; strength 0 and no LoRA at all give the plain model's answer to the bit."""
+    torch.manual_seed(4)
+    save_file(DIALECTS_OF_LORA["differences"].make(weights_of(base))[0], tmp_path / "whole.safetensors")
+    file, other = read_dit(base), tmp_path / "whole.safetensors"
+    read = [read_lora(path, file) for path in (lora, other)]
+    for swap_blocks in (0, 2):
+        dit = build_dit(file, dtype="float32", swap_blocks=swap_blocks)
+        adaptation, plain = adaptation_of(dit, file), dit(*inputs())
+        for merge in (False, True):
+            for strengths in ((0.5, 0.2), (0.0, 0.2), (0.0, 0.0), (0.3, -1.0)):
+                adaptation.set(read, strengths, merge=merge)
+                expected = velocity(base, (lora, strengths[0]), (other, strengths[1]), merge=merge,
+                                    swap_blocks=swap_blocks)  # fmt: skip
+                assert torch.equal(dit(*inputs()), expected)
+                assert any(strengths) or torch.equal(dit(*inputs()), plain)
+        adaptation.set([], [])
+        assert torch.equal(dit(*inputs()), plain)
+        assert not any(isinstance(module, PatchedLinear) for module in dit.modules())
+
+
+def test_setting_the_same_again_does_nothing(base: Path, lora: Path):
+    file = read_dit(base)
+    dit = build_dit(file, dtype="float32")
+    adaptation = adaptation_of(dit, file)
+    adaptation.set([read_lora(lora, file)], [1.0])
+    layer, revision = dit.blocks[0].self_attn.q, adaptation.revision
+    adaptation.set([read_lora(lora, file)], [1.0])
+    assert dit.blocks[0].self_attn.q is layer and adaptation.revision == revision
+    adaptation.set([read_lora(lora, file)], [0.5])
+    assert dit.blocks[0].self_attn.q is layer and adaptation.revision == revision + 1
+
+
+@pytest.mark.parametrize("key, tensor, said", [
+    ("lora_unet_down_blocks_0_attn.lora_up.weight", torch.zeros(4, 4), "changes nothing"),
+    ("diffusion_model.blocks.0.ffn.0.lora_B.weight", torch.zeros(128, 4), "changes nothing"),  # without its A
+])  # fmt: skip
+def test_a_file_that_changes_nothing_is_refused(base: Path, tmp_path: Path, key: str, tensor: Tensor, said: str):
+    save_file({key: tensor}, tmp_path / "other.safetensors")
+    with pytest.raises(WanError, match=said):
+        read_lora(tmp_path / "other.safetensors", read_dit(base))
+
+
+def test_a_lora_of_another_model_is_refused_by_its_shapes(base: Path, tmp_path: Path):
+    wider = DiTConfig(16, 16, 3072, 3072, layers=1, text_dim=32, freq_dim=256, heads=24)
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in WanDiT(wider).state_dict().items()}
+    q = "blocks.0.self_attn.q.weight"
+    made = low_rank({q: torch.zeros(shapes[q])}, prefixed, ".lora_A.weight", ".lora_B.weight", alpha=False)[0]
+    save_file(made, tmp_path / "ti2v.safetensors")
+    with pytest.raises(WanError, match=r"made for another model \(TI2V-5B\).*3072x3072.*128x128"):
+        read_lora(tmp_path / "ti2v.safetensors", read_dit(base))
+
+
+def test_unknown_keys_and_other_channels_are_left_out_and_told(base: Path, lora: Path, tmp_path: Path):
+    """A Wan2.1 I2V LoRA has an image branch, and a patch embedding for 36 channels."""
+    from safetensors.torch import load_file
+
+    extra = {"diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight": torch.zeros(4, 128),
+             "diffusion_model.blocks.0.cross_attn.k_img.lora_B.weight": torch.zeros(128, 4),
+             "diffusion_model.patch_embedding.diff": torch.zeros(128, 36, 1, 2, 2)}  # fmt: skip
+    tensors = {key: value for key, value in load_file(lora).items() if "patch" not in key}
+    save_file(tensors | extra, tmp_path / "i2v.safetensors")
+    read = read_lora(tmp_path / "i2v.safetensors", read_dit(base))
+    assert read.matched == len(tensors)
+    assert len(read.unmatched) == 2 and read.misfits == ("diffusion_model.patch_embedding.diff",)
+    assert "k_img" in read.report() and "patch_embedding.diff" in read.report()
+    assert f"{len(tensors)} of {len(tensors) + 3} keys matched" in read.report()

@@ -1,0 +1,247 @@
+"""How adapters reach a loaded model, with the file's weights left as they are.
+
+Matrices of blocks that are quantised or stream get their low-rank updates beside them: ``(x A^T) B^T`` is added to what
+the layer answers. Adapters that cannot be expressed so are merged, in the dequantised space, into a scratch buffer
+each time. Adapters of a streamed block travel with it. All other weights are small or lie on the device as they are
+used: those are merged once, from the file, and merged again when a strength changes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoint.dit import packs
+from ..checkpoint.unchanged import check_unchanged
+from ..models.dit import WanDiT, keeps_float32
+from ..models.load_dit import DiTFile
+from ..quant.linear import QuantLinear
+from ..quant.scratch import Scratch
+from .adapters import Adapter, merge_into
+from .files import LoraFile, Part
+
+
+class PatchedLinear(nn.Module):
+    """A linear layer, packed or not, and its adapters.
+
+    Args:
+        places: of each adapter, where in ``strengths`` its own stands; the list belongs to the whole model.
+    """
+
+    def __init__(
+        self, base: nn.Linear | QuantLinear, adapters: Sequence[Adapter], places: Sequence[int],
+        strengths: list[float], scratch: Scratch,
+    ):  # fmt: skip
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleList(adapters)
+        self.places, self.strengths, self.scratch = tuple(places), strengths, scratch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]"""
+        active = [(adapter, self.strengths[place]) for adapter, place in zip(self.adapters, self.places, strict=True)
+                  if self.strengths[place]]  # fmt: skip
+        if not all(adapter.additive for adapter, _ in active):
+            return F.linear(x, self._merged(active, like=x), self.base.bias)
+        y = self.base(x)
+        for adapter, strength in active:
+            adapter.add_(y, x, strength)
+        return y
+
+    def _merged(self, active: Sequence[tuple[Adapter, float]], like: Tensor) -> Tensor:
+        base = self.base
+        out = self.scratch.space((base.out_features, base.in_features), like=like)
+        return merge_into(out, partial(_rows_of, base), active)
+
+
+def _rows_of(layer: nn.Linear | QuantLinear, rows: slice) -> Tensor:
+    if isinstance(layer, QuantLinear):
+        packed = layer.packed
+        return type(packed)(packed.format, dict(packed.format.rows(packed.parts, rows))).dequantise()
+    return layer.weight[rows]
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """A weight that holds its adapters: its own key, and each adapter with the place of its strength."""
+
+    key: str
+    adapters: tuple[tuple[Adapter, int], ...]
+
+
+class Adaptation:
+    """The adapters of one loaded model, which holds this.
+
+    Attributes:
+        revision: changes whenever the model answers differently from before.
+    """
+
+    def __init__(self, model: WanDiT, file: DiTFile):
+        self._model = weakref.ref(model)
+        self.file = file
+        self.revision = 0
+        self._loras: tuple[LoraFile, ...] = ()
+        self._merge = False
+        self._strengths: list[float] = []
+        self._merged: list[_Merged] = []
+        self._patched: list[str] = []
+
+    @property
+    def model(self) -> WanDiT:
+        return self._model()
+
+    def set(self, loras: Sequence[LoraFile], strengths: Sequence[float], *, merge: bool = False) -> None:
+        """Have the model answer with these LoRAs, in this order; what is so already is left alone.
+
+        Args:
+            merge: merge once also into matrices that lie on the device unpacked: no cost at each step, but theirs are
+                read again when a strength changes.
+
+        Raises:
+            WanError: a file was changed since its header was read.
+        """
+        for lora in loras:
+            check_unchanged(lora)
+        same = [one.fingerprint for one in loras] == [one.fingerprint for one in self._loras] and merge == self._merge
+        if same and list(strengths) == self._strengths:
+            return
+        if same:
+            self._strengths[:] = strengths
+            self._merge_all()
+        else:
+            self._undo()
+            self._loras, self._merge, self._strengths = tuple(loras), merge, list(strengths)
+            self._build()
+        self.revision += 1
+
+    @torch.no_grad()
+    def _build(self) -> None:
+        scratch, apart, beside = Scratch(), [], {}
+        for key, parts in _by_weight(self._loras).items():
+            if not self._stays_beside(key, parts):
+                adapters = tuple((self._made(lora, part), place) for place, lora, part in parts)
+                self._merged.append(_Merged(key, adapters))
+                apart.append(self._slot(key))
+                continue
+            patched = self._patch(key.removesuffix(".weight"), parts, scratch)
+            if (block := self._streamed_block(key)) is not None:
+                beside.setdefault(block, []).extend(self._cargo(patched))
+            else:
+                self._settle(patched)
+        if self.model.swap:
+            self.model.swap.carry(beside, apart, [partial(check_unchanged, lora) for lora in self._loras])
+        self._merge_all()
+        self._close()
+
+    def _stays_beside(self, key: str, parts: Sequence[tuple[int, LoraFile, Part]]) -> bool:
+        """Whether a weight is left as it is, and its adapters work beside it."""
+        if not packs(key):
+            return False
+        if self._streamed_block(key) is not None or self._is_packed(key):
+            return True
+        return not self._merge and all(set(part.keys) <= {"up", "down", "alpha"} for _, _, part in parts)
+
+    def _patch(self, path: str, parts: Sequence[tuple[int, LoraFile, Part]], scratch: Scratch) -> PatchedLinear:
+        base = self.model.get_submodule(path)
+        adapters = [self._made(lora, part) for _, lora, part in parts]
+        patched = PatchedLinear(base, adapters, [place for place, _, _ in parts], self._strengths, scratch)
+        _replace(self.model, path, patched)
+        self._patched.append(path)
+        return patched
+
+    def _made(self, lora: LoraFile, part: Part) -> Adapter:
+        tensors = {role: lora.checkpoint.tensor(key) for role, key in part.keys.items()}
+        alpha = tensors.pop("alpha", None)
+        return part.kind(tensors, None if alpha is None else alpha.item())
+
+    def _wanted_dtype(self, adapter: Adapter, tensor: Tensor) -> torch.dtype:
+        """Added updates are in the dtype of the computation; merged ones are cast when they are merged."""
+        return self.model.dtype if adapter.additive else tensor.dtype
+
+    def _cargo(self, patched: PatchedLinear) -> Iterator[tuple[nn.Module, str, Tensor, torch.dtype]]:
+        for adapter in patched.adapters:
+            for role, tensor in adapter.named_buffers():
+                yield adapter, role, tensor, self._wanted_dtype(adapter, tensor)
+
+    def _settle(self, patched: PatchedLinear) -> None:
+        """The adapters' tensors come to the device; whole differences stay in their file, they are as large as the
+        weights.
+        """
+        for adapter, role, tensor, dtype in self._cargo(patched):
+            if adapter.additive or role not in ("diff", "set"):
+                adapter._buffers[role] = tensor.to(self.model.device, dtype)
+
+    def _merge_all(self) -> None:
+        for merged in self._merged:
+            active = [(adapter, self._strengths[place]) for adapter, place in merged.adapters if self._strengths[place]]
+            self._put(merged.key, active)
+        self._close()
+
+    @torch.no_grad()
+    def _put(self, key: str, active: Sequence[tuple[Adapter, float]]) -> None:
+        """A weight from its file, with adapters or without."""
+        stored = self.file.checkpoint.tensor(self.file.names[key])
+        dtype = torch.float32 if keeps_float32(key) else self.model.dtype
+        if active:
+            out = torch.empty(stored.shape, dtype=dtype, device=self.model.device)
+            weight = merge_into(out, stored.__getitem__, active)
+        else:
+            weight = stored.to(self.model.device, dtype)
+        owner, name = self._slot(key)
+        owner._parameters[name] = nn.Parameter(weight, requires_grad=False)
+
+    def _undo(self) -> None:
+        for path in self._patched:
+            _replace(self.model, path, self.model.get_submodule(path).base)
+        if self.model.swap:
+            self.model.swap.carry({}, [], [])
+        for merged in self._merged:
+            if self._streamed_block(merged.key) is None or not self.model.swap.brings(*self._slot(merged.key)):
+                self._put(merged.key, [])
+        self._patched, self._merged = [], []
+        self._close()
+
+    def _streamed_block(self, key: str) -> int | None:
+        if self.model.swap is None or self.model.swap.places(key):
+            return None
+        return int(key.split(".")[1])
+
+    def _is_packed(self, key: str) -> bool:
+        return isinstance(self._slot(key)[0], QuantLinear)
+
+    def _slot(self, key: str) -> tuple[nn.Module, str]:
+        """The module that holds a weight, and the weight's name there."""
+        path, _, name = key.rpartition(".")
+        owner = self.model.get_submodule(path)
+        return owner.base if isinstance(owner, PatchedLinear) else owner, name
+
+    def _close(self) -> None:
+        for one in (self.file, *self._loras):
+            one.checkpoint.close()
+
+
+def adaptation_of(model: WanDiT, file: DiTFile) -> Adaptation:
+    """The one that a model has; it begins with no LoRAs."""
+    if model.adaptation is None:
+        model.adaptation = Adaptation(model, file)
+    return model.adaptation
+
+
+def _by_weight(loras: Sequence[LoraFile]) -> Mapping[str, list[tuple[int, LoraFile, Part]]]:
+    """Our key -> every adapter of it: the LoRA's place in the chain, its file, its part."""
+    found: dict[str, list[tuple[int, LoraFile, Part]]] = {}
+    for place, lora in enumerate(loras):
+        for key, parts in lora.parts.items():
+            found.setdefault(key, []).extend((place, lora, part) for part in parts)
+    return found
+
+
+def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    model.get_submodule(owner)._modules[name] = layer
