@@ -234,6 +234,28 @@ def test_every_block_type_reads_from_a_file(tmp_path: Path, kind: str):
     assert torch.equal(checkpoint.tensor("odd"), torch.arange(5.0))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in BLOCK_TYPES if kind not in QUANTISABLE])
+def test_block_types_that_only_llama_cpp_makes(weights: Weights, tmp_path: Path, kind: str):
+    """Random blocks as a model's matrices: the velocity of what the package says they mean, to the bit."""
+    writer = gguf.GGUFWriter(str(tmp_path / "k.gguf"), "wan")
+    meaning = dict(weights)
+    for seed, (key, value) in enumerate(weights.items()):
+        if in_blocks(key, value):
+            data = random_blocks(kind, *value.shape, seed=seed)
+            writer.add_tensor(key, data, raw_dtype=GGMLQuantizationType[kind])
+            meaning[key] = torch.tensor(gguf.quants.dequantize(data, GGMLQuantizationType[kind]))
+        else:
+            writer.add_tensor(key, value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = wan_core.load_dit(tmp_path / "k.gguf", dtype=torch.float32)
+    expected = velocity(plain_model(meaning, tmp_path))
+    assert isinstance(model.blocks[0].ffn[0], QuantLinear) and expected.isfinite().all()
+    assert torch.equal(velocity(model), expected)
+
+
 def test_gradients_flow_through_a_packed_layer(weights: Weights, tmp_path: Path):
     """The scratch buffer holds another matrix when backward runs."""
     model = wan_core.load_dit(FILES["GGUF Q8_0"](weights, tmp_path)[0], dtype=torch.float32)
