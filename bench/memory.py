@@ -119,12 +119,12 @@ def run(options: argparse.Namespace) -> int:
     report = {"device": _name(device), "torch": torch.__version__, "planned": planned_rows(), "measured": {},
               "method": METHOD_CPU if device.type == "cpu" else METHOD_CUDA, "not_measured": _missing(device)}
     print(_planned_table(report["planned"]), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for case in cases:
         report["measured"][str(case)] = row = in_own_process(case, options.device, options.folder)
         print(_line(str(case), row), flush=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # a row takes minutes
     print(f"Not measured: {report['not_measured']}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

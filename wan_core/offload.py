@@ -8,6 +8,7 @@ of the guidance or the next step. Nothing is written back and nothing is allocat
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ import torch
 from torch import nn
 
 from .errors import WanError
+
+log = logging.getLogger(__name__)
 
 ALIGNMENT = 256  # bytes; a tensor's place in a slot
 STAGES = 2  # blocks in host memory on their way: one is read while the other is copied
@@ -206,6 +209,15 @@ class HostLane:
     def close(self) -> None: ...
 
 
+def _pinned(size: int) -> torch.Tensor:
+    """Host memory that a device copies from by itself; plain memory, waited for, where the system gives none."""
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        log.warning("wan_core: no pinned memory (%s): blocks are copied more slowly.", str(error).split("\n")[0])
+        return torch.empty(size, dtype=torch.uint8)
+
+
 class CudaLane:
     """Pinned staging buffers and a stream of its own for copies; events order it and the computation."""
 
@@ -213,7 +225,7 @@ class CudaLane:
     def __init__(self, device: torch.device, slots: int, stages: int, size: int):
         self.device = device
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
-        self.stages = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(stages)]
+        self.stages = [_pinned(size) for _ in range(stages)]
         self.stream = torch.cuda.Stream(device)
         self._ready = [torch.cuda.Event() for _ in range(slots)]  # the slot's copy is done
         self._free = [torch.cuda.Event() for _ in range(slots)]  # the slot's last computation is done

@@ -381,3 +381,16 @@ def test_a_swap_may_be_built_by_hand():
     assert not swap.moves and swap.indices == (2, 4)
     assert not swap.places("blocks.2.ffn.0.bias")
     assert swap.places("blocks.3.ffn.0.bias") and swap.places("head.head.bias")
+
+
+def test_without_pinned_memory_plain_memory_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    real = torch.empty
+
+    def refuse(*shape, pin_memory: bool = False, **options) -> Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nmore")
+        return real(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    assert not offload._pinned(64).is_pinned()
+    assert "no pinned memory (CUDA error: out of memory)" in caplog.text
