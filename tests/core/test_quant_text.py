@@ -99,13 +99,13 @@ def means(file: Path, weights: Weights) -> Weights:
 
 @pytest.mark.parametrize(("matrix", "table"), [("Q8_0", "Q8_0"), ("Q5_1", "F16"), ("F16", "F16"), ("BF16", "Q4_0")])
 def test_gguf_encodes_what_its_numbers_say(weights: Weights, spiece: bytes, tmp_path: Path, matrix: str, table: str):
-    """To the bit in float32 on the CPU, with the tokenizer out of the file."""
+    """In float32 on the CPU, with the tokenizer out of the file, to 1e-5 of the largest value."""
     file = text_gguf(tmp_path / "umt5.gguf", weights, spiece, matrix, table)
     encoder = load_text_encoder(file, dtype=torch.float32)
     assert isinstance(encoder.encoder.token_embedding, QuantEmbedding) == (table != "F16")
     assert isinstance(encoder.encoder.blocks[0].ffn.gate[0], QuantLinear) == (matrix in ("Q8_0", "Q5_1"))
     expected = plain(tmp_path / "plain.safetensors", means(file, weights), spiece)
-    assert torch.equal(encoder(PROMPTS), expected(PROMPTS))
+    assert (encoder(PROMPTS) - expected(PROMPTS)).abs().max() <= 1e-5 * expected(PROMPTS).abs().max()
 
 
 @pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "int8"])
@@ -133,7 +133,7 @@ def test_fp8_scaled(weights: Weights, spiece: bytes, tmp_path: Path):
         if not key.endswith("scale_weight")
     }
     expected = plain(tmp_path / "plain.safetensors", meaning, spiece)
-    assert torch.equal(encoder(PROMPTS), expected(PROMPTS))
+    assert (encoder(PROMPTS) - expected(PROMPTS)).abs().max() <= 1e-5 * expected(PROMPTS).abs().max()
 
 
 def test_the_tokenizer_of_a_gguf_is_the_real_one(umt5_tokenizer: Path, tmp_path: Path):

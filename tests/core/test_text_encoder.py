@@ -104,12 +104,27 @@ def layouts(reference: UMT5EncoderModel, spiece: bytes, tmp_path_factory: pytest
         "huggingface": root / "diffusers/text_encoder",
         "sharded": root / "sharded/text_encoder",
         "index": root / "sharded/text_encoder/model.safetensors.index.json",
+        "llama.cpp": llama_cpp_file(root / "umt5.safetensors", reference),
         "comfyui": comfyui_file(root / "umt5_xxl_fp16.safetensors", reference, spiece, "shared.weight"),
         "comfyui, second name": comfyui_file(root / "b.safetensors", reference, spiece, "encoder.embed_tokens.weight"),
         "comfyui, both names": comfyui_file(
             root / "c.safetensors", reference, spiece, "shared.weight", "encoder.embed_tokens.weight"
         ),
     }
+
+
+def llama_cpp_file(file: Path, model: UMT5EncoderModel) -> Path:
+    """Only the names: how GGUF files hold their numbers is tested in test_quant_text.py."""
+    parts = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_o", "wi_0": "ffn_gate", "wi_1": "ffn_up",
+             "wo": "ffn_down", "relative_attention_bias": "attn_rel_b"}  # fmt: skip
+    state = {"token_embd.weight": model.shared.weight, "enc.output_norm.weight": model.encoder.final_layer_norm.weight}
+    for key, value in model.state_dict().items():
+        if key.startswith("encoder.block"):
+            _, _, block, _, layer, *_, name, _ = key.split(".")
+            name = parts.get(name, "attn_norm" if layer == "0" else "ffn_norm")
+            state[f"enc.blk.{block}.{name}.weight"] = value
+    save_file({key: value.detach().clone() for key, value in state.items()}, file)
+    return file
 
 
 def comfyui_file(file: Path, model: UMT5EncoderModel, spiece: bytes, *tables: str) -> Path:
@@ -247,7 +262,7 @@ def test_config_comes_from_the_shapes(encoder: TextEncoder):
 
 @pytest.mark.parametrize("dialect", layout.DIALECTS)
 def test_names_go_both_ways(dialect: str, layouts: dict[str, Path]):
-    path = layouts["official" if dialect == "official" else "comfyui"]
+    path = layouts[{"official": "official", "huggingface": "comfyui", "llama.cpp": "llama.cpp"}[dialect]]
     checkpoint = open_checkpoint(path)
     assert layout.recognise(checkpoint.tensors) == dialect
     names = layout.names(checkpoint, dialect)
