@@ -23,6 +23,7 @@ from .checkpoint.unchanged import check_unchanged
 from .config import TEXT_LENGTH, PerExpert
 from .devices import available_bytes, empty_cache
 from .dtypes import resolve_dtype
+from .lora.apply import adaptation_of
 from .models.dit import TextStates, WanDiT
 from .models.load_dit import DiTFile, build_dit
 from .models.load_vae import VAEFile, build_vae
@@ -136,10 +137,20 @@ class Engine:
             WanError: the file was changed since its header was read, or see ``build_dit``.
         """
         check_unchanged(file)
-        return self.get(_dit_key(file, recipe, device), dit_bytes(file, recipe, device), device, lambda: build_dit(
+        key, size = _dit_key(file, recipe, device), dit_bytes(file, recipe, device)
+        self._resize(key, size)
+        return self.get(key, size, device, lambda: build_dit(
             file, device=device, dtype=recipe.dtype, attention=recipe.attention, swap_blocks=recipe.swap_blocks,
             prefetch=recipe.prefetch,
         ), alone=recipe.vram_limit is not None)  # fmt: skip
+
+    def _resize(self, key: Hashable, size: int) -> None:
+        """A loaded part is about to take more or less than it did, with other LoRAs."""
+        entry = self._loaded.get(key)
+        if entry and size > entry.bytes:
+            self.make_room(size - entry.bytes, entry.device)
+        if entry:
+            entry.bytes = size
 
     def read_ahead(self, file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> None:
         """Have a file read that will be needed soon, unless it is loaded: by the system, into no memory of ours."""
@@ -220,13 +231,18 @@ class Engine:
 
 
 class LazyDiT:
-    """An expert that fetches its weights from the engine when it is called, and remembers each prompt's text states."""
+    """An expert that fetches its weights from the engine when it is called, and remembers each prompt's text states.
+
+    The weights are loaded without LoRAs, which are put to them here: other LoRAs or strengths load nothing again.
+    """
 
     def __init__(self, engine: Engine, file: DiTFile, recipe: ModelRecipe, device: torch.device):
         self.engine = engine
         self.file = file
         self.recipe = recipe
         self.device = device
+        self._loras, self._step = recipe.loras_of(file), 0
+        self._revision = 0  # of the weights that the text states belong to
         self._owner: weakref.ref[WanDiT] | None = None  # weak, so that the engine can release it during the run
         self._texts: dict[int, tuple[Condition, TextStates]] = {}
 
@@ -238,8 +254,23 @@ class LazyDiT:
         on_block: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         dit = self.engine.dit(self.file, self.recipe, self.device)
+        self._adapt(dit)
         x = self._with_channels(x.to(self.device), condition)
         return dit(x, t, self._text(dit, condition, len(x)), on_block=on_block).to(torch.float32)
+
+    def begin(self, step: int) -> None:
+        """The calls that follow are of this step of the schedule."""
+        self._step = step
+
+    def _adapt(self, dit: WanDiT) -> None:
+        if not self._loras and dit.adaptation is None:
+            return
+        adaptation = adaptation_of(dit, self.file)
+        adaptation.set([use.file for use in self._loras], [use.at(self._step) for use in self._loras],
+                       merge=self.recipe.merge_loras)  # fmt: skip
+        if adaptation.revision != self._revision:
+            self._revision = adaptation.revision
+            self._texts.clear()
 
     def prepare(self) -> None:
         """Called while the step before the first of this expert is computed."""
@@ -269,7 +300,7 @@ def pad_text(text: torch.Tensor) -> torch.Tensor:
 
 def dit_bytes(file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> int:
     """Bytes on the device of one expert: what stays there, and the slots that swapped blocks pass through."""
-    weights = weights_of(file, recipe.dtype, device, mapped_too=True)
+    weights = weights_of(file, recipe.dtype, device, mapped_too=True, loras=recipe.loras_of(file))
     swapped = spread(recipe.swap_blocks, file.config.layers)
     slots = min(recipe.prefetch + 1, len(swapped)) * max(weights.blocks)
     return weights.total + weights.scratch - sum(weights.blocks[i] for i in swapped) + slots
@@ -294,7 +325,8 @@ def _dit_key(file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> 
 def _identity(recipe: ModelRecipe) -> Hashable:
     """What decides a recipe's plan."""
     files = tuple(file.fingerprint for file in recipe.files)
-    return files, recipe.dtype, recipe.vram_limit, recipe.swap_blocks, recipe.prefetch
+    loras = tuple(use.file.fingerprint for use in recipe.loras if use.strength)
+    return files, loras, recipe.dtype, recipe.vram_limit, recipe.swap_blocks, recipe.prefetch
 
 
 def _bytes(

@@ -7,7 +7,7 @@ against the real modules on the meta device (``tracing``) and against measured m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +19,7 @@ from .checkpoint.read import Checkpoint
 from .config import PATCH, TEXT_LENGTH, DiTConfig, VAEConfig
 from .dtypes import resolve_dtype
 from .errors import WanError
+from .lora.use import LoraUse, bytes_beside, merges
 from .models.dit import TOKENS_AT_ONCE, keeps_float32
 from .models.layers import SLICE
 from .models.rope import SLICE as ROTATED_AT_ONCE
@@ -102,9 +103,10 @@ class Plan:
 
 
 def weights_of(
-    file: DiTHeader, dtype: str | torch.dtype | None, device: torch.device | str, *, mapped_too: bool = False
-) -> Weights:
-    """An expert's weights from its header.
+    file: DiTHeader, dtype: str | torch.dtype | None, device: torch.device | str, *, mapped_too: bool = False,
+    loras: Sequence[LoraUse] = (),
+) -> Weights:  # fmt: skip
+    """An expert's weights from its header, with its LoRAs.
 
     Args:
         mapped_too: count also what a CPU uses as it lies in the file.
@@ -121,9 +123,12 @@ def weights_of(
         target = torch.float32 if keeps_float32(own) else compute
         if packed:
             size = 0 if on_cpu and info.format else _packed_bytes(file.checkpoint, theirs)
-            scratch = max(scratch, count * compute.itemsize)
         else:
             size = 0 if on_cpu and info.format is None and info.dtype == target else count * target.itemsize
+        beside = bytes_beside(loras, own, compute) if packs(own) else 0
+        size += beside
+        if packed or merges(loras, own):
+            scratch = max(scratch, count * compute.itemsize)
         if own.startswith("blocks."):
             blocks[int(own.split(".")[1])] += size
         else:
@@ -248,7 +253,8 @@ def _layout(
     """Swapped blocks, prefetch -> plan. Both experts have the same shapes; the larger one counts."""
     config, stored = recipe.high.config, recipe.high.checkpoint.dtype
     dtype = resolve_dtype(recipe.dtype, device, stored)
-    weights = max((weights_of(file, recipe.dtype, device) for file in recipe.files), key=lambda w: w.total)
+    each = [weights_of(file, recipe.dtype, device, loras=recipe.loras_of(file)) for file in recipe.files]
+    weights = max(each, key=lambda w: w.total)
     b, _, t, h, w = shape
     tokens = t * math.ceil(h / PATCH[1]) * math.ceil(w / PATCH[2])
     held = held_bytes(config, shape, dtype, guided=guided, keep_text=recipe.keeps_text)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .config import Variant, variant_of
 from .errors import WanError
+from .lora.use import Loras, LoraUse
 from .models.load_dit import DiTFile
 from .offload import PREFETCH
 from .sampling.experts import Switch
@@ -25,6 +26,8 @@ class ModelRecipe:
 
     Block swap: ``swap_blocks`` of them stream; a ``vram_limit`` in GB, or "auto" for what is free, decides their number
     instead when the size of the video is known (``plan``). ``prefetch`` blocks are on the device before their turn.
+
+    ``merge_loras``: into the weights once, where those lie on the device unpacked; else LoRAs are added as layers run.
     """
 
     high: DiTFile
@@ -36,6 +39,13 @@ class ModelRecipe:
     notes: tuple[str, ...] = ()
     vram_limit: float | str | None = None
     prefetch: int = PREFETCH
+    loras: Loras = field(default_factory=Loras)
+    merge_loras: bool = False
+
+    def loras_of(self, file: DiTFile) -> tuple[LoraUse, ...]:
+        """The LoRAs of one of the recipe's files that do something at some step."""
+        chain = self.loras.low if file is self.low and file is not self.high else self.loras.high
+        return tuple(use for use in chain if use.strength)
 
     @property
     def keeps_text(self) -> bool:
@@ -55,7 +65,7 @@ class ModelRecipe:
 
 
 def pair(high: ModelRecipe, low: ModelRecipe, switch: Switch) -> ModelRecipe:
-    """Two experts as one model; every other option is the high-noise side's.
+    """Two experts as one model, each with its own LoRAs; every other option is the high-noise side's.
 
     Raises:
         WanError: one of them is a pair already, their shapes differ, or their names say that they are swapped.
@@ -64,7 +74,8 @@ def pair(high: ModelRecipe, low: ModelRecipe, switch: Switch) -> ModelRecipe:
         raise WanError("Expected two single models, found a pair of experts already. Connect the loaders themselves.")
     _check_same_shapes(high.high, low.high)
     notes = high.notes + low.notes + _pair_notes(high.high.checkpoint.path, low.high.checkpoint.path)
-    return replace(high, low=low.high, switch=switch, notes=notes)
+    loras, merge = Loras(high.loras.high, low.loras.high), high.merge_loras or low.merge_loras
+    return replace(high, low=low.high, switch=switch, notes=notes, loras=loras, merge_loras=merge)
 
 
 def _check_same_shapes(high: DiTFile, low: DiTFile) -> None:

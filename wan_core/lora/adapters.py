@@ -7,7 +7,7 @@ those of ComfyUI's ``comfy/weight_adapter``, computed in float32, some rows at a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ class Adapter(nn.Module):
     """An update of one weight. Its tensors are buffers under their roles, wherever and in whatever dtype they lie."""
 
     needs: tuple[frozenset[str], ...]  # sets of roles, one of which is the kind's
-    additive = False  # whether it can be added to what the layer answers, with no merged matrix
 
     def __init__(self, parts: Mapping[str, Tensor], alpha: float | None):
         super().__init__()
@@ -32,6 +31,15 @@ class Adapter(nn.Module):
             self.register_buffer(role, part)
         rank = self.rank({role: tuple(part.shape) for role, part in parts.items()})
         self.scale = 1.0 if alpha is None or rank is None else alpha / rank
+
+    @classmethod
+    def adds(cls, roles: Collection[str]) -> bool:
+        """Whether one with these roles can be added to what a layer answers, with no merged matrix."""
+        return False
+
+    @property
+    def additive(self) -> bool:
+        return self.adds(self._buffers)
 
     @classmethod
     def size(cls, shapes: Shapes) -> tuple[int, int]:
@@ -87,9 +95,9 @@ class LowRank(Adapter):
 
     needs = (frozenset({"up", "down"}),)
 
-    @property
-    def additive(self) -> bool:
-        return not any(role in self._buffers for role in _DECOMPOSED)
+    @classmethod
+    def adds(cls, roles: Collection[str]) -> bool:
+        return not any(role in roles for role in _DECOMPOSED)
 
     @classmethod
     def size(cls, shapes: Shapes) -> tuple[int, int]:

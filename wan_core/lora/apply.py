@@ -145,7 +145,7 @@ class Adaptation:
             return False
         if self._streamed_block(key) is not None or self._is_packed(key):
             return True
-        return not self._merge and all(set(part.keys) <= {"up", "down", "alpha"} for _, _, part in parts)
+        return not self._merge and all(part.kind.adds(part.keys) for _, _, part in parts)
 
     def _patch(self, path: str, parts: Sequence[tuple[int, LoraFile, Part]], scratch: Scratch) -> PatchedLinear:
         base = self.model.get_submodule(path)

@@ -182,6 +182,7 @@ class _Velocity:
 
     def _guided(self, x: Tensor, t: Tensor, i: int) -> Tensor:
         expert = self.experts.at(i, self.schedule)
+        expert.begin(i)
         v = guided(expert.model, x, t, self.positive, self.negative, expert.guidance, self.on_block)
         if not torch.isfinite(v).all():
             raise WanError(_not_finite(i, self.schedule, expert.name))

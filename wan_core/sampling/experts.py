@@ -23,6 +23,11 @@ class Expert:
     guidance: float
     name: str
 
+    def begin(self, step: int) -> None:
+        """The model is about to be called for a step of the schedule; it is told if it wants to know."""
+        if hasattr(self.model, "begin"):
+            self.model.begin(step)
+
 
 @dataclass(frozen=True)
 class Switch:
