@@ -142,7 +142,7 @@ class WanVAE:
         vae, stride = self._weights(), self.spacial_compression_decode()
         _, _, _, height, width = _video_latent(samples, self.latent_channels).shape
         free = available_bytes(device) + sum(p.nbytes for p in vae.parameters())  # those are there already
-        return fitting_tiles(vae, height * stride, width * stride, free)
+        return fitting_tiles(vae.config, height * stride, width * stride, free, vae.conv2.weight.dtype)
 
     def _tile_count(self, size: Sequence[int], tiles: Tiles | None) -> int:
         stride = self.spacial_compression_decode()

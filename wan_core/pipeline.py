@@ -23,6 +23,7 @@ from .errors import WanError
 from .models.load_dit import read_dit
 from .models.load_vae import VAEFile, read_vae
 from .models.text_encoder import TextFile, read_text_encoder
+from .models.vae_tiles import Tiles, decode_tiled_chunks, encode_tiled_chunks, fitting_tiles
 from .plan import AUTO, GB, MARGIN, decode_bytes, plan
 from .recipe import ModelRecipe, pair
 from .retry import denoise_in_memory
@@ -55,6 +56,7 @@ class Request:
     Attributes:
         size: width and height; with an image its product is the area, and the image decides the aspect ratio.
         seed: negative draws one.
+        vae_tile: side of the VAE's tiles in pixels; None: tiles where the memory limit asks for them.
     """
 
     prompt: str
@@ -68,6 +70,7 @@ class Request:
     solver: str = "unipc"
     schedule: str = "auto"
     seed: int = -1
+    vae_tile: int | None = None
 
     def completed(self, variant: Variant) -> Request:
         """With every open choice made, and checked before anything is loaded.
@@ -169,7 +172,7 @@ def generate(
     )  # fmt: skip
     if engine.keep_one:
         engine.release("dit")
-    return Result(latent[0].cpu(), request.seed, lambda: _decode(models, engine, latent, device))
+    return Result(latent[0].cpu(), request.seed, lambda: _decode(models, request, engine, latent, device))
 
 
 def needs(models: Models, request: Request, device: torch.device, text_device: torch.device) -> str:
@@ -187,12 +190,14 @@ def needs(models: Models, request: Request, device: torch.device, text_device: t
     free = available_bytes(device)
     sampling = plan(models.dit, latent, device, guided=guided, free=free)
     height, width = (side * VAES[file.config.kind].spatial_stride for side in latent[3:])
-    decode = decode_bytes(file.config, height, width)
+    where, tiles = _vae_layout(models, request, (height, width), room, device)
+    decode = decode_bytes(file.config, *((tiles.height, tiles.width) if tiles else (height, width)))
+    tiled = f" in tiles of {tiles.width}x{tiles.height}" if tiles else ""
     return "\n".join([
         f"{models.dit}, {width}x{height}, {request.frames} frames",
         f"Text encoder: {text / GB:.2f} GB on {text_device}{streamed if text > room else ''}",
         f"Sampling: {sampling}",
-        f"VAE decode: {decode / GB:.2f} GB{' (on the CPU: more than the limit)' if decode > room else ''}",
+        f"VAE decode: {decode / GB:.2f} GB on {where}{tiled}",
     ])  # fmt: skip
 
 
@@ -262,9 +267,8 @@ def _start_with_channels(models: Models, request: Request, engine: Engine, devic
     width, height = latents.i2v_size(request.size[0] * request.size[1], image.width, image.height)
     shape = latents.latent_shape(models.dit.variant, width, height, request.frames)
     first = latents.resize_bicubic(latents.image_tensor(image), height, width)
-    vae = engine.vae(models.vae, device, torch.float32)  # as the official pipelines do, whatever the DiT runs in
-    frames = (chunk.to(device) for chunk in latents.condition_chunks({0: first}, request.frames))
-    encoded = torch.cat(list(vae.encode_chunks(frames, total_frames=request.frames)), dim=2)
+    frames = latents.condition_chunks({0: first}, request.frames)
+    encoded = _encode(models, request, engine, frames, request.frames, (height, width), device)
     mask = latents.given_mask([0], request.frames, *shape[2:]).to(encoded)
     return Start(latents.noise(request.seed, shape)[None], concat=torch.cat([mask, encoded], dim=1))
 
@@ -273,8 +277,8 @@ def _start_with_frame(models: Models, request: Request, engine: Engine, device: 
     """TI2V-5B: the image's latent is the first latent frame, clean throughout."""
     width, height = latents.ti2v_size(request.size[0] * request.size[1], image.width, image.height)
     shape = latents.latent_shape(models.dit.variant, width, height, request.frames)
-    vae = engine.vae(models.vae, device, torch.float32)  # as the official pipelines do, whatever the DiT runs in
-    first = vae.encode(latents.ti2v_image(image, width, height)[None].to(device))
+    picture = latents.ti2v_image(image, width, height)[None]
+    first = _encode(models, request, engine, iter([picture]), 1, (height, width), device)
     known = torch.zeros(1, *shape, device=device)
     known[:, :, :1] = first
     mask = torch.ones(1, 1, shape[1], 1, 1, device=device)
@@ -295,18 +299,43 @@ def _open_image(path: Path) -> Image:
         raise WanError(f"{path} is not an image that can be read ({error}).") from error
 
 
-def _decode(models: Models, engine: Engine, latent: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
-    device = _decoder_device(models, engine, latent, device)
+def _decode(
+    models: Models, request: Request, engine: Engine, latent: torch.Tensor, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Frames as they are decoded, on the CPU."""
+    size = tuple(side * VAES[models.vae.config.kind].spatial_stride for side in latent.shape[3:])
+    device, tiles = _vae_layout(models, request, size, _room(models, engine, device), device)
     vae = engine.vae(models.vae, device, torch.float32)  # as the official pipelines do, whatever the DiT runs in
-    for chunk in vae.decode_chunks(latent.to(device)):
+    chunks = decode_tiled_chunks(vae, latent.cpu(), tiles) if tiles else vae.decode_chunks(latent.to(device))
+    for chunk in chunks:
         yield chunk[0].cpu()
 
 
-def _decoder_device(models: Models, engine: Engine, latent: torch.Tensor, device: torch.device) -> torch.device:
-    """The run's device, or the CPU where the memory limit leaves the VAE too little."""
-    room = _room(models, engine, device)
-    height, width = (side * VAES[models.vae.config.kind].spatial_stride for side in latent.shape[3:])
-    if math.isinf(room) or decode_bytes(models.vae.config, height, width) <= room:
-        return device
-    log.warning("Decoding %dx%d does not fit the memory limit: the VAE runs on the CPU.", width, height)
-    return torch.device("cpu")
+def _encode(
+    models: Models, request: Request, engine: Engine, frames: Iterator[torch.Tensor], count: int, size: tuple[int, int],
+    device: torch.device,
+) -> torch.Tensor:  # fmt: skip
+    """Chunks [1, 3, f, H, W] -> latent [1, C, T, h, w] on the device."""
+    where, tiles = _vae_layout(models, request, size, _room(models, engine, device), device)
+    vae = engine.vae(models.vae, where, torch.float32)  # as the official pipelines do, whatever the DiT runs in
+    if tiles:
+        encoded = list(encode_tiled_chunks(vae, frames, tiles, total_frames=count))
+    else:
+        encoded = list(vae.encode_chunks((chunk.to(where) for chunk in frames), total_frames=count))
+    return torch.cat(encoded, dim=2).to(device)
+
+
+def _vae_layout(
+    models: Models, request: Request, size: tuple[int, int], room: float, device: torch.device
+) -> tuple[torch.device, Tiles | None]:
+    """Where the VAE runs and in which tiles, for frames of this height and width: what was asked for, else what the
+    memory limit leaves room for; the CPU where that is too little for the smallest tile."""
+    if request.vae_tile:
+        return device, Tiles(request.vae_tile, request.vae_tile, min(64, request.vae_tile // 4))
+    if math.isinf(room):
+        return device, None
+    tiles = fitting_tiles(models.vae.config, *size, room, torch.float32)
+    if tiles is None or decode_bytes(models.vae.config, tiles.height, tiles.width) <= room:
+        return device, tiles
+    log.warning("No tile of %dx%d fits the memory limit: the VAE runs on the CPU.", size[1], size[0])
+    return torch.device("cpu"), None

@@ -44,12 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="device memory that a model may take: blocks of the transformer stream from their file as needed")
     add("--swap_blocks", type=int, default=0, metavar="N", help="stream so many blocks, whatever the memory")
     add("--prefetch", type=int, metavar="N", help="streamed blocks on the device before their turn (default: 1)")
+    add("--vae_tile", type=int, metavar="N",
+        help="encode and decode in tiles of so many pixels a side (default: only where --vram_limit asks for it)")
     add("--plan", action="store_true", help="say what the run needs of the device, and end")
     add("--convert_model_dtype", action="store_true",
         help="accepted for the official script's users: weights are always kept in --dtype")
     add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
     add("--device", default="auto", help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")
-    add("--dtype", default="auto", help="bfloat16, float16, float32, or auto")
+    add("--dtype", default="auto", help="bfloat16, float16, float32, auto; fp8_e4m3fn or int8 quantise while loading")
     add("--attention", default="auto", help="auto, sdpa, sage, flash2 or flash3")
     add("--save_file", type=Path, help="the mp4 to write (default: a name from task, size, prompt and time)")
     add("--save_tensors", type=Path, metavar="FILE.safetensors",
@@ -100,7 +102,7 @@ def request_from(args: argparse.Namespace):
     return Request(
         prompt, args.negative_prompt, image=args.image, size=args.size, frames=args.frame_num, steps=args.sample_steps,
         shift=args.sample_shift, guidance=args.sample_guide_scale, solver=args.sample_solver,
-        schedule=args.sample_schedule, seed=args.base_seed,
+        schedule=args.sample_schedule, seed=args.base_seed, vae_tile=args.vae_tile,
     )  # fmt: skip
 
 

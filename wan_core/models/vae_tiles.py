@@ -14,7 +14,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ..config import TEMPORAL_STRIDE
+from ..config import TEMPORAL_STRIDE, VAEConfig
 from ..errors import WanError
 from .vae import OnChunk, VideoVAE, check_frame_count, latent_frames
 from .vae_layers import FrameCache
@@ -96,18 +96,17 @@ def _rise(places: Tensor, before: slice, after: slice, scale: int, ramp: float) 
     return ((places - middle) / max(ramp, 1e-6) + 0.5).clamp(0, 1)
 
 
-def fitting_tiles(vae: VideoVAE, height: int, width: int, free: int) -> Tiles | None:
+def fitting_tiles(config: VAEConfig, height: int, width: int, free: float, dtype: torch.dtype) -> Tiles | None:
     """The largest tiles whose decoding fits into ``free`` bytes, for frames of so many pixels; None: no tiles needed.
 
     Where nothing fits, the smallest tiles.
     """
     from ..plan import decode_bytes
 
-    dtype = vae.conv2.weight.dtype
-    if decode_bytes(vae.config, height, width, dtype) <= free:
+    if decode_bytes(config, height, width, dtype) <= free:
         return None
     sizes = [size for size in _SIZES if size < max(height, width)] or _SIZES[-1:]
-    fits = (s for s in sizes if decode_bytes(vae.config, min(s, height), min(s, width), dtype) <= free)
+    fits = (s for s in sizes if decode_bytes(config, min(s, height), min(s, width), dtype) <= free)
     size = next(fits, sizes[-1])
     return Tiles(size, size, min(64, size // 4))
 
