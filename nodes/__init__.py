@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .experts import ExpertSwitch
 from .latents import EmptyLatent, ImageToVideo
 from .load import LoadModel
+from .lora import Lora
 from .native import ToModel
 from .options import BlockSwap
 from .prompt import AestheticPrompt
@@ -18,6 +19,7 @@ from .vae import LoadVAE, VAEDecode, VAEEncode
 NODES: list[type[io.ComfyNode]] = [
     LoadModel,
     ExpertSwitch,
+    Lora,
     BlockSwap,
     LoadTextEncoder,
     LoadVAE,

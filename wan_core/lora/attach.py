@@ -1,0 +1,103 @@
+"""A LoRA put to a recipe: each file on its expert, and a report of what was done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..config import PerExpert
+from ..errors import WanError
+from ..models.load_dit import DiTFile
+from ..recipe import ModelRecipe, noise_level_of
+from .files import read_lora
+from .twins import find_twin, level_of
+from .use import Loras, LoraUse
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The file of each expert, and why."""
+
+    high: Path | None
+    low: Path | None
+    note: str
+
+
+def place(file: Path, low: Path | str | None) -> Placed:
+    """Which file goes on which expert.
+
+    Args:
+        low: the low-noise expert's; None for none; "auto" finds out: a file with a twin goes on its own expert and the
+            twin on the other, one that names its noise level goes there alone, any other goes on both.
+    """
+    if low != AUTO:
+        return Placed(file, low, "as chosen")
+    level, twin = level_of(file), find_twin(file)
+    if twin:
+        high, low = (twin, file) if level == "low" else (file, twin)
+        return Placed(high, low, f"{twin.name} is the twin of {file.name}")
+    if level is None:
+        return Placed(file, file, "one file for both experts")
+    other = "low" if level == "high" else "high"
+    note = f"{file.name} is for the {level}-noise expert, and no twin for the {other}-noise expert was found beside it"
+    return Placed(file, None, note) if level == "high" else Placed(None, file, note)
+
+
+def with_lora(
+    recipe: ModelRecipe,
+    file: Path,
+    strength: PerExpert,
+    *,
+    low: Path | str | None = AUTO,
+    first_step: int = 0,
+    last_step: int | None = None,
+    merge: bool = False,
+) -> tuple[ModelRecipe, str]:
+    """The recipe with one more LoRA at the end of each expert's chain, and a report.
+
+    Args:
+        low: see ``place``; a model of its own (dense, or one expert) takes one file.
+        first_step, last_step: counted from 0, both included.
+
+    Raises:
+        WanError: see ``read_lora``; or an empty range of steps.
+    """
+    if first_step < 0 or last_step is not None and last_step < first_step:
+        raise WanError(f"The LoRA's steps are {first_step} to {last_step}: expected a first step of 0 or more, and a "
+                       "last step not before it.")
+    placed = place(file, low) if recipe.low or recipe.variant.experts == 2 else Placed(file, None, "")
+    sides = _sides(recipe, placed, strength)
+    uses, lines = {}, [placed.note] if placed.note else []
+    for name, (model, path, value) in sides.items():
+        if path is None:
+            lines.append(f"{_TITLES[name]}: no LoRA")
+            continue
+        use = LoraUse(read_lora(path, model), value, first_step, last_step)
+        uses[name] = (use,) if value else ()
+        lines.append(f"{_TITLES[name]}: strength {value:g}{_steps(use)}, {use.file.report()}")
+    loras = Loras(recipe.loras.high + uses.get("high", ()) + uses.get("only", ()),
+                  recipe.loras.low + uses.get("low", ()))  # fmt: skip
+    return replace(recipe, loras=loras, merge_loras=recipe.merge_loras or merge), "\n".join(lines)
+
+
+_TITLES = {"high": "High-noise expert", "low": "Low-noise expert", "only": "Model"}
+
+
+def _sides(
+    recipe: ModelRecipe, placed: Placed, strength: PerExpert
+) -> dict[str, tuple[DiTFile, Path | None, float]]:
+    """Each expert with its file and strength; one expert on its own takes those of its noise level."""
+    high = recipe.high, placed.high, strength.high
+    if recipe.low:
+        return {"high": high, "low": (recipe.low, placed.low, strength.low)}
+    if recipe.variant.experts == 2 and noise_level_of(recipe.high.checkpoint.path) == "low":
+        return {"only": (recipe.high, placed.low or placed.high, strength.low)}
+    return {"only": (recipe.high, placed.high or placed.low, strength.high)}
+
+
+def _steps(use: LoraUse) -> str:
+    if use.first_step == 0 and use.last_step is None:
+        return ""
+    return f", steps {use.first_step} to {'the last' if use.last_step is None else use.last_step}"
