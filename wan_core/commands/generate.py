@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..config import VARIANTS, PerExpert
 from ..errors import WanError
+from .loras import add_lora_argument, with_loras
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sample_guide_scale", type=_guidance, metavar="X or LOW,HIGH", help="classifier-free guidance")
     add("--offload_model", type=_bool, default=None, metavar="True|False",
         help="keep one model at a time on the device (default: True on a GPU)")
+    add_lora_argument(parser)
     add("--vram_limit", type=_limit, metavar="GB|auto",
         help="device memory that a model may take: blocks of the transformer stream from their file as needed")
     add("--swap_blocks", type=int, default=0, metavar="N", help="stream so many blocks, whatever the memory")
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     request = request_from(args).completed(VARIANTS[args.task])
     models = read_models(args.ckpt_dir, args.task, dtype=args.dtype, attention=args.attention)
-    models = replace(models, dit=replace(models.dit, **_swap(args)))
+    models = replace(models, dit=replace(with_loras(models.dit, args.lora), **_swap(args)))
     if args.plan:
         print(needs(models, request, device, _text_device(args, device)))
         return
