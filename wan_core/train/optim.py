@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WanError
+from .precision import resolve_precision
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
@@ -64,14 +65,16 @@ def is_matrix(parameter: Tensor) -> bool:
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iterations towards the nearest matrix whose singular values are all 1."""
+    """Newton-Schulz iterations towards the nearest matrix whose singular values are all 1; half precision is enough."""
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T
     x = x / (x.norm() + 1e-7)
+    if resolve_precision("auto", matrix.device) == "bf16":
+        x = x.bfloat16()
     for _ in range(steps):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x if wide else x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x if wide else x.T).to(matrix.dtype)
 
 
 def _adamw(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
