@@ -132,16 +132,19 @@ class WanAsNetwork(nn.Module):
 
     def _expert(self, x: Tensor, timestep: float, options: dict) -> Expert:
         experts = self._fitted(x)
-        now = Schedule("now", torch.tensor([timestep / 1000, 0.0]).double(), torch.tensor([timestep]).double())
-        if experts.switch.mode != "step" or experts.high is experts.low:
+        by_step = experts.switch.mode == "step" and experts.high is not experts.low
+        if not by_step and not any(use.ranged for use in self.recipe.loras):
+            now = Schedule("now", torch.tensor([timestep / 1000, 0.0]).double(), torch.tensor([timestep]).double())
             return experts.at(0, now)
         sigmas = options.get("sample_sigmas")
         if sigmas is None:
-            raise WanError("This sampler does not tell its steps, so that the experts cannot be switched by step. Set "
-                           "Wan Expert Switch to auto, timestep or snr.")
+            raise WanError("This sampler does not tell its steps, so that neither experts nor LoRAs can be switched by "
+                           "step. Set Wan Expert Switch to auto, timestep or snr, and Wan LoRA to all steps.")
         schedule = from_sigmas(sigmas)
         step = int((schedule.timesteps.float() - timestep).abs().argmin())
-        return experts.at(step, schedule)
+        expert = experts.at(step, schedule)
+        expert.begin(step)
+        return expert
 
     def _fitted(self, x: Tensor) -> Experts:
         """The experts, laid out for this size; made once for each."""

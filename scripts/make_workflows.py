@@ -1,6 +1,6 @@
 """Write the example workflows: for each graph the editor's JSON and its API twin.
 
-    python scripts/make_workflows.py http://127.0.0.1:8188
+    python scripts/make_workflows.py http://127.0.0.1:8188 [NAME ...]
 
 The address is a running ComfyUI with this pack: it says which inputs a node has, in which order, and their defaults.
 Standard library only.
@@ -38,14 +38,17 @@ SURFING_CAT = (
 )
 
 
-def main(url: str) -> None:
+def main(url: str, *names: str) -> None:
     with urllib.request.urlopen(url + "/object_info") as answer:
         schemas = json.load(answer)
-    for task, (name, prompt) in WORKFLOWS.items():
-        graph = Graph(name, schemas)
-        describe(graph, VARIANTS[task], prompt)
-        write(ROOT / "workflows" / f"{name}.json", graph.ui())
-        write(ROOT / "workflows/api" / f"{name}.json", graph.api())
+    for table, fast in ((WORKFLOWS, False), (FAST_WORKFLOWS, True)):
+        for task, (name, prompt) in table.items():
+            if names and name not in names:
+                continue
+            graph = Graph(name, schemas)
+            describe(graph, VARIANTS[task], prompt, fast=fast)
+            write(ROOT / "workflows" / f"{name}.json", graph.ui())
+            write(ROOT / "workflows/api" / f"{name}.json", graph.api())
 
 
 WORKFLOWS = {
@@ -53,6 +56,11 @@ WORKFLOWS = {
     "i2v-A14B": ("wan22_i2v_a14b", SURFING_CAT),
     "ti2v-5B": ("wan22_ti2v_5b", SURFING_CAT),
 }
+FAST_WORKFLOWS = {  # with a 4-step LoRA
+    "t2v-A14B": ("wan22_t2v_a14b_4steps", BOXING_CATS),
+    "i2v-A14B": ("wan22_i2v_a14b_4steps", SURFING_CAT),
+}
+FAST = {"steps": 4, "cfg_high": 1.0, "cfg_low": 1.0, "shift": 5.0, "solver": "euler", "schedule": "simple"}
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -60,9 +68,9 @@ def write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def describe(g: Graph, variant: Variant, prompt: str) -> None:
+def describe(g: Graph, variant: Variant, prompt: str, *, fast: bool = False) -> None:
     """The way of the data, left to right: models, prompt, size or image, sampling, video."""
-    model, clip, vae, x = add_models(g, variant)
+    model, clip, vae, x = add_models(g, variant, fast)
     model, clip = g.lead(model, (x - HALF, MODEL_LANE)), g.lead(clip, (x - HALF, CLIP_LANE))
     vae = g.lead(vae, (x - HALF, VAE_LANE))
 
@@ -75,14 +83,14 @@ def describe(g: Graph, variant: Variant, prompt: str) -> None:
         positive, negative, latent, vae, x = add_image(g, x, variant, model, vae, positive, negative)
     model = g.lead(model, (x - HALF, MODEL_LANE))
 
-    sampled, x = add_sampler(g, x, variant, model, positive, negative, latent)
+    sampled, x = add_sampler(g, x, variant, model, positive, negative, latent, fast)
     vae = g.lead(vae, (x - HALF, VAE_LANE), (x - HALF, TOP + 40))
 
     x = add_video(g, x, variant, sampled, vae)
-    add_notes(g, x, variant)
+    add_notes(g, x, variant, fast)
 
 
-def add_models(g: Graph, variant: Variant) -> tuple[Output, Output, Output, int]:
+def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, Output, int]:
     width, row = 340, 190
     files = [download("diffusion_models", name) for name in variant.comfy_names]
     titles = ["High-noise expert", "Low-noise expert"] if variant.experts == 2 else [None]
@@ -100,6 +108,11 @@ def add_models(g: Graph, variant: Variant) -> tuple[Output, Output, Output, int]
         model = g.node("WanCoreExpertSwitch", (x, TOP), (230, 105), high=loaded[0], low=loaded[1],
                        boundary=variant.boundary)[0]  # fmt: skip
         x += 230 + 30
+    if fast:
+        loras = [download("loras", name) for name in variant.comfy_loras]
+        model = g.node("WanCoreLora", (x, TOP), (340, 400), title="4-step LoRA", models=loras, model=model,
+                       lora_name=loras[0]["name"])[0]  # fmt: skip
+        x += 340 + 30
     model = g.node("WanCoreBlockSwap", (x, TOP), (230, 60), mode=BYPASSED, model=model)[0]
     x += 230 + MARGIN
     g.group("1 · Models", (0, 0), (x, HEIGHT), MODELS)
@@ -143,10 +156,11 @@ def add_image(g: Graph, x: int, variant: Variant, model: Output, vae: Output, po
 
 
 def add_sampler(g: Graph, x: int, variant: Variant, model: Output, positive: Output, negative: Output,
-                latent: Output) -> tuple[Output, int]:  # fmt: skip
+                latent: Output, fast: bool) -> tuple[Output, int]:  # fmt: skip
+    official = {"steps": variant.steps, "cfg_high": variant.guidance.high, "cfg_low": variant.guidance.low,
+                "shift": variant.shift}  # fmt: skip
     sampled = g.node("WanCoreSampler", (x + MARGIN, TOP), (290, 410), model=model, positive=positive, negative=negative,
-                     latent=latent, seed=42, steps=variant.steps, cfg_high=variant.guidance.high,
-                     cfg_low=variant.guidance.low, shift=variant.shift)[0]  # fmt: skip
+                     latent=latent, seed=42, **(FAST if fast else official))[0]  # fmt: skip
     end = x + 290 + 2 * MARGIN
     g.group("4 · Sampling", (x, 0), (end - x, HEIGHT), SAMPLING)
     return sampled, end + GAP
@@ -164,11 +178,12 @@ def add_video(g: Graph, x: int, variant: Variant, latent: Output, vae: Output) -
     return end
 
 
-def add_notes(g: Graph, end: int, variant: Variant) -> None:
-    notes = {"Files": files_note, "Size, length and memory": size_note, "Settings": settings_note}
+def add_notes(g: Graph, end: int, variant: Variant, fast: bool) -> None:
+    notes = {"Files": files_note(variant, fast), "Size, length and memory": size_note(variant),
+             "Settings": fast_note() if fast else settings_note(variant)}  # fmt: skip
     width = (end - (len(notes) - 1) * GAP) // len(notes)
     for i, (title, text) in enumerate(notes.items()):
-        g.note(title, (i * (width + GAP), HEIGHT + GAP + TITLE), (width, 190), text(variant))
+        g.note(title, (i * (width + GAP), HEIGHT + GAP + TITLE), (width, 190), text)
 
 
 def download(directory: str, name: str) -> dict[str, str]:
@@ -178,8 +193,9 @@ def download(directory: str, name: str) -> dict[str, str]:
     return {"name": name, "url": url, "directory": directory}
 
 
-def files_note(variant: Variant) -> str:
+def files_note(variant: Variant, fast: bool) -> str:
     files = [download("diffusion_models", name) for name in variant.comfy_names]
+    files += [download("loras", name) for name in variant.comfy_loras if fast]
     files += [download("text_encoders", TEXT_ENCODER), download("vae", VAES[variant.vae].comfy_name)]
     rows = "\n".join(f"- {file['directory']} / [{file['name']}]({file['url']})" for file in files)
     return f"Put these into ComfyUI's **models** folder, then press **R**.\n\n{rows}"
@@ -229,6 +245,18 @@ def settings_note(variant: Variant) -> str:
         lines.insert(1, f"**Experts** Mode auto: the high-noise expert works while the timestep is at least "
                      f"{variant.boundary * 1000:g} of 1000, then the low-noise expert takes over.")  # fmt: skip
     return "\n\n".join(lines)
+
+
+def fast_note() -> str:
+    return "\n\n".join((
+        "**4 steps** with a distilled LoRA: cfg 1, shift 5, solver euler, schedule simple. The button above the "
+        "selected Wan Sampler brings these back: 4-step LoRA.",
+        "**LoRA** One Wan LoRA node does both experts: it finds the low-noise file by its name and says so. Further "
+        "LoRAs go into further nodes behind it.",
+        "**Too little movement?** Give it more steps and set the LoRA's first_step above 0: the first steps are then "
+        "the model's own, with cfg_high above 1.",
+        "**Negative prompt** With cfg 1 it is not used, and each step takes half the time.",
+    ))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ class Variant:
     sizes: tuple[tuple[int, int], ...]
     image: Literal["none", "channels", "frame"]
     comfy_names: tuple[str, ...]  # high, low; or the dense model
+    comfy_loras: tuple[str, ...] = ()  # of ComfyUI's 4-step template: high, low
 
     @property
     def experts(self) -> int:
@@ -137,6 +138,8 @@ VARIANTS: dict[str, Variant] = {
             sizes=_A14B_SIZES, image="none",
             comfy_names=("wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
                          "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors"),
+            comfy_loras=("wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors",
+                         "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors"),
         ),
         Variant(
             task="i2v-A14B", display_name="Wan2.2 I2V-A14B", vae="wan2.1", in_channels=36, boundary=0.900,
@@ -144,6 +147,8 @@ VARIANTS: dict[str, Variant] = {
             sizes=_A14B_SIZES, image="channels",
             comfy_names=("wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors",
                          "wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors"),
+            comfy_loras=("wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors",
+                         "wan2.2_i2v_lightx2v_4steps_lora_v1_low_noise.safetensors"),
         ),
         Variant(
             task="ti2v-5B", display_name="Wan2.2 TI2V-5B", vae="wan2.2", in_channels=48, boundary=None,

@@ -134,6 +134,8 @@ def _official(models: TinyModels, folder: Path) -> None:
 def _comfyui(models: TinyModels, folder: Path) -> None:
     for name, weights in zip(models.variant.comfy_names, models.experts, strict=True):
         _save(weights, folder / "diffusion_models" / name)
+    for name, weights in zip(models.variant.comfy_loras, models.experts, strict=bool(models.variant.comfy_loras)):
+        _save(_random_lora(weights), folder / "loras" / name)
     _save(models.vae_weights, folder / "vae" / VAES[models.variant.vae].comfy_name)
     text = _renamed(models.text_weights, text_keys.DIALECTS["huggingface"])
     text["spiece_model"] = torch.frombuffer(bytearray(models.spiece), dtype=torch.uint8)
@@ -176,6 +178,18 @@ def _random_weight(key: str, shape: torch.Size, generator: torch.Generator) -> t
     if "decoder.head" in key or key.endswith("attn.q.weight") and not key.endswith("self_attn.q.weight"):
         noise *= 0.25  # pixels stay within -1..1; umT5 does not scale its attention scores
     return noise / math.sqrt(max(math.prod(shape[1:]), 1))
+
+
+def _random_lora(weights: Mapping[str, torch.Tensor], rank: int = 4) -> dict[str, torch.Tensor]:
+    """Small updates of the blocks' matrices, named as the 4-step LoRAs are."""
+    generator, made = torch.Generator().manual_seed(0), {}
+    for key in filter(dit_keys.packs, weights):
+        rows, columns = weights[key].shape
+        path = "diffusion_model." + key.removesuffix(".weight")
+        made[f"{path}.lora_down.weight"] = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
+        made[f"{path}.lora_up.weight"] = torch.randn(rows, rank, generator=generator) * 0.02
+        made[f"{path}.alpha"] = torch.tensor(float(rank))
+    return made
 
 
 def _save(weights: Mapping[str, torch.Tensor], file: Path) -> None:

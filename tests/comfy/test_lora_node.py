@@ -88,6 +88,21 @@ def test_a_pair_is_found_placed_and_told(client: Client, server: Server, loras: 
     assert "twin" in report and report.count("keys matched") == 2
 
 
+def test_native_samplers_see_it_at_its_steps(client: Client, server: Server, loras: Path):
+    """Through Wan as ComfyUI MODEL and KSampler, to 1e-4, with a LoRA that begins at the second step."""
+    g = Graph()
+    both = wan.model(g, "t2v")
+    late = lora(g, both, first_step=1)
+    latent, sides = wan.empty(g, both), wan.prompts(g)
+    model = g.add("WanCoreToModel", model=late, shift=SHIFT)
+    native = g.add("KSampler", model=model, seed=SEED, steps=STEPS, cfg=1.0, **sides, latent_image=latent,
+                   sampler_name="euler", scheduler="simple", denoise=1.0)  # fmt: skip
+    always = ours(g, lora(g, both), latent, sides)
+    mine, native, always = results(client, server, g, mine=ours(g, late, latent, sides), native=native, always=always)
+    assert (mine - native).abs().max() <= 1e-4 * native.abs().max()
+    assert (mine - always).abs().max() > 1e-2 * native.abs().max()
+
+
 def test_what_cannot_be_is_refused_before_a_weight_is_read(client: Client, server: Server, loras: Path):
     save_file({"lora_te_text_model_encoder.lora_up.weight": torch.zeros(4, 4)}, loras / "test_clip.safetensors")
     g = Graph()

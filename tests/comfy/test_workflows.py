@@ -17,32 +17,37 @@ from wan_core.config import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, FRAMES, STEPS = (96, 64), 9, 3
-each_task = pytest.mark.parametrize("task", make_workflows.WORKFLOWS)
+TABLES = {"": make_workflows.WORKFLOWS, " fast": make_workflows.FAST_WORKFLOWS}
+each_workflow = pytest.mark.parametrize(
+    ("task", "kind"), [(task, kind) for kind, table in TABLES.items() for task in table]
+)
 
 
 def read(path: str) -> dict[str, Any]:
     return json.loads((ROOT / path).read_text(encoding="utf-8"))
 
 
-@each_task
-def test_files_are_what_their_description_makes(client: Client, task: str) -> None:
+@each_workflow
+def test_files_are_what_their_description_makes(client: Client, task: str, kind: str) -> None:
     """So widget values stand in the order of the nodes' schemas, and both formats describe one graph.
 
     Mended by: python scripts/make_workflows.py http://...
     """
-    name, prompt = make_workflows.WORKFLOWS[task]
+    name, prompt = TABLES[kind][task]
     graph = Graph(name, client.object_info())
-    make_workflows.describe(graph, VARIANTS[task], prompt)
+    make_workflows.describe(graph, VARIANTS[task], prompt, fast=bool(kind))
     assert read(f"workflows/{name}.json") == graph.ui()
     assert read(f"workflows/api/{name}.json") == graph.api()
 
 
 @pytest.mark.parametrize(
-    ("task", "image"), [("t2v-A14B", False), ("i2v-A14B", True), ("ti2v-5B", True), ("ti2v-5B", False)]
-)
-def test_api_twin_runs(client: Client, task: str, image: bool) -> None:
+    ("task", "kind", "image"),
+    [("t2v-A14B", "", False), ("i2v-A14B", "", True), ("ti2v-5B", "", True), ("ti2v-5B", "", False),
+     ("t2v-A14B", " fast", False), ("i2v-A14B", " fast", True)],
+)  # fmt: skip
+def test_api_twin_runs(client: Client, task: str, kind: str, image: bool) -> None:
     """At a small size; the fps are the file's. TI2V also without its image, when it goes by the text alone."""
-    graph = read(f"workflows/api/{make_workflows.WORKFLOWS[task][0]}.json")
+    graph = read(f"workflows/api/{TABLES[kind][task][0]}.json")
     run = client.run(small(graph if image else without_image(graph)))
     assert run.ok, run.error
     assert wan.read_video(client, run) == Video(FRAMES, *SIZE, VARIANTS[task].fps)

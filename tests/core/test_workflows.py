@@ -14,7 +14,9 @@ from PIL import Image
 from wan_core.config import NEGATIVE_PROMPT, VAES, VARIANTS, Variant
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
-TASKS = {"t2v-A14B": "wan22_t2v_a14b", "i2v-A14B": "wan22_i2v_a14b", "ti2v-5B": "wan22_ti2v_5b"}
+TASKS = {"t2v-A14B": "wan22_t2v_a14b", "i2v-A14B": "wan22_i2v_a14b", "ti2v-5B": "wan22_ti2v_5b",
+         "t2v-A14B fast": "wan22_t2v_a14b_4steps", "i2v-A14B fast": "wan22_i2v_a14b_4steps"}  # fmt: skip
+FAST = {"steps": 4, "cfg_high": 1.0, "cfg_low": 1.0, "shift": 5.0, "solver": "euler", "schedule": "simple"}
 TITLE = 30  # pixels of a node's title bar, above its position
 ROOM = 10  # pixels that nodes keep between them
 
@@ -27,6 +29,10 @@ def ui(task: str) -> dict[str, Any]:
 
 def api(task: str) -> dict[str, Any]:
     return json.loads((FOLDER / "api" / f"{TASKS[task]}.json").read_text(encoding="utf-8"))
+
+
+def variant_of(task: str) -> Variant:
+    return VARIANTS[task.removesuffix(" fast")]
 
 
 def values(task: str, class_type: str) -> list[dict[str, Any]]:
@@ -98,20 +104,25 @@ def test_data_flows_from_left_to_right(task: str) -> None:
 @each_task
 def test_every_model_file_says_where_to_get_it(task: str) -> None:
     """As in ComfyUI's own templates: name, address and folder of each file, the name being the widget's value."""
-    loaders = [node for node in ui(task)["nodes"] if node["type"].startswith("WanCoreLoad")]
-    assert len(loaders) == VARIANTS[task].experts + 2
+    loaders = [node for node in ui(task)["nodes"] if node["type"].startswith(("WanCoreLoad", "WanCoreLora"))]
+    assert len(loaders) == variant_of(task).experts + 2 + task.endswith("fast")
     for node in loaders:
-        (file,) = node["properties"]["models"]
-        assert file["name"] == node["widgets_values"][0]
-        assert re.fullmatch(rf"https://huggingface\.co/Comfy-Org/.+/{file['directory']}/{file['name']}", file["url"])
-        assert file["directory"] in ("diffusion_models", "text_encoders", "vae")
+        assert node["properties"]["models"][0]["name"] == node["widgets_values"][0]
+        for file in node["properties"]["models"]:
+            address = rf"https://huggingface\.co/Comfy-Org/.+/{file['directory']}/{file['name']}"
+            assert re.fullmatch(address, file["url"])
+            assert file["directory"] in ("diffusion_models", "text_encoders", "vae", "loras")
+        assert len(node["properties"]["models"]) == (2 if node["type"] == "WanCoreLora" else 1)
 
 
 @each_task
 def test_settings_are_the_official_ones(task: str) -> None:
-    variant = VARIANTS[task]
+    variant = variant_of(task)
     (sampler,) = values(task, "WanCoreSampler")
-    assert sampler | official(variant) == sampler
+    assert sampler | (FAST if task.endswith("fast") else official(variant)) == sampler
+    assert [node["lora_name"] for node in values(task, "WanCoreLora")] == (
+        [variant.comfy_loras[0]] if task.endswith("fast") else []
+    )
     (start,) = values(task, "WanCoreEmptyLatent") + values(task, "WanCoreImageToVideo")
     assert (start["width"], start["height"], start["frames"]) == (*variant.size, variant.frames)
     assert values(task, "CreateVideo")[0]["fps"] == variant.fps
@@ -137,6 +148,7 @@ def test_presets_of_the_menus_are_the_official_settings() -> None:
     for variant in VARIANTS.values():
         preset = sampler[variant.display_name.removeprefix("Wan2.2 ")]
         assert preset == {name: value for name, value in official(variant).items() if name != "denoise"}
+    assert sampler["4-step LoRA"] == FAST
     offered = {(size["width"], size["height"]) for size in sizes.values()}
     assert offered == {size for variant in VARIANTS.values() for size in variant.sizes}
 

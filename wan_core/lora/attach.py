@@ -98,6 +98,6 @@ def _sides(
 
 
 def _steps(use: LoraUse) -> str:
-    if use.first_step == 0 and use.last_step is None:
+    if not use.ranged:
         return ""
     return f", steps {use.first_step} to {'the last' if use.last_step is None else use.last_step}"

@@ -19,6 +19,11 @@ class LoraUse:
     first_step: int = 0
     last_step: int | None = None
 
+    @property
+    def ranged(self) -> bool:
+        """Whether it does not act at every step."""
+        return self.first_step > 0 or self.last_step is not None
+
     def at(self, step: int) -> float:
         """The strength at a step."""
         within = self.first_step <= step and (self.last_step is None or step <= self.last_step)
