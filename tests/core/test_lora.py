@@ -10,14 +10,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.core.lora_files import DIALECTS_OF_LORA, STRENGTH, Dialect, low_rank, prefixed
+from wan_core.checkpoint.dit import DIALECTS
 from wan_core.config import DiTConfig
 from wan_core.errors import WanError
-from wan_core.lora.apply import PatchedLinear, adaptation_of
+from wan_core.lora.apply import Adaptation, PatchedLinear, adaptation_of
 from wan_core.lora.files import read_lora
 from wan_core.models.dit import WanDiT
 from wan_core.models.load_dit import build_dit, read_dit
 from wan_core.tiny import TinySizes, _random_weights, make_tiny
 
+DIFFUSERS = DIALECTS["diffusers"]
 CONFIG = DiTConfig(16, 16, 128, 256, layers=3, text_dim=32, freq_dim=256, heads=1)
 
 
@@ -212,3 +214,43 @@ def test_unknown_keys_and_other_channels_are_left_out_and_told(base: Path, lora:
     assert len(read.unmatched) == 2 and read.misfits == ("diffusion_model.patch_embedding.diff",)
     assert "k_img" in read.report() and "patch_embedding.diff" in read.report()
     assert f"{len(tensors)} of {len(tensors) + 3} keys matched" in read.report()
+
+
+def test_a_file_of_both_experts_gives_each_its_own(base: Path, tmp_path: Path):
+    """As diffusers names them; and a key that comes twice is told, not taken."""
+    q = {"blocks.0.self_attn.q.weight": weights_of(base)["blocks.0.self_attn.q.weight"]}
+    torch.manual_seed(6)
+    sides = [low_rank(q, lambda path, top=top: f"{top}.{DIFFUSERS.to_theirs(path)}", ".lora_A.weight",
+                      ".lora_B.weight", alpha=False)[0] for top in ("transformer", "transformer_2")]  # fmt: skip
+    save_file(sides[0] | sides[1], tmp_path / "both.safetensors")
+    for expert, side in zip(("high", "low"), sides, strict=True):
+        read = read_lora(tmp_path / "both.safetensors", read_dit(base), expert)
+        (part,) = read.parts["blocks.0.self_attn.q.weight"]
+        assert set(part.keys.values()) == set(side) and (read.matched, read.unmatched) == (2, ())
+    twice = low_rank(q, str, ".lora_A.weight", ".lora_B.weight", alpha=False)[0]
+    save_file(sides[0] | twice, tmp_path / "twice.safetensors")
+    assert len(read_lora(tmp_path / "twice.safetensors", read_dit(base)).unmatched) == 2
+
+
+def test_what_fails_half_way_leaves_the_plain_model(base: Path, lora: Path, monkeypatch: pytest.MonkeyPatch):
+    file = read_dit(base)
+    dit = build_dit(file, dtype="float32")
+    plain, read, put = dit(*inputs()), read_lora(lora, file), Adaptation._put
+    monkeypatch.setattr(Adaptation, "_put", _fails_once(put))
+    with pytest.raises(torch.OutOfMemoryError):
+        adaptation_of(dit, file).set([read], [1.0])
+    assert torch.equal(dit(*inputs()), plain)
+    adaptation_of(dit, file).set([read], [1.0])
+    assert torch.equal(dit(*inputs()), velocity(base, (lora, 1.0)))
+
+
+def _fails_once(put):
+    calls = []
+
+    def run(self: Adaptation, key: str, active: list) -> None:
+        calls.append(key)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("none left")
+        put(self, key, active)
+
+    return run

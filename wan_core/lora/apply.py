@@ -111,14 +111,18 @@ class Adaptation:
         same = [one.fingerprint for one in loras] == [one.fingerprint for one in self._loras] and merge == self._merge
         if same and list(strengths) == self._strengths:
             return
-        if same:
-            self._strengths[:] = strengths
-            self._merge_all()
-        else:
-            self._undo()
-            self._loras, self._merge, self._strengths = tuple(loras), merge, list(strengths)
-            self._build()
         self.revision += 1
+        try:
+            if same:
+                self._strengths[:] = strengths
+                self._merge_all()
+            else:
+                self._undo()
+                self._loras, self._merge, self._strengths = tuple(loras), merge, list(strengths)
+                self._build()
+        except BaseException:  # out of memory, or cancelled: half of it would be worse than nothing
+            self._undo()
+            raise
 
     @torch.no_grad()
     def _build(self) -> None:
@@ -204,8 +208,8 @@ class Adaptation:
         for merged in self._merged:
             if self._streamed_block(merged.key) is None or not self.model.swap.brings(*self._slot(merged.key)):
                 self._put(merged.key, [])
-        self._patched, self._merged = [], []
         self._close()
+        self._patched, self._merged, self._loras, self._strengths = [], [], (), []
 
     def _streamed_block(self, key: str) -> int | None:
         if self.model.swap is None or self.model.swap.places(key):

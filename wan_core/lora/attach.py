@@ -70,11 +70,11 @@ def with_lora(
     placed = place(file, low) if recipe.low or recipe.variant.experts == 2 else Placed(file, None, "")
     sides = _sides(recipe, placed, strength)
     uses, lines = {}, [placed.note] if placed.note else []
-    for name, (model, path, value) in sides.items():
+    for name, (model, path, value, level) in sides.items():
         if path is None:
             lines.append(f"{_TITLES[name]}: no LoRA")
             continue
-        use = LoraUse(read_lora(path, model), value, first_step, last_step)
+        use = LoraUse(read_lora(path, model, level), value, first_step, last_step)
         uses[name] = (use,) if value else ()
         lines.append(f"{_TITLES[name]}: strength {value:g}{_steps(use)}, {use.file.report()}")
     loras = Loras(recipe.loras.high + uses.get("high", ()) + uses.get("only", ()),
@@ -87,14 +87,14 @@ _TITLES = {"high": "High-noise expert", "low": "Low-noise expert", "only": "Mode
 
 def _sides(
     recipe: ModelRecipe, placed: Placed, strength: PerExpert
-) -> dict[str, tuple[DiTFile, Path | None, float]]:
-    """Each expert with its file and strength; one expert on its own takes those of its noise level."""
-    high = recipe.high, placed.high, strength.high
+) -> dict[str, tuple[DiTFile, Path | None, float, str]]:
+    """Each expert with its file, strength and level; one expert on its own takes those of its noise level."""
     if recipe.low:
-        return {"high": high, "low": (recipe.low, placed.low, strength.low)}
+        return {"high": (recipe.high, placed.high, strength.high, "high"),
+                "low": (recipe.low, placed.low, strength.low, "low")}  # fmt: skip
     if recipe.variant.experts == 2 and noise_level_of(recipe.high.checkpoint.path) == "low":
-        return {"only": (recipe.high, placed.low or placed.high, strength.low)}
-    return {"only": (recipe.high, placed.high or placed.low, strength.high)}
+        return {"only": (recipe.high, placed.low or placed.high, strength.low, "low")}
+    return {"only": (recipe.high, placed.high or placed.low, strength.high, "high")}
 
 
 def _steps(use: LoraUse) -> str:

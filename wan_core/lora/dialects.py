@@ -56,11 +56,21 @@ def sort_keys(keys: Iterable[str], weights: Collection[str]) -> Sorted:
         path, role = _split(key)
         module = _find(path, modules) if role else None
         target = module and _target(module, role, weights)
-        if target is None:
+        roles = found.targets.setdefault(target, {}) if target else {}
+        role = "diff" if role in (_OF_BIAS, _OF_MODULATION) else role
+        if target is None or role in roles:
             found.unknown.append(key)
         else:
-            found.targets.setdefault(target, {})["diff" if role in (_OF_BIAS, _OF_MODULATION) else role] = key
+            roles[role] = key
     return found
+
+
+def keys_of_expert(keys: Collection[str], expert: str | None) -> list[str]:
+    """The keys that are for an expert, "low" or another: diffusers may keep both in one file."""
+    sides = {name: [key for key in keys if key.startswith(name)] for name in ("transformer.", "transformer_2.")}
+    if not all(sides.values()):
+        return list(keys)
+    return sides["transformer_2." if expert == "low" else "transformer."]
 
 
 def _split(key: str) -> tuple[str, str | None]:

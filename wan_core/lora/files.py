@@ -13,7 +13,7 @@ from ..config import VARIANTS, DiTConfig
 from ..errors import WanError
 from ..models.load_dit import DiTFile
 from .adapters import Adapter, kinds_of
-from .dialects import sort_keys
+from .dialects import keys_of_expert, sort_keys
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,18 @@ class LoraFile:
         return "\n".join(lines)
 
 
-def read_lora(path: str | Path, model: DiTFile) -> LoraFile:
+def read_lora(path: str | Path, model: DiTFile, expert: str | None = None) -> LoraFile:
     """Read a LoRA's header and fit it to a model.
+
+    Args:
+        expert: "high" or "low", for a file that holds both.
 
     Raises:
         WanError: not there, damaged, nothing in it that the model has, or made for a model of other dimensions.
     """
     checkpoint = open_checkpoint(path)
-    found = sort_keys(checkpoint.tensors, model.names)
+    keys = keys_of_expert(checkpoint.tensors, expert)
+    found = sort_keys(keys, model.names)
     unmatched, misfits, parts = list(found.unknown), [], {}
     for own, roles in found.targets.items():
         fitting, other_shape, left = _fit(checkpoint, roles, _shape(model, own))
@@ -73,7 +77,7 @@ def read_lora(path: str | Path, model: DiTFile) -> LoraFile:
     _refuse_other_models(checkpoint, found.targets, misfits, model)
     if not parts:
         raise WanError(_nothing(checkpoint, model))
-    matched = len(checkpoint.tensors) - len(unmatched) - len(misfits)
+    matched = len(keys) - len(unmatched) - len(misfits)
     return LoraFile(checkpoint, parts, matched, tuple(unmatched), tuple(misfits), checkpoint.fingerprint)
 
 
