@@ -143,6 +143,9 @@ DIALECTS_OF_LORA = {
         lambda w: low_rank(w, str, ".lora_A.default.weight", ".lora_B.default.weight", alpha=False), False),
     "peft_wrapped": Dialect(lambda w: low_rank(
         w, lambda path: f"base_model.model.{path}", ".lora_A.weight", ".lora_B.weight", alpha=False), False),
+    "onetrainer": Dialect(lambda w: low_rank(
+        w, lambda path: lycoris(path).replace("lycoris", "lora_transformer"), ".lora_down.weight", ".lora_up.weight",
+        alpha=True), False),
     "lycoris_names": Dialect(lambda w: lokr(w, one=False, two=True, name=lycoris), False),
     "differences": Dialect(differences, False),  # it has no .diff_m
     "dora_rows": Dialect(lambda w: dora(w, rows=True)),

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from ..checkpoint.dit import DIALECTS
 
-_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "pipe.dit.", "dit.", "transformer.",
-             "transformer_2.", "unet.", "model.")  # fmt: skip
+_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "diffusion.model.", "pipe.dit.", "dit.",
+             "transformer.", "transformer_2.", "unet.", "model.")  # fmt: skip
 _FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 
 _ADAPTER = r"(?:(?:\.\w+)?\.weight)?"  # PEFT writes the adapter's name between: lora_A.default.weight
