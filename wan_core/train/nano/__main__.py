@@ -82,7 +82,7 @@ def export(family: Family, out: Path) -> None:
             continue
         file = out / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_weights(_stored(family.file(stage), family.settings.storage), file, "auto", {"wan_nano": stage})
+        save_weights(_stored(family.need(stage), family.settings.storage), file, "auto", {"wan_nano": stage})
         total += file.stat().st_size
         family.tell(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
     first_frames(out, family.settings.frame.width)

@@ -33,7 +33,7 @@ from ..sample import Sampling
 from ..vae import Phase, VAERecipe, VAETask, calibrate, new_vae, reconstruct
 from .dataset import RandomClips, scenes, to_tensor, training_clips
 from .evaluate import Rate
-from .judge import I2V, T2V, TI2V, VAE_STAGE, Judge, held_out_prompts
+from .judge import FILES, I2V, T2V, TI2V, VAE_STAGE, Judge, held_out_prompts
 from .text import ReaderTask, make_tokenizer, new_encoder, save_encoder, tokenizer_of
 from .world import Scene, film
 
@@ -63,6 +63,9 @@ class Settings:
         return max(2, round(full * self.scale))
 
 
+REPOSITORY = Path(__file__).resolve().parents[3] / "nano"
+
+
 @dataclass(eq=False)
 class Family:
     """The family in a working folder: finished stages lie there as float32 files, unfinished ones as states."""
@@ -76,12 +79,25 @@ class Family:
         return self.work / stage / "model.safetensors"
 
     def done(self, stage: str) -> bool:
-        return self.file(stage).exists()
+        return self._found(stage) is not None
 
     def need(self, stage: str) -> Path:
-        if not self.done(stage):
+        """Where a finished stage's weights lie.
+
+        Raises:
+            WanError: it is not finished.
+        """
+        found = self._found(stage)
+        if found is None:
             raise WanError(f"Stage {stage} is not finished. Run it: python -m wan_core.train.nano --stages {stage}.")
-        return self.file(stage)
+        return found
+
+    def _found(self, stage: str) -> Path | None:
+        """In the working folder; else, for a training with the settings of the repository's files, among those."""
+        places = [self.file(stage)]
+        if self.settings == Settings() and stage in FILES:
+            places.append(REPOSITORY / FILES[stage])
+        return next((place for place in places if place.is_file()), None)
 
     def vae(self, kind: VAEKind) -> VideoVAE:
         return load_vae(self.need(VAE_STAGE[kind]), dtype=torch.float32)
@@ -128,7 +144,7 @@ class Family:
     def filled(self, file: Path, variant: Variant) -> TrainedDiT:
         """A new model with another's weights; input channels that the other has not begin at zero."""
         model = new_dit(self.config(variant), self.settings.seed)
-        weights = load_file(file)
+        weights = {key: tensor.float() for key, tensor in load_file(file).items()}
         patch = "patch_embedding.weight"
         missing = model.patch_embedding.weight.shape[1] - weights[patch].shape[1]
         if missing > 0:
@@ -326,7 +342,7 @@ STAGES: dict[str, Callable[[Family], bool]] = {
     "pilot": pilot,
     "t2v_high": _expert("t2v_high", T2V, "high", 900, "pilot"),
     "t2v_low": gated(_expert("t2v_low", T2V, "low", 600, "pilot"), "t2v"),
-    "i2v_high": _expert("i2v_high", I2V, "high", 600, "t2v_high"),
-    "i2v_low": gated(_expert("i2v_low", I2V, "low", 600, "t2v_low"), "i2v"),
+    "i2v_high": _expert("i2v_high", I2V, "high", 800, "t2v_high"),
+    "i2v_low": gated(_expert("i2v_low", I2V, "low", 700, "t2v_low"), "i2v"),
     "ti2v": gated(_expert("ti2v", TI2V, "only", 3000, None), "ti2v"),
 }  # fmt: skip
