@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from wan_core.config import DiTConfig
 from wan_core.train.data import Frame
+from wan_core.train.loop import Plan, train
+from wan_core.train.model import new_dit
 from wan_core.train.nano.captions import caption
 from wan_core.train.nano.dataset import RandomClips, held_out, scenes, to_tensor, training_clips
 from wan_core.train.nano.evaluate import PAIRS, ceiling, look_at, score, score_pairs
 from wan_core.train.nano.judge import T2V, Judge, held_out_prompts
+from wan_core.train.nano.place import PlaceTask
 from wan_core.train.nano.text import WORDS, make_tokenizer, tokenizer_of
 from wan_core.train.nano.world import CAMERAS, MOTIONS, SHAPES, Scene, film, placed, random_scene
 from wan_core.train.sample import Sampling
@@ -138,3 +142,12 @@ def test_the_judge_finds_perfect_clips_perfect_and_wrong_ones_wrong():
 
 def test_prompts_of_the_judge_are_held_out():
     assert all(held_out(scene) for scene, _ in held_out_prompts(20))
+
+
+def test_places_are_learnt_from_noise_alone(tmp_path):
+    """Four rows and columns, chance 0.25: nothing but the grid's edges tells them apart."""
+    model = new_dit(DiTConfig(16, 16, dim=128, ffn_dim=256, layers=2, text_dim=32, freq_dim=256, heads=1), seed=0)
+    task = PlaceTask(model, (16, 2, 8, 8), torch.zeros(1, 32))
+    assert task.accuracy() < 0.4
+    train(task, Plan(220, 3e-3, optimiser="muon", weight_decay=0.0), tmp_path)
+    assert task.accuracy() > 0.6
