@@ -29,7 +29,9 @@ LOW = wan.expert("t2v", "low")
 def dataset(server: Server) -> Iterator[str]:
     """Two clips in the server's input folder, and tables that are wrong."""
     folder, loras = server.base / "input/shapes", server.base / "models/loras"
-    folder.mkdir(), loras.mkdir()
+    folder.mkdir()
+    loras.mkdir(exist_ok=True)
+    before = set(loras.iterdir())
     generator = torch.Generator().manual_seed(0)
     for name in ("a.mp4", "b.mp4"):
         save_video([torch.rand(3, 5, *SIZE, generator=generator) * 2 - 1], folder / name, 16)
@@ -39,8 +41,10 @@ def dataset(server: Server) -> Iterator[str]:
     (server.base / "input/linked").symlink_to(folder)  # as if it lay on another disk
     yield "shapes"
     (server.base / "input/linked").unlink()
-    for made in (folder, loras, server.base / "input/wrong_columns", server.base / "input/no_rows"):
+    for made in (folder, server.base / "input/wrong_columns", server.base / "input/no_rows"):
         shutil.rmtree(made)
+    for made in set(loras.iterdir()) - before:
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
 
 
 def write_table(folder: Path, *rows: list[str]) -> None:
