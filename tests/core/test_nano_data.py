@@ -9,16 +9,19 @@ import pytest
 import torch
 
 from wan_core.config import DiTConfig
+from wan_core.train.cache import Entry
 from wan_core.train.data import Frame
+from wan_core.train.dit import Data, DiTTask, Recipe
 from wan_core.train.loop import Plan, train
 from wan_core.train.model import new_dit
 from wan_core.train.nano.captions import caption
 from wan_core.train.nano.dataset import RandomClips, held_out, scenes, to_tensor, training_clips
 from wan_core.train.nano.evaluate import PAIRS, ceiling, look_at, score, score_pairs
 from wan_core.train.nano.judge import T2V, Judge, held_out_prompts
-from wan_core.train.nano.place import PlaceTask
+from wan_core.train.nano.place import PlacedTask, PlaceTask
 from wan_core.train.nano.text import WORDS, make_tokenizer, tokenizer_of
 from wan_core.train.nano.world import CAMERAS, MOTIONS, SHAPES, Scene, film, placed, random_scene
+from wan_core.train.objective import NoiseRange
 from wan_core.train.sample import Sampling
 
 SIDE, FRAMES = 64, 9
@@ -151,3 +154,18 @@ def test_places_are_learnt_from_noise_alone(tmp_path):
     assert task.accuracy() < 0.4
     train(task, Plan(220, 3e-3, optimiser="muon", weight_decay=0.0), tmp_path)
     assert task.accuracy() > 0.6
+
+
+def test_training_keeps_the_places_in_mind():
+    """The second loss is a cross-entropy over the places of the tokens after two blocks, on top of the velocity's."""
+    model = new_dit(DiTConfig(16, 16, dim=128, ffn_dim=64, layers=2, text_dim=32, freq_dim=256, heads=1), seed=0)
+    latent = torch.randn(16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    data = Data(lambda i: Entry(latent, None), lambda i: torch.ones(1, 32), torch.zeros(1, 32), [(16, 2, 4, 4)], "one")
+    task = PlacedTask(model, data, Recipe(T2V, NoiseRange(0, 1, 5.0), precision="fp32"))
+    loss, figures = task.loss(0, torch.Generator().manual_seed(1))
+    plain, _ = DiTTask(model, data, task.recipe).loss(0, torch.Generator().manual_seed(1))
+    assert figures["velocity"] == pytest.approx(plain.item(), rel=1e-5)
+    assert 0.1 < loss.item() - plain.item() < 1.0  # about half of log 2: two frames, rows and columns
+    loss.backward()
+    taught = (task.parameters()[name] for name in ("reader.votes.weight", "blocks.0.ffn.0.weight"))
+    assert all(parameter.grad.abs().sum() > 0 for parameter in taught)

@@ -23,7 +23,7 @@ from ...models.text_encoder import load_text_encoder
 from ...models.vae import VideoVAE
 from ..cache import Cache, Entry, Latents, Texts, file_key
 from ..data import Clip, Frame
-from ..dit import Data, DiTTask, save_weights
+from ..dit import Data, save_weights
 from ..dit import Recipe as DiTRecipe
 from ..loop import Plan, train
 from ..model import TrainedDiT, new_dit
@@ -35,7 +35,7 @@ from ..vae import Phase, VAERecipe, VAETask, calibrate, new_vae, reconstruct
 from .dataset import RandomClips, scenes, to_tensor, training_clips
 from .evaluate import Rate
 from .judge import FILES, I2V, T2V, TI2V, VAE_STAGE, Judge, held_out_prompts
-from .place import PlaceTask
+from .place import PlacedTask, PlaceTask
 from .text import ReaderTask, make_tokenizer, new_encoder, save_encoder, tokenizer_of
 from .world import Scene, film
 
@@ -224,7 +224,7 @@ def overfit(family: Family) -> bool:
     model = family.dit("place", T2V)
     recipe = DiTRecipe(T2V, NoiseRange(0, 1, family.settings.shift), batch=16, caption_dropout=0.1,
                        precision=family.settings.precision)  # fmt: skip
-    task = DiTTask(model, family.data(T2V, clips), recipe)
+    task = PlacedTask(model, family.data(T2V, clips), recipe)
     if not walk(family, "overfit", task, dit_plan(family.settings, 600)):
         return False
     family.finish("overfit", model.state_dict())
@@ -254,7 +254,7 @@ def dit_stage(
     """A transformer on the whole data set."""
     model = family.dit(start, variant) if start else new_dit(family.config(variant), family.settings.seed)
     recipe = DiTRecipe(variant, noise, batch=family.settings.batch, precision=family.settings.precision)
-    task = DiTTask(model, family.data(variant, family.clips), recipe)
+    task = PlacedTask(model, family.data(variant, family.clips), recipe)
     plan = dit_plan(family.settings, full_steps)
     task.sampler = lambda step, folder: _dit_samples(family, model, step, folder)
     if stage != "pilot":
