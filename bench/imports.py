@@ -9,16 +9,12 @@ import argparse
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
-
-import torch
-from torch import nn
 
 from wan_core.checkpoint import text as text_keys
 from wan_core.config import VAES, VARIANTS, DiTConfig, TextConfig, VAEConfig
@@ -28,6 +24,7 @@ from wan_core.models.umt5 import Umt5Encoder
 from wan_core.tiny import write_tiny
 
 from .cpu import machine
+from .sparse import shapes_of, write_sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "bench" / "results" / "import.json"
@@ -133,38 +130,19 @@ def checkpoints(folder: Path) -> Iterator[tuple[str, str, Path]]:
     yield "tiny DiT", "dit", tiny / "diffusion_models" / VARIANTS["t2v-A14B"].comfy_names[0]
     yield "tiny VAE", "vae", tiny / "vae" / VAES["wan2.1"].comfy_name
     yield "tiny text encoder", "text", next((tiny / "text_encoders").iterdir())
-    dit = _shapes(lambda: WanDiT(DiTConfig(16, 16, 5120, 13824, 40, 4096, 256, heads=40)))
+    dit = shapes_of(lambda: WanDiT(DiTConfig(16, 16, 5120, 13824, 40, 4096, 256, heads=40)))
     yield "A14B, one file (sparse, 28 GB)", "dit", write_sparse(folder / "a14b.safetensors", dit)
     yield "A14B, six shards (sparse)", "dit", _write_shards(folder / "a14b", dit)
-    vae = _shapes(lambda: VAE_CLASSES["wan2.2"](VAEConfig("wan2.2", 48, 160, 256)))
+    vae = shapes_of(lambda: VAE_CLASSES["wan2.2"](VAEConfig("wan2.2", 48, 160, 256)))
     yield "Wan2.2-VAE (sparse)", "vae", write_sparse(folder / "vae.safetensors", vae)
     yield "umT5-XXL (sparse, 11 GB)", "text", write_sparse(folder / "umt5.safetensors", _text_shapes())
 
 
-def _shapes(make: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {key: tuple(slot.shape) for key, slot in make().state_dict().items()}
-
-
 def _text_shapes() -> dict[str, tuple[int, ...]]:
     """umT5-XXL under ComfyUI's keys, with a tokenizer as long as the real one's."""
-    shapes = _shapes(lambda: Umt5Encoder(TextConfig(256384, 4096, 4096, 10240, heads=64, layers=24)))
+    shapes = shapes_of(lambda: Umt5Encoder(TextConfig(256384, 4096, 4096, 10240, heads=64, layers=24)))
     theirs = {text_keys.DIALECTS["huggingface"].to_theirs(key): shape for key, shape in shapes.items()}
     return {**theirs, text_keys.SPIECE_MODEL: (4_548_313,)}
-
-
-def write_sparse(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
-    """A safetensors file of zeros that takes no space on the disk: bfloat16, but for the bytes of a tokenizer."""
-    header, end = {}, 0
-    for key, shape in shapes.items():
-        name, size = ("U8", 1) if key == text_keys.SPIECE_MODEL else ("BF16", 2)
-        start, end = end, end + size * torch.Size(shape).numel()
-        header[key] = {"dtype": name, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        stream.truncate(8 + len(text) + end)
-    return file
 
 
 def _write_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]], shards: int = 6) -> Path:

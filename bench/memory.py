@@ -11,7 +11,6 @@ import ctypes
 import gc
 import json
 import os
-import struct
 import subprocess
 import sys
 import threading
@@ -32,6 +31,7 @@ from wan_core.plan import GB, Plan, activation_bytes, held_bytes, plan
 from wan_core.recipe import ModelRecipe
 
 from .measure import MEMORY_ENVIRONMENT
+from .sparse import shapes_of, write_sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "bench" / "results" / "memory.json"
@@ -41,7 +41,6 @@ CONFIGS = {
     "ti2v-5B": DiTConfig(48, 48, 3072, 14336, layers=30, text_dim=4096, freq_dim=256, heads=24),
 }
 LIMITS = {"t2v-A14B": 6.0, "i2v-A14B": 6.0, "ti2v-5B": 5.0}  # GB: the goals
-_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 METHOD_CPU = (
     "A process for each row. RssAnon of the process, read every 2 ms by a thread, from just before the model is built "
     "to the worst moment of building and of one call; pages of the mapped file are not anonymous. glibc's mmap "
@@ -255,19 +254,8 @@ def recipe(case: Case, folder: Path) -> ModelRecipe:
 
 
 def sparse_file(path: Path, config: DiTConfig, dtype: torch.dtype) -> Path:
-    """A checkpoint of zeros that takes no room on disk: a header, and a hole as long as the weights."""
-    with torch.device("meta"):
-        shapes = {key: value.shape for key, value in WanDiT(config).state_dict().items()}
-    header, end = {}, 0
-    for key, shape in shapes.items():
-        start, end = end, end + shape.numel() * dtype.itemsize
-        header[key] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-    return path
+    """A checkpoint of zeros that takes no room on disk."""
+    return write_sparse(path, shapes_of(lambda: WanDiT(config)), dtype)
 
 
 def _case(text: str) -> Case:

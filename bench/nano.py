@@ -10,18 +10,14 @@ from pathlib import Path
 from statistics import mean
 
 from wan_core.train.data import Frame
-from wan_core.train.nano.evaluate import Rate
-from wan_core.train.nano.judge import FILES, I2V, T2V, TI2V, Judge, Mean, Words, held_out_prompts
+from wan_core.train.nano.evaluate import Rate, together
+from wan_core.train.nano.judge import ARRANGEMENTS, FILES, I2V, T2V, TI2V, Judge, Mean, Words, held_out_prompts
 from wan_core.train.sample import Sampling
 
 from .cpu import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "bench" / "results" / "nano.json"
-ARRANGEMENTS = {
-    "pair": ("t2v_high", "t2v_low"), "high-noise expert alone": ("t2v_high", "t2v_high"),
-    "low-noise expert alone": ("t2v_low", "t2v_low"), "experts exchanged": ("t2v_low", "t2v_high"),
-}  # fmt: skip
 NEEDED = {"colour": (0.85, 0.95), "ground": (0.90, 0.98), "motion": (0.60, 0.90), "shape": (0.60, 0.85)}
 PARTS = ("vae", "t2v", "pairs", "i2v", "ti2v")
 
@@ -109,8 +105,8 @@ def of_pairs(judge: Judge, prompts: int, seeds: range) -> Iterator[Row]:
     rates = judge.pairs("t2v_high", "t2v_low", T2V, max(2, prompts // 4))
     for name, rate in rates.items():
         yield of_rate(f"T2V, {name}: the right statistic moves", rate)
-    tones = [rates[name] for name in ("warm / cool", "saturated / desaturated", "high-key / low-key", "day / night")]
-    total = Rate(sum(rate.hits for rate in tones), sum(rate.count for rate in tones))
+    tones = ("warm / cool", "saturated / desaturated", "high-key / low-key", "day / night")
+    total = together({"tone": rates[name]} for name in tones)["tone"]
     yield of_rate("T2V, pairs of colour tone and brightness together", total, 0.90, 0.98)
 
 

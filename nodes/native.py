@@ -8,7 +8,6 @@ Written for and tested with ComfyUI 0.3.75.
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 
 import torch
@@ -24,8 +23,6 @@ from ..wan_core.sampling.guidance import Condition
 from ..wan_core.sampling.schedules import Schedule, from_sigmas
 from . import host
 from .types import WanModel
-
-log = logging.getLogger(__name__)
 
 _KEPT_TEXTS = 4  # prompts whose embeddings are recognised from one step to the next
 

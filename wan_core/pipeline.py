@@ -331,7 +331,7 @@ def _vae_layout(
     """Where the VAE runs and in which tiles, for frames of this height and width: what was asked for, else what the
     memory limit leaves room for; the CPU where that is too little for the smallest tile."""
     if request.vae_tile:
-        return device, Tiles(request.vae_tile, request.vae_tile, min(64, request.vae_tile // 4))
+        return device, Tiles.square(request.vae_tile)
     if math.isinf(room):
         return device, None
     tiles = fitting_tiles(models.vae.config, *size, room, torch.float32)

@@ -41,6 +41,11 @@ class Tiles:
         if self.ramp is not None and not 0 <= self.ramp <= self.overlap:
             raise WanError(f"A ramp of {self.ramp} does not fit into an overlap of {self.overlap}.")
 
+    @classmethod
+    def square(cls, side: int) -> Tiles:
+        """Tiles of this side, with the overlap that is used where none is asked for."""
+        return cls(side, side, min(64, side // 4))
+
 
 @dataclass(frozen=True, eq=False)
 class Tile:
@@ -108,7 +113,7 @@ def fitting_tiles(config: VAEConfig, height: int, width: int, free: float, dtype
     sizes = [size for size in _SIZES if size < max(height, width)] or _SIZES[-1:]
     fits = (s for s in sizes if decode_bytes(config, min(s, height), min(s, width), dtype) <= free)
     size = next(fits, sizes[-1])
-    return Tiles(size, size, min(64, size // 4))
+    return Tiles.square(size)
 
 
 _SIZES = (1024, 768, 640, 512, 448, 384, 320, 256, 192)
@@ -180,8 +185,7 @@ def encode_tiled(vae: VideoVAE, video: Tensor, tiles: Tiles, on_chunk: OnChunk |
     """Video [B, 3, F, H, W] in -1..1 -> normalised latent [B, C, (F + 3) / 4, h, w], on the video's device."""
     vae._check_video(video)
     check_frame_count(video.shape[2])
-    frames = [video[:, :, i : i + 1] for i in range(video.shape[2])]
-    chunks = encode_tiled_chunks(vae, frames, tiles, on_chunk, total_frames=video.shape[2])
+    chunks = encode_tiled_chunks(vae, [video], tiles, on_chunk, total_frames=video.shape[2])
     return torch.cat(list(chunks), dim=2)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from ..models.vae import OnChunk, VideoVAE
 from .data import Clip, whole_chunks
 
 _BLOCK = 2**20
+
+Maker = Callable[[Sequence[Clip], Sequence[Tensor]], Tensor]  # clips and their videos -> a part of their entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,23 +77,32 @@ class Latents:
         self._load, self._vae = vae, None
 
     def __call__(self, clip: Clip) -> Entry:
-        latent = self.cache.get(self._key(clip, "latent"), lambda: {"latent": self._encode([clip])[0]})["latent"]
-        if self.variant.image != "channels":
-            return Entry(latent, None)
-        held = self.cache.get(self._key(clip, "concat"), lambda: {"concat": self._condition([clip])[0]})
-        return Entry(latent, held["concat"])
+        video = cache(lambda: whole_chunks(clip.pixels(), clip.name))  # read once, and only if a part is missing
+
+        def held(part: str, make: Maker) -> Tensor:
+            return self.cache.get(self._key(clip, part), lambda: {part: make([clip], [video()])[0]})[part]
+
+        parts = {part: held(part, make) for part, make in self._makers().items()}
+        return Entry(parts["latent"], parts.get("concat"))
 
     def prepare(self, clips: Sequence[Clip], batch: int = 8) -> None:
         """Make what is missing, some clips of one size at a time: small pictures are encoded faster together."""
+        makers = self._makers()
+        missing = [clip for clip in clips if any(self._lacks(clip, part) for part in makers)]
+        for start in range(0, len(missing), batch):
+            some = [(clip, whole_chunks(clip.pixels(), clip.name)) for clip in missing[start : start + batch]]
+            for part, make in makers.items():
+                if wanted := [pair for pair in some if self._lacks(pair[0], part)]:
+                    for (clip, _), made in zip(wanted, make(*zip(*wanted, strict=True)), strict=True):
+                        self.cache.get(self._key(clip, part), lambda made=made, part=part: {part: made})
+
+    def _makers(self) -> dict[str, Maker]:
+        """The parts of an entry, and how those of some clips are made from their videos."""
         makers = {"latent": self._encode}
-        if self.variant.image == "channels":
-            makers["concat"] = self._condition
-        for part, make in makers.items():
-            missing = [clip for clip in clips if not self.cache.has(self._key(clip, part))]
-            for start in range(0, len(missing), batch):
-                some = missing[start : start + batch]
-                for clip, made in zip(some, make(some), strict=True):
-                    self.cache.get(self._key(clip, part), lambda made=made, part=part: {part: made})
+        return makers | {"concat": self._condition} if self.variant.image == "channels" else makers
+
+    def _lacks(self, clip: Clip, part: str) -> bool:
+        return not self.cache.has(self._key(clip, part))
 
     def release(self) -> None:
         self._vae = None
@@ -98,15 +110,14 @@ class Latents:
     def _key(self, clip: Clip, part: str) -> str:
         return digest(clip.key, self.vae_key, part)
 
-    def _encode(self, clips: Sequence[Clip]) -> Tensor:
+    def _encode(self, clips: Sequence[Clip], videos: Sequence[Tensor]) -> Tensor:
         """Latents [N, C, T, h, w]."""
-        return self._through_vae([whole_chunks(clip.pixels(), clip.name) for clip in clips])
+        return self._through_vae(videos)
 
-    def _condition(self, clips: Sequence[Clip]) -> Tensor:
+    def _condition(self, clips: Sequence[Clip], videos: Sequence[Tensor]) -> Tensor:
         """Conditions [N, 20, T, h, w]: mask and latent of the given frames."""
         shown, masks = [], []
-        for clip in clips:
-            video = whole_chunks(clip.pixels(), clip.name)
+        for clip, video in zip(clips, videos, strict=True):
             given = clip.given() or {0: video[:, 0]}
             shown.append(condition_video(given, video.shape[1])[0])
             masks.append(given_mask(list(given), video.shape[1], 1, 1)[0])

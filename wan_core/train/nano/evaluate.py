@@ -270,6 +270,15 @@ def score(pairs: Iterable[tuple[Tensor, Scene]]) -> dict[str, Rate]:
     return {word: Rate(sum(row), len(row)) for word, row in hits.items()}
 
 
+def together(scores: Iterable[Mapping[str, Rate]]) -> dict[str, Rate]:
+    """The scores of several sets of clips as one."""
+    hits: dict[str, list[Rate]] = {}
+    for rates in scores:
+        for word, rate in rates.items():
+            hits.setdefault(word, []).append(rate)
+    return {word: Rate(sum(r.hits for r in row), sum(r.count for r in row)) for word, row in hits.items()}
+
+
 def score_pairs(films: Callable[[Scene], Tensor], base: Iterable[Scene]) -> dict[str, Rate]:
     """How often the first word of a pair moves the statistic above the second, all else the same."""
     hits: dict[str, list[bool]] = {name: [] for name in PAIRS}

@@ -28,7 +28,7 @@ from ..sample import Sampling, sample
 from ..vae import psnr, reconstruct
 from .captions import caption
 from .dataset import scenes, to_tensor
-from .evaluate import PAIRS, Rate, ceiling, explanation, pair_scene, pair_won, score
+from .evaluate import PAIRS, Rate, explanation, pair_scene, pair_won, score, together
 from .world import Scene, film
 
 FILES = {
@@ -42,6 +42,11 @@ FILES = {
 }  # fmt: skip
 VAE_STAGE: dict[VAEKind, str] = {"wan2.1": "vae16", "wan2.2": "vae48"}
 T2V, I2V, TI2V = (VARIANTS[task] for task in ("t2v-A14B", "i2v-A14B", "ti2v-5B"))
+
+ARRANGEMENTS = {
+    "pair": ("t2v_high", "t2v_low"), "high-noise expert alone": ("t2v_high", "t2v_high"),
+    "low-noise expert alone": ("t2v_low", "t2v_low"), "experts exchanged": ("t2v_low", "t2v_high"),
+}  # fmt: skip
 
 Prompt = tuple[Scene, str]
 
@@ -131,16 +136,17 @@ class Judge:
     def reconstruction(self, kind: VAEKind, count: int) -> tuple[list[float], Mapping[str, Rate]]:
         """PSNR of held-out films through a VAE, and what can still be read of them."""
         vae = self.vae(kind)
-        values = [psnr(reconstruct(vae, clip), clip).item()
-                  for clip in (self.film(scene) for scene, _ in held_out_prompts(count))]  # fmt: skip
-        return values, ceiling(count, self.frame.frames, self.frame.width, through=lambda clip: reconstruct(vae, clip))
+        films = [(self.film(scene), scene) for scene, _ in held_out_prompts(count)]
+        made = [(reconstruct(vae, clip), scene) for clip, scene in films]
+        values = [psnr(clip, film).item() for (clip, _), (film, _) in zip(made, films, strict=True)]
+        return values, score(made)
 
     def words(self, high: str, low: str, variant: Variant, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Words:
         """How often each word is seen, and how well a scene of the world explains each clip."""
         made = [clip for seed in seeds for clip in self.clips(high, low, variant, prompts, seed)]
         right = [score([clip]) for clip in made]
         per_clip = [mean(rate.value for rate in rates.values()) for rates in right]
-        return Words(score(made), Mean.of(per_clip), Mean.of([explanation(*clip) for clip in made]))
+        return Words(together(right), Mean.of(per_clip), Mean.of([explanation(*clip) for clip in made]))
 
     def pairs(self, high: str, low: str, variant: Variant, count: int, seed: int = 0) -> dict[str, Rate]:
         """How often the first word of a pair moves its statistic above the second, with the same noise."""

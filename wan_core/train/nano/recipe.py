@@ -20,7 +20,6 @@ from ...errors import WanError
 from ...latents import latent_frames
 from ...models.load_vae import load_vae
 from ...models.text_encoder import load_text_encoder
-from ...models.vae import VideoVAE
 from ..cache import Cache, Entry, Latents, Texts, file_key
 from ..data import Clip, Frame
 from ..dit import Data, save_weights
@@ -32,12 +31,11 @@ from ..precision import resolve_precision
 from ..report import sample_grid
 from ..sample import Sampling
 from ..vae import Phase, VAERecipe, VAETask, calibrate, new_vae, reconstruct
-from .dataset import RandomClips, scenes, to_tensor, training_clips
+from .dataset import RandomClips, scenes, training_clips
 from .evaluate import Rate
-from .judge import FILES, I2V, T2V, TI2V, VAE_STAGE, Judge, held_out_prompts
+from .judge import ARRANGEMENTS, FILES, I2V, T2V, TI2V, VAE_STAGE, Judge, held_out_prompts
 from .place import PlacedTask, PlaceTask
 from .text import ReaderTask, make_tokenizer, new_encoder, save_encoder, tokenizer_of
-from .world import Scene, film
 
 
 @dataclass(frozen=True)
@@ -101,9 +99,6 @@ class Family:
             places.append(REPOSITORY / FILES[stage])
         return next((place for place in places if place.is_file()), None)
 
-    def vae(self, kind: VAEKind) -> VideoVAE:
-        return load_vae(self.need(VAE_STAGE[kind]), dtype=torch.float32)
-
     @cached_property
     def texts(self) -> Texts:
         file = self.need("text")
@@ -162,10 +157,6 @@ class Family:
         how = Sampling(shift=self.settings.shift, precision=resolve_precision(self.settings.precision, "cpu"))
         return Judge(self.need, self.settings.frame, how)
 
-    def film(self, scene: Scene) -> Tensor:
-        frame = self.settings.frame
-        return to_tensor(film(scene, frame.frames, frame.height, frame.width))
-
 
 def text(family: Family) -> bool:
     """Tokenizer and text encoder. Gate: a reader names 98 % of the words of held-out captions."""
@@ -196,7 +187,7 @@ def vae(family: Family, stage: str, kind: VAEKind, channels: int, full_steps: in
     if not walk(family, stage, task, plan):
         return False
     model.eval().requires_grad_(False)
-    calibrate(model, [family.film(scene)[None] for scene, _ in held_out_prompts(24, seed=77)])
+    calibrate(model, [family.judge().film(scene)[None] for scene, _ in held_out_prompts(24, seed=77)])
     family.finish(stage, model.state_dict())
     vae_gate(family, stage, kind)
     return True
@@ -210,7 +201,7 @@ def vae_gate(family: Family, stage: str, kind: VAEKind, count: int = 40) -> None
 
 
 def _vae_samples(family: Family, task: VAETask, step: int, folder: Path) -> None:
-    clips = [family.film(scene) for scene, _ in held_out_prompts(4)]
+    clips = [family.judge().film(scene) for scene, _ in held_out_prompts(4)]
     rows = [row for clip in clips for row in (clip, reconstruct(task.vae, clip))]
     sample_grid(rows, folder / f"samples-{step:06d}.png")
 
@@ -345,10 +336,6 @@ def ti2v_gate(family: Family, count: int = 60) -> None:
     family.tell(f"ti2v: first frame {moved.first} dB (gate 25), motion {moved.motion} (gate 0.6)")
 
 
-ARRANGEMENTS = {
-    "pair": ("t2v_high", "t2v_low"), "high alone": ("t2v_high", "t2v_high"), "low alone": ("t2v_low", "t2v_low"),
-    "swapped": ("t2v_low", "t2v_high"),
-}  # fmt: skip
 GATES = {"t2v": t2v_gate, "i2v": i2v_gate, "ti2v": ti2v_gate}
 
 STAGES: dict[str, Callable[[Family], bool]] = {
