@@ -16,7 +16,7 @@ from wan_core.train.dit import Data, DiTTask, Recipe
 from wan_core.train.loop import Plan, train
 from wan_core.train.model import new_dit
 from wan_core.train.nano.captions import caption
-from wan_core.train.nano.dataset import RandomClips, held_out, scenes, to_tensor, training_clips
+from wan_core.train.nano.dataset import RandomClips, held_out, scenes, subject, to_tensor, training_clips
 from wan_core.train.nano.evaluate import PAIRS, ceiling, look_at, score, score_pairs
 from wan_core.train.nano.judge import T2V, Judge, held_out_prompts
 from wan_core.train.nano.place import PlacedTask, PlaceTask
@@ -55,6 +55,17 @@ def test_shapes_cover_about_the_same_area():
     areas = [(clip(replace(PLAIN, shape=shape)) != clip(replace(PLAIN, shape=shape, x=9.0)))[:, 4].any(0).float().mean()
              for shape in SHAPES]  # fmt: skip
     assert max(areas) / min(areas) < 1.25
+
+
+def test_the_subject_of_a_latent_is_where_the_shape_passes():
+    """Eight pixels and, after the first, four frames of a film share a place; where none shows the shape, it is 0."""
+    scene, frame = replace(PLAIN, motion="right"), Frame(SIDE, SIDE, FRAMES)
+    mask = subject(scene, frame, 8)
+    assert mask.shape == (1, 3, 8, 8) and set(mask.unique().tolist()) == {0.0, 1.0}
+    differs = (clip(scene) - clip(replace(scene, y=9.0))).abs().amax(dim=0) > 0.05
+    passed = [differs[part].any(0).view(8, 8, 8, 8).any(3).any(1) for part in (slice(0, 1), slice(1, 5), slice(5, 9))]
+    assert not (torch.stack(passed) & (mask[0] == 0)).any()  # nothing of it is missed
+    assert mask.mean() < 2 * torch.stack(passed).float().mean()  # and not much more is marked
 
 
 def test_shapes_stay_in_the_picture():

@@ -29,7 +29,14 @@ from wan_core.train.dit import Data, DiTTask, Recipe
 from wan_core.train.loop import Plan, train
 from wan_core.train.lora import AdaptedLinear, add_lora, merge_lora
 from wan_core.train.model import TrainedDiT, checkpoint_blocks, load_trained, new_dit
-from wan_core.train.objective import NoiseRange, expert_range, noisy, velocity_loss, with_clean_first_frame
+from wan_core.train.objective import (
+    NoiseRange,
+    expert_range,
+    noisy,
+    velocity_loss,
+    with_clean_first_frame,
+    with_subject,
+)
 from wan_core.train.optim import orthogonal
 from wan_core.train.report import read_log
 from wan_core.train.run import Request, files_in, run
@@ -130,6 +137,19 @@ def test_a_clean_first_frame_is_told_so_and_not_learnt():
     wrong_first = example.target.clone()
     wrong_first[:, :, 0] += 1
     assert velocity_loss(wrong_first, example).item() == pytest.approx(0.5 / 3, rel=1e-5)  # of the second sample alone
+
+
+def test_the_subject_counts_more_where_it_can_be_seen():
+    """Against the mean written out: 1 + emphasis (1 - sigma) for each place of the subject, 1 for the others."""
+    latent, noise = torch.randn(2, 16, 2, 2, 2), torch.randn(2, 16, 2, 2, 2)
+    subject = torch.zeros(2, 1, 2, 2, 2)
+    subject[:, :, 1, 0] = 1
+    example = with_subject(noisy(latent, noise, torch.tensor([0.25, 1.0])), subject, 8.0)
+    answer = torch.randn(2, 16, 2, 2, 2)
+    error = (answer - (noise - latent)).square().mean(dim=1, keepdim=True)
+    weight = 1 + 8 * 0.75 * subject[:1]
+    clear = (error[:1] * weight).sum() / weight.sum()
+    assert velocity_loss(answer, example).item() == pytest.approx((clear + error[1].mean()).item() / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("variant", [I2V, TI2V], ids=["channels", "frame"])

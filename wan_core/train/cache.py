@@ -27,10 +27,17 @@ Maker = Callable[[Sequence[Clip], Sequence[Tensor]], Tensor]  # clips and their 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A clip as the transformer sees it: latent [C, T, h, w], normalised, and for I2V the condition [20, T, h, w]."""
+    """A clip as the transformer sees it.
+
+    Attributes:
+        latent: [C, T, h, w], normalised.
+        concat: I2V: the condition [20, T, h, w].
+        subject: where the subject is, [1, T, h, w] of 0 and 1, if it shall be learnt with more weight.
+    """
 
     latent: Tensor
     concat: Tensor | None
+    subject: Tensor | None = None
 
 
 class Cache:

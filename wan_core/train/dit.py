@@ -17,7 +17,7 @@ from ..video import unfinished
 from . import lora
 from .cache import Entry, batches_of
 from .model import TrainedDiT
-from .objective import Example, NoiseRange, noisy, velocity_loss, with_channels, with_clean_first_frame
+from .objective import Example, NoiseRange, noisy, velocity_loss, with_channels, with_clean_first_frame, with_subject
 from .precision import autocast, resolve_precision
 
 _NEGATIVE_BATCHES = 0.2
@@ -52,6 +52,7 @@ class Recipe:
     Attributes:
         caption_dropout: how often the caption is empty: guidance needs a model that knows both.
         image_dropout: TI2V: how often the first frame is not given.
+        emphasis: extra weight of the subject, where the entries tell where it is.
     """
 
     variant: Variant
@@ -59,6 +60,7 @@ class Recipe:
     batch: int = 1
     caption_dropout: float = 0.1
     image_dropout: float = 0.3
+    emphasis: float = 0.0
     precision: str = "auto"
     base: str = ""  # of the weights that a run began with, for refusing to go on from others
 
@@ -93,6 +95,8 @@ class DiTTask:
                 "precision": self.precision, "lora_rank": 0, "model": self.model.config}  # fmt: skip
         if recipe.base:
             told["base"] = recipe.base
+        if recipe.emphasis:
+            told["emphasis"] = recipe.emphasis
         return told | (lora.describe(self.adapted) if self.adapted else {})
 
     def loss(self, batch: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -112,6 +116,9 @@ class DiTTask:
         latent = torch.stack([entry.latent for entry in entries])
         noise = torch.randn(latent.shape, generator=generator)
         made = noisy(latent, noise, self.recipe.noise.sigmas(len(latent), generator))
+        if self.recipe.emphasis:
+            subjects = [torch.zeros_like(e.latent[:1]) if e.subject is None else e.subject for e in entries]
+            made = with_subject(made, torch.stack(subjects), self.recipe.emphasis)
         if self.recipe.variant.image == "channels":
             made = with_channels(made, torch.stack([entry.concat for entry in entries]))
         if self.recipe.variant.image == "frame":

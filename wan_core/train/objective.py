@@ -63,7 +63,7 @@ class Example:
         x: [B, C_in, T, h, w], condition channels included.
         t: [B], or [B, T] where first frames are clean.
         target: velocity [B, C, T, h, w].
-        weight: broadcasts to the target; 0 where nothing is to be learnt.
+        weight: [B or 1, 1, T or 1, h or 1, w or 1]; 0 where nothing is to be learnt.
     """
 
     x: Tensor
@@ -91,12 +91,19 @@ def with_clean_first_frame(example: Example, latent: Tensor, given: Tensor) -> E
     first[:, 0] = given
     clean = first.view(-1, 1, frames, 1, 1).to(latent.device)
     t = example.t[:, None].expand(-1, frames).masked_fill(first.to(example.t.device), 0.0)
-    return Example(torch.where(clean, latent, example.x), t, example.target, (~clean).to(latent.dtype))
+    return Example(torch.where(clean, latent, example.x), t, example.target, example.weight * ~clean)
+
+
+def with_subject(example: Example, subject: Tensor, emphasis: float) -> Example:
+    """Places of the subject [B, 1, T, h, w] (0 or 1) count ``1 + emphasis (1 - sigma)`` times: fully where the clip can
+    almost be seen, not at all in pure noise, where weights that depend on the clip would move the mean."""
+    clear = (1 - example.t / TRAIN_STEPS).view(-1, 1, 1, 1, 1)
+    return replace(example, weight=example.weight * (1 + emphasis * clear * subject))
 
 
 def velocity_loss(velocity: Tensor, example: Example) -> Tensor:
     """Mean squared error of the velocity over the places that count; each sample weighs the same."""
-    weight = example.weight.to(velocity).expand(len(velocity), 1, velocity.shape[2], 1, 1)
-    error = (velocity.float() - example.target).square().mean(dim=(1, 3, 4), keepdim=True)
+    weight = example.weight.to(velocity).expand(len(velocity), 1, *velocity.shape[2:])
+    error = (velocity.float() - example.target).square().mean(dim=1, keepdim=True)
     per_sample = (error * weight).sum(dim=(1, 2, 3, 4)) / weight.sum(dim=(1, 2, 3, 4)).clamp(min=1)
     return per_sample.mean()

@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="of all steps; small values try the way")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures, a multiple of 32")
     parser.add_argument("--frames", type=int, default=17)
-    parser.add_argument("--clips", type=int, default=3000, help="clips the transformers are trained on")
+    parser.add_argument("--clips", type=int, default=Settings.clips, help="clips the transformers are trained on")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 is PyTorch's choice")
     return parser.parse_args(argv)

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import Clip, Frame
 from .captions import caption
-from .world import Scene, film, random_scene
+from .world import Scene, film, presence, random_scene
 
-VERSION = "1"  # of the world: part of every cached latent's name
+VERSION = "2"  # of the world: part of every cached latent's name
 _HELD_OUT_BUCKETS = 10  # one of so many combinations of words is never trained on
 
 
@@ -48,6 +49,15 @@ def _clip(i: int, scene: Scene, words: str, frame: Frame, seed: int) -> Clip:
         name=f"scene {i}", prompt=words, key=f"nano-{VERSION}-{seed}-{i}-{frame}",
         pixels=lambda: to_tensor(film(scene, frame.frames, frame.height, frame.width)),
     )  # fmt: skip
+
+
+def subject(scene: Scene, frame: Frame, stride: int) -> Tensor:
+    """Where the shape is in a latent of that spatial stride, [1, T, h, w] of 0 and 1: the first frame alone, then four
+    at a time, as the autoencoders see them."""
+    seen = presence(scene, frame.frames, frame.height, frame.width)
+    mask = torch.from_numpy(seen).float()[None, None]
+    parts = [mask[:, :, :1]] + [mask[:, :, i : i + 4] for i in range(1, mask.shape[2], 4)]
+    return torch.cat([F.max_pool3d(part, (part.shape[2], stride, stride)) for part in parts], dim=2)[0]
 
 
 class RandomClips:

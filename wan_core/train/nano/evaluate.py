@@ -34,7 +34,7 @@ from .world import (
     world_places,
 )
 
-_STILL = 0.12  # picture widths below which a shape stays where it is; a moving one covers 0.5
+_STILL = 0.12  # picture widths below which a shape stays where it is; a moving one covers 0.4
 _TEMPLATE = 32  # side of the square that a shape is compared in
 
 

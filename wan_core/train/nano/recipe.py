@@ -31,11 +31,12 @@ from ..precision import resolve_precision
 from ..report import sample_grid
 from ..sample import Sampling
 from ..vae import Phase, VAERecipe, VAETask, calibrate, new_vae, reconstruct
-from .dataset import RandomClips, scenes, training_clips
+from .dataset import RandomClips, scenes, subject, training_clips
 from .evaluate import Rate
 from .judge import ARRANGEMENTS, FILES, I2V, T2V, TI2V, VAE_STAGE, Judge, held_out_prompts
 from .place import PlacedTask, PlaceTask
 from .text import ReaderTask, make_tokenizer, new_encoder, save_encoder, tokenizer_of
+from .world import Scene
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,13 @@ class Settings:
     """
 
     frame: Frame = Frame(64, 64, 17)
-    clips: int = 3000
+    clips: int = 6000
     vae_dim: int = 12
     dim: int = 256
     ffn_dim: int = 512
     layers: int = 3
     shift: float = 5.0
+    emphasis: float = 8.0
     batch: int = 24
     scale: float = 1.0
     seed: int = 0
@@ -109,6 +111,12 @@ class Family:
     def clips(self) -> list[Clip]:
         return training_clips(self.settings.clips, self.settings.frame, self.settings.seed)
 
+    @cached_property
+    def scenes(self) -> dict[str, Scene]:
+        """What the training clips show, by their keys."""
+        rows = scenes(self.settings.seed, test=False)
+        return {clip.key: scene for clip, (scene, _) in zip(self.clips, rows, strict=False)}
+
     def latents(self, variant: Variant) -> Latents:
         dtype = torch.bfloat16 if resolve_precision(self.settings.precision, "cpu") == "bf16" else torch.float32
         kept = Cache(self.work / "cache" / "latents", dtype=torch.float16)
@@ -119,12 +127,13 @@ class Family:
         latents = self.latents(variant)
         latents.prepare(clips)
         first = latents(clips[0])
+        frame, stride = self.settings.frame, VAES[variant.vae].spatial_stride
         kept: dict[int, Entry] = {}
         texts = cache(lambda words: self.texts(words))
 
         def entry(i: int) -> Entry:
             if i not in kept:
-                kept[i] = latents(clips[i])
+                kept[i] = replace(latents(clips[i]), subject=subject(self.scenes[clips[i].key], frame, stride))
             return kept[i]
 
         return Data(entry, lambda i: texts(clips[i].prompt), self.texts(""), [tuple(first.latent.shape)] * len(clips),
@@ -244,7 +253,8 @@ def dit_stage(
 ) -> bool:
     """A transformer on the whole data set."""
     model = family.dit(start, variant) if start else new_dit(family.config(variant), family.settings.seed)
-    recipe = DiTRecipe(variant, noise, batch=family.settings.batch, precision=family.settings.precision)
+    settings = family.settings
+    recipe = DiTRecipe(variant, noise, settings.batch, emphasis=settings.emphasis, precision=settings.precision)
     task = PlacedTask(model, family.data(variant, family.clips), recipe)
     plan = dit_plan(family.settings, full_steps)
     task.sampler = lambda step, folder: _dit_samples(family, model, step, folder)
@@ -346,9 +356,9 @@ STAGES: dict[str, Callable[[Family], bool]] = {
     "place48": lambda family: place(family, "place48", TI2V),
     "overfit": overfit,
     "pilot": pilot,
-    "t2v_high": _expert("t2v_high", T2V, "high", 800, "pilot"),
-    "t2v_low": gated(_expert("t2v_low", T2V, "low", 2000, "pilot"), "t2v"),
+    "t2v_high": _expert("t2v_high", T2V, "high", 1000, "pilot"),
+    "t2v_low": gated(_expert("t2v_low", T2V, "low", 4000, "pilot"), "t2v"),
     "i2v_high": _expert("i2v_high", I2V, "high", 800, "t2v_high"),
-    "i2v_low": gated(_expert("i2v_low", I2V, "low", 1500, "t2v_low"), "i2v"),
-    "ti2v": gated(_expert("ti2v", TI2V, "only", 3000, "place48"), "ti2v"),
+    "i2v_low": gated(_expert("i2v_low", I2V, "low", 2500, "t2v_low"), "i2v"),
+    "ti2v": gated(_expert("ti2v", TI2V, "only", 4000, "place48"), "ti2v"),
 }  # fmt: skip

@@ -29,9 +29,9 @@ TONES = ("plain", "warm", "cool", "saturated", "desaturated")
 LIGHTS = ("plain", "low_key", "high_key", "rim", "soft", "hard")
 TIMES = ("plain", "day", "dusk", "night")
 COMPOSITIONS = ("plain", "centre", "left_heavy", "right_heavy")
-SHOTS: dict[str, float] = {"plain": 0.15, "close_up": 0.22, "wide": 0.10}  # half the size of the shape
+SHOTS: dict[str, float] = {"plain": 0.22, "close_up": 0.30, "wide": 0.14}  # half the size of the shape
 
-TRAVEL = 0.50  # picture widths that a moving shape covers
+TRAVEL = 0.40  # picture widths that a moving shape covers
 PAN = 0.36  # picture widths that a moving camera covers
 ZOOM = 1.7  # how many times larger the picture gets when the camera pushes in
 
@@ -101,13 +101,19 @@ LOOKS: dict[str, tuple[str, ...]] = {
 
 def placed(scene: Scene, random: np.random.Generator) -> Scene:
     """The scene with a place for its shape: where the composition wants it, else near the middle; never cut off."""
-    room = 0.46 - SHOTS[scene.shot]
-    dx, dy = MOTIONS[scene.motion]
-    free_x, free_y = max(0.0, room - abs(dx) * TRAVEL / 2), max(0.0, room - abs(dy) * TRAVEL / 2)
+    room = 0.48 / largest_scale(scene.camera) - SHOTS[scene.shot]
+    dx, dy = (abs(way) * TRAVEL / 2 for way in MOTIONS[scene.motion])
+    pan_x, pan_y = (abs(way) * PAN / 2 for way in CAMERAS[scene.camera][:2])
+    free_x, free_y = max(0.0, room - dx - pan_x), max(0.0, room - dy - pan_y)
     x, y = random.uniform(-0.14, 0.14), random.uniform(-0.14, 0.14)
     if scene.composition != "plain":
         x = {"centre": 0.0, "left_heavy": -0.24, "right_heavy": 0.24}[scene.composition] + random.uniform(-0.02, 0.02)
     return replace(scene, x=float(np.clip(x, -free_x, free_x)), y=float(np.clip(y, -free_y, free_y)))
+
+
+def largest_scale(camera: str) -> float:
+    """How many times larger than in the middle of the clip the picture gets."""
+    return ZOOM ** (abs(CAMERAS[camera][2]) / 2)
 
 
 def film(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
@@ -124,8 +130,7 @@ def picture(scene: Scene, moment: float, height: int, width: int) -> np.ndarray:
     """One frame, [height, width, 3]."""
     x, y, scale = world_places(scene.camera, moment, height, width)
     pixel = scale / width
-    dx, dy = MOTIONS[scene.motion]
-    u, v = x - scene.x - dx * TRAVEL * moment, y - scene.y - dy * TRAVEL * moment
+    u, v = _from_shape(scene, moment, x, y)
     size = SHOTS[scene.shot]
     rgb = ground_picture(scene.ground, x, y)
     rgb = _shadow(rgb, scene, u, v, size, pixel)
@@ -164,6 +169,21 @@ def outline(shape: str, u: np.ndarray, v: np.ndarray, size: float) -> np.ndarray
         return np.maximum(np.abs(u), np.abs(v)) - size * 0.88
     inner = size * 0.80  # radius of the inscribed circle of an equilateral triangle, point up, centred by its box
     return np.maximum(np.abs(u) * 0.866 - (v - inner / 2) * 0.5, v - inner / 2) - inner
+
+
+def _from_shape(scene: Scene, moment: float, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """World places as seen from the middle of the shape."""
+    dx, dy = MOTIONS[scene.motion]
+    return x - scene.x - dx * TRAVEL * moment, y - scene.y - dy * TRAVEL * moment
+
+
+def presence(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
+    """Where the shape is, [frames, height, width] of booleans, its edge and a pixel around it included."""
+    seen = []
+    for moment in moments(frames):
+        x, y, scale = world_places(scene.camera, moment, height, width)
+        seen.append(outline(scene.shape, *_from_shape(scene, moment, x, y), SHOTS[scene.shot]) < 1.5 * scale / width)
+    return np.stack(seen)
 
 
 def _shadow(rgb: np.ndarray, scene: Scene, u: np.ndarray, v: np.ndarray, size: float, pixel: float) -> np.ndarray:
