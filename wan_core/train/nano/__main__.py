@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from ...dtypes import NAMES
 from ...errors import WanError
+from ...quant.convert import convert
 from ..data import Frame
-from ..dit import save_weights
 from .judge import FILES
 from .pictures import first_frames
 from .recipe import STAGES, Family, Settings
+
+
+FORMATS = {"vae16": "fp16", "vae48": "fp16"}  # of the files; all others are fp8_scaled, for their size
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -81,18 +84,23 @@ def export(family: Family, out: Path) -> None:
         if not family.done(stage):
             continue
         file = out / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_weights(_stored(family.need(stage), family.settings.storage), file, "auto", {"wan_nano": stage})
+        store(family.need(stage), file, FORMATS.get(stage, "fp8_scaled"))
         total += file.stat().st_size
         family.tell(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
     first_frames(out, family.settings.frame.width)
     family.tell(f"{total / 1e6:.1f} MB in all")
 
 
-def _stored(file: Path, dtype: str) -> dict[str, torch.Tensor]:
-    with safe_open(file, framework="pt") as content:
-        tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
-    return {key: t.to(NAMES[dtype]) if t.is_floating_point() else t for key, t in tensors.items()}
+def store(source: Path, file: Path, form: str) -> None:
+    """A finished stage in half precision, its large matrices in ``form``."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        half = Path(folder) / file.name
+        convert(source, half, "fp16")
+        if form == "fp16":
+            shutil.copyfile(half, file)
+        else:
+            convert(half, file, form, overwrite=True)
 
 
 def _tell(line: str) -> None:

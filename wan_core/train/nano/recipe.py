@@ -59,7 +59,6 @@ class Settings:
     scale: float = 1.0
     seed: int = 0
     precision: str = "auto"
-    storage: str = "fp16"
 
     def steps(self, full: int) -> int:
         return max(2, round(full * self.scale))
@@ -255,7 +254,8 @@ def dit_stage(
     model = family.dit(start, variant) if start else new_dit(family.config(variant), family.settings.seed)
     settings = family.settings
     recipe = DiTRecipe(variant, noise, settings.batch, emphasis=settings.emphasis, precision=settings.precision)
-    task = PlacedTask(model, family.data(variant, family.clips), recipe)
+    clips = family.clips[: len(family.clips) // 2] if variant.image == "channels" else family.clips
+    task = PlacedTask(model, family.data(variant, clips), recipe)
     plan = dit_plan(family.settings, full_steps)
     task.sampler = lambda step, folder: _dit_samples(family, model, step, folder)
     if stage != "pilot":
@@ -356,9 +356,9 @@ STAGES: dict[str, Callable[[Family], bool]] = {
     "place48": lambda family: place(family, "place48", TI2V),
     "overfit": overfit,
     "pilot": pilot,
-    "t2v_high": _expert("t2v_high", T2V, "high", 1000, "pilot"),
-    "t2v_low": gated(_expert("t2v_low", T2V, "low", 4000, "pilot"), "t2v"),
-    "i2v_high": _expert("i2v_high", I2V, "high", 800, "t2v_high"),
-    "i2v_low": gated(_expert("i2v_low", I2V, "low", 2500, "t2v_low"), "i2v"),
-    "ti2v": gated(_expert("ti2v", TI2V, "only", 4000, "place48"), "ti2v"),
+    "t2v_high": _expert("t2v_high", T2V, "high", 500, "pilot"),
+    "t2v_low": gated(_expert("t2v_low", T2V, "low", 2500, "pilot"), "t2v"),
+    "i2v_high": _expert("i2v_high", I2V, "high", 400, "t2v_high"),
+    "i2v_low": gated(_expert("i2v_low", I2V, "low", 1200, "t2v_low"), "i2v"),
+    "ti2v": gated(_expert("ti2v", TI2V, "only", 2500, "place48"), "ti2v"),
 }  # fmt: skip
