@@ -18,7 +18,6 @@ from .judge import FILES
 from .pictures import first_frames
 from .recipe import STAGES, Family, Settings
 
-
 FORMATS = {"vae16": "fp16", "vae48": "fp16"}  # of the files; all others are fp8_scaled, for their size
 
 
