@@ -9,6 +9,7 @@ from .latents import EmptyLatent, ImageToVideo
 from .load import LoadModel
 from .lora import Lora
 from .native import ToModel
+from .native_reverse import FromModel
 from .options import BlockSwap
 from .prompt import AestheticPrompt
 from .sample import Sampler
@@ -18,6 +19,7 @@ from .vae import LoadVAE, VAEDecode, VAEEncode
 
 NODES: list[type[io.ComfyNode]] = [
     LoadModel,
+    FromModel,
     ExpertSwitch,
     Lora,
     BlockSwap,

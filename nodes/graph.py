@@ -15,6 +15,7 @@ from .spaces import wrong_vae
 Prompt = Mapping[str, dict]
 
 _DECODERS = ("WanCoreVAEDecode", "VAEDecode", "VAEDecodeTiled")  # all: inputs "samples" and "vae"
+_MODEL_NAMES = ("unet_name", "ckpt_name", "model_name", "gguf_name")  # of ComfyUI's loaders and other packs
 _LOADERS = ("WanCoreLoadVAE", "VAELoader")  # both: input "vae_name"
 
 
@@ -68,6 +69,19 @@ def _passes_latents_on(class_type: str) -> bool:
 def _source(prompt: Prompt, node: str, name: str) -> str | None:
     value = prompt[node].get("inputs", {}).get(name)
     return value[0] if _link(value) and value[0] in prompt else None
+
+
+def model_file(prompt: Prompt | None, node: str | None) -> str | None:
+    """The file that the MODEL of a node's input ``model`` came from, through nodes that take a MODEL and give one."""
+    seen = set()
+    while prompt and node in prompt and node not in seen:
+        seen.add(node)
+        inputs = prompt[node].get("inputs", {})
+        names = [inputs[key] for key in _MODEL_NAMES if isinstance(inputs.get(key), str)]
+        if names:
+            return names[0]
+        node = _source(prompt, node, "model")
+    return None
 
 
 def _link(value: object) -> bool:

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..wan_core import latents
 from ..wan_core.devices import available_bytes
 from ..wan_core.errors import WanError
+from ..wan_core.foreign import only_own
 from ..wan_core.offload import PREFETCH
 from ..wan_core.plan import AUTO, plan
 from ..wan_core.recipe import ModelRecipe
@@ -59,6 +60,8 @@ class BlockSwap(io.ComfyNode):
     def execute(
         cls, model: ModelRecipe, blocks: int, mode: str = BLOCKS, vram_limit: float = 8.0, prefetch: int = PREFETCH
     ) -> io.NodeOutput:
+        only_own(model.files, "Wan Block Swap", "ComfyUI offloads it by itself (--lowvram, --reserve-vram). Put Wan "
+                 "Block Swap between Load Wan Model and Wan Expert Switch.")  # fmt: skip
         swap = min(blocks, model.high.config.layers) if mode == BLOCKS else 0
         limit = {BLOCKS: None, LIMIT: vram_limit, AUTO: AUTO}[mode]
         changed = replace(model, swap_blocks=swap, vram_limit=limit, prefetch=prefetch)

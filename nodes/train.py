@@ -19,6 +19,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..wan_core.errors import WanError
+from ..wan_core.foreign import only_own
 from ..wan_core.latents import latent_frames
 from ..wan_core.models.load_dit import DiTFile
 from ..wan_core.recipe import ModelRecipe, noise_level_of
@@ -238,8 +239,9 @@ def choose_expert(model: ModelRecipe, choice: str) -> tuple[DiTFile, str]:
     """The weights to train, and "high", "low" or "only".
 
     Raises:
-        WanError: it is not clear which, or the file's name says otherwise.
+        WanError: it is not clear which, the file's name says otherwise, or ComfyUI holds the weights.
     """
+    only_own(model.files, "Wan Train LoRA", "Load the same file with Load Wan Model.")
     if model.variant.experts == 1:
         return model.high, "only"
     if model.low is not None:

@@ -23,6 +23,7 @@ from .checkpoint.unchanged import check_unchanged
 from .config import TEXT_LENGTH, PerExpert
 from .devices import available_bytes, empty_cache
 from .dtypes import resolve_dtype
+from .foreign import Foreign
 from .lora.apply import adaptation_of
 from .models.dit import TextStates, WanDiT
 from .models.load_dit import DiTFile, build_dit
@@ -32,8 +33,8 @@ from .models.vae import VideoVAE
 from .offload import spread
 from .plan import AUTO, Plan, plan, smaller, weights_of
 from .readahead import ReadAhead
-from .recipe import ModelRecipe
-from .sampling.experts import Expert, Experts
+from .recipe import ModelRecipe, Network
+from .sampling.experts import Expert, Experts, Model
 from .sampling.guidance import Condition
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,8 @@ class Engine:
         key = (_identity(recipe), tuple(shape), str(device), guided)
         if key not in self._plans:
             if recipe.vram_limit == AUTO:
-                self.make_room(dit_bytes(recipe.high, replace(recipe, swap_blocks=0), device), device)
+                whole = replace(recipe, swap_blocks=0)
+                self.make_room(max(dit_bytes(file, whole, device) for file in recipe.own), device)
             free = available_bytes(device) + self.bytes_on(device)
             self._plans[key] = plan(recipe, shape, device, guided=guided, free=free)
         found = self._plans[key]
@@ -117,11 +119,11 @@ class Engine:
     ) -> tuple[ModelRecipe, Plan] | None:  # fmt: skip
         """After what ``fit`` said was too much: all is released, and less is planned from now on.
 
-        None if there is no less.
+        None if there is no less, or if the weights are not the engine's.
         """
         device = torch.device(device)
         key = (_identity(recipe), tuple(shape), str(device), guided)
-        less = smaller(used)
+        less = smaller(used) if recipe.own else None
         self.release()
         if less is None:
             return None
@@ -159,14 +161,17 @@ class Engine:
 
     def experts(self, recipe: ModelRecipe, guidance: PerExpert, device: torch.device | str) -> Experts:
         """A recipe's experts as ``denoise`` calls them; nothing is loaded before the first call."""
-        high = LazyDiT(self, recipe.high, recipe, torch.device(device))
+        high = self._network(recipe.high, recipe, torch.device(device))
         if recipe.low is None:
             return Experts.dense(high, guidance.low)
-        low = LazyDiT(self, recipe.low, recipe, torch.device(device))
+        low = self._network(recipe.low, recipe, torch.device(device))
         return Experts(
             high=Expert(high, guidance.high, "high"), low=Expert(low, guidance.low, "low"),
             boundary=recipe.variant.boundary, switch=recipe.switch,
         )  # fmt: skip
+
+    def _network(self, file: Network, recipe: ModelRecipe, device: torch.device) -> Model:
+        return file.connect(device) if isinstance(file, Foreign) else LazyDiT(self, file, recipe, device)
 
     def text_encoder(
         self, file: TextFile, device: torch.device | str, dtype: str | torch.dtype | None, *, resident: bool = True

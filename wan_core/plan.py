@@ -250,11 +250,11 @@ def _limit(asked: float | str, free: int | None) -> float:
 def _layout(
     recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device, guided: bool
 ) -> Callable[[int, int], Plan]:
-    """Swapped blocks, prefetch -> plan. Both experts have the same shapes; the larger one counts."""
-    config, stored = recipe.high.config, recipe.high.checkpoint.dtype
-    dtype = resolve_dtype(recipe.dtype, device, stored)
-    each = [weights_of(file, recipe.dtype, device, loras=recipe.loras_of(file)) for file in recipe.files]
-    weights = max(each, key=lambda w: w.total)
+    """Swapped blocks, prefetch -> plan. Both experts have the same shapes; of the engine's own the larger counts."""
+    config = recipe.high.config
+    dtype = resolve_dtype(recipe.dtype, device, recipe.stored)
+    each = [weights_of(file, recipe.dtype, device, loras=recipe.loras_of(file)) for file in recipe.own]
+    weights = max(each, key=lambda w: w.total, default=Weights(0, (0,) * config.layers, 0))
     b, _, t, h, w = shape
     tokens = t * math.ceil(h / PATCH[1]) * math.ceil(w / PATCH[2])
     held = held_bytes(config, shape, dtype, guided=guided, keep_text=recipe.keeps_text)

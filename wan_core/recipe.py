@@ -9,12 +9,17 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from .config import Variant, variant_of
 from .errors import WanError
+from .foreign import Foreign
 from .lora.use import Loras, LoraUse
 from .models.load_dit import DiTFile
 from .offload import PREFETCH
 from .sampling.experts import Switch
+
+Network = DiTFile | Foreign
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +33,12 @@ class ModelRecipe:
     instead when the size of the video is known (``plan``). ``prefetch`` blocks are on the device before their turn.
 
     ``merge_loras``: into the weights once, where those lie on the device unpacked; else LoRAs are added as layers run.
+
+    A `Foreign` network runs where it is held: of the options none applies to it.
     """
 
-    high: DiTFile
-    low: DiTFile | None = None
+    high: Network
+    low: Network | None = None
     dtype: str = "auto"
     attention: str = "auto"
     switch: Switch = field(default_factory=Switch)
@@ -42,7 +49,7 @@ class ModelRecipe:
     loras: Loras = field(default_factory=Loras)
     merge_loras: bool = False
 
-    def loras_of(self, file: DiTFile) -> tuple[LoraUse, ...]:
+    def loras_of(self, file: Network) -> tuple[LoraUse, ...]:
         """The LoRAs of one of the recipe's files that do something at some step."""
         chain = self.loras.low if file is self.low and file is not self.high else self.loras.high
         return tuple(use for use in chain if use.strength)
@@ -57,15 +64,27 @@ class ModelRecipe:
         return variant_of(self.high.config.in_channels)
 
     @property
-    def files(self) -> tuple[DiTFile, ...]:
+    def files(self) -> tuple[Network, ...]:
         return (self.high,) if self.low is None else (self.high, self.low)
 
+    @property
+    def own(self) -> tuple[DiTFile, ...]:
+        """The files whose weights are the engine's."""
+        return tuple(file for file in self.files if not isinstance(file, Foreign))
+
+    @property
+    def stored(self) -> torch.dtype:
+        """What decides the number format of an "auto" computation."""
+        return self.own[0].checkpoint.dtype if self.own else self.high.dtype
+
     def __str__(self) -> str:
-        return f"{self.variant.display_name} ({', '.join(file.checkpoint.path.name for file in self.files)})"
+        return f"{self.variant.display_name} ({', '.join(file.path.name for file in self.files)})"
 
 
 def pair(high: ModelRecipe, low: ModelRecipe, switch: Switch) -> ModelRecipe:
     """Two experts as one model, each with its own LoRAs; every other option is the high-noise side's.
+
+    Where that one is `Foreign` and the other is not, the options are the low-noise side's.
 
     Raises:
         WanError: one of them is a pair already, their shapes differ, or their names say that they are swapped.
@@ -73,12 +92,13 @@ def pair(high: ModelRecipe, low: ModelRecipe, switch: Switch) -> ModelRecipe:
     if high.low is not None or low.low is not None:
         raise WanError("Expected two single models, found a pair of experts already. Connect the loaders themselves.")
     _check_same_shapes(high.high, low.high)
-    notes = high.notes + low.notes + _pair_notes(high.high.checkpoint.path, low.high.checkpoint.path)
+    notes = high.notes + low.notes + _pair_notes(high.high, low.high)
     loras, merge = Loras(high.loras.high, low.loras.high), high.merge_loras or low.merge_loras
-    return replace(high, low=low.high, switch=switch, notes=notes, loras=loras, merge_loras=merge)
+    side = high if high.own else low
+    return replace(side, high=high.high, low=low.high, switch=switch, notes=notes, loras=loras, merge_loras=merge)
 
 
-def _check_same_shapes(high: DiTFile, low: DiTFile) -> None:
+def _check_same_shapes(high: Network, low: Network) -> None:
     if high.config != low.config:
         differences = [
             f"{name} {value} and {getattr(low.config, name)}"
@@ -86,18 +106,19 @@ def _check_same_shapes(high: DiTFile, low: DiTFile) -> None:
             if value != getattr(low.config, name)
         ]
         raise WanError(
-            f"These two files are not experts of one model: {high.checkpoint.path.name} ({_kind(high)}) and "
-            f"{low.checkpoint.path.name} ({_kind(low)}) differ in {'; '.join(differences)}. "
+            f"These two files are not experts of one model: {high.path.name} ({_kind(high)}) and "
+            f"{low.path.name} ({_kind(low)}) differ in {'; '.join(differences)}. "
             "Choose the high-noise and the low-noise file of the same model."
         )
 
 
-def _kind(file: DiTFile) -> str:
+def _kind(file: Network) -> str:
     return variant_of(file.config.in_channels).display_name + f", {file.config.dim} wide"
 
 
-def _pair_notes(high: Path, low: Path) -> tuple[str, ...]:
-    if high.resolve() == low.resolve():
+def _pair_notes(first: Network, second: Network) -> tuple[str, ...]:
+    high, low = first.path, second.path
+    if _is_same(first, second):
         return (f"Warning: both experts are the same file, {high.name}; it will run as if it were one dense model.",)
     says_high, says_low = noise_level_of(high), noise_level_of(low)
     if says_high == "low" and says_low != "low" or says_low == "high" and says_high != "high":
@@ -107,6 +128,12 @@ def _pair_notes(high: Path, low: Path) -> tuple[str, ...]:
     if says_high == says_low and says_high is not None:
         return (f"Warning: by their names both files are {says_high}-noise experts: {high.name}, {low.name}.",)
     return (f"High-noise expert: {high.name}; low-noise expert: {low.name}.",)
+
+
+def _is_same(high: Network, low: Network) -> bool:
+    if isinstance(high, Foreign) or isinstance(low, Foreign):
+        return high.fingerprint == low.fingerprint
+    return high.path.resolve() == low.path.resolve()
 
 
 def noise_level_of(path: Path) -> str | None:

@@ -56,7 +56,7 @@ def denoise_in_memory(
     done = _Done(x.to(device), start, on_step)
 
     def run(recipe: ModelRecipe, planned: Plan) -> Tensor:
-        if on_plan:
+        if on_plan and recipe.own:
             on_plan(planned)
         experts = engine.experts(recipe, guidance, device)
         return denoise(

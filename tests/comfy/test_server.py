@@ -12,7 +12,7 @@ from PIL import Image
 NODE_IDS = (
     "WanCoreLoadModel", "WanCoreExpertSwitch", "WanCoreBlockSwap", "WanCoreLoadTextEncoder", "WanCoreLoadVAE",
     "WanCoreAestheticPrompt", "WanCoreEmptyLatent", "WanCoreImageToVideo", "WanCoreVAEEncode", "WanCoreVAEDecode",
-    "WanCoreSampler", "WanCoreTrainLora", "WanCoreToModel", "WanCoreLora",
+    "WanCoreSampler", "WanCoreTrainLora", "WanCoreToModel", "WanCoreLora", "WanCoreFromModel",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..config import PerExpert
 from ..errors import WanError
+from ..foreign import only_own
 from ..models.load_dit import DiTFile
 from ..recipe import ModelRecipe, noise_level_of
 from .files import read_lora
@@ -62,11 +63,13 @@ def with_lora(
         first_step, last_step: counted from 0, both included.
 
     Raises:
-        WanError: see ``read_lora``; or an empty range of steps.
+        WanError: see ``read_lora`` and ``only_own``; or an empty range of steps.
     """
     if first_step < 0 or last_step is not None and last_step < first_step:
         raise WanError(f"The LoRA's steps are {first_step} to {last_step}: expected a first step of 0 or more, and a "
                        "last step not before it.")
+    only_own(recipe.files, "Wan LoRA", "Put ComfyUI's LoraLoaderModelOnly before Wan from ComfyUI MODEL, and Wan LoRA "
+             "between Load Wan Model and Wan Expert Switch.")  # fmt: skip
     placed = place(file, low) if recipe.low or recipe.variant.experts == 2 else Placed(file, None, "")
     sides = _sides(recipe, placed, strength)
     uses, lines = {}, [placed.note] if placed.note else []

@@ -32,6 +32,10 @@ class DiTFile:
     config: DiTConfig
     fingerprint: tuple  # of the files when the header was read
 
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
+
 
 def read_dit(path: str | Path) -> DiTFile:
     """Read a DiT's header: milliseconds for safetensors.

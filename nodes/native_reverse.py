@@ -1,0 +1,192 @@
+"""Wan from ComfyUI MODEL: a model that ComfyUI loaded, run by our samplers.
+
+The other way round than ``native.py``. ComfyUI keeps the weights: it loads, offloads and patches them as for its own
+samplers, through ``sampler_helpers.prepare_sampling``; then the network is called directly for its velocity. What is
+relied on: ``comfy.model_base.WAN21`` and ``WAN22`` with ``comfy.ldm.wan.model.WanModel`` inside, ``ModelPatcher`` and
+its ``model_options`` and ``wrappers``. Written for and tested with ComfyUI 0.3.75.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..wan_core.config import VARIANTS, DiTConfig
+from ..wan_core.engine import pad_text
+from ..wan_core.errors import WanError
+from ..wan_core.foreign import Foreign
+from ..wan_core.recipe import ModelRecipe
+from ..wan_core.sampling.guidance import Condition
+from .graph import model_file
+from .types import WanModel
+
+log = logging.getLogger(__name__)
+
+_KSAMPLER = "Use ComfyUI's own samplers with it, or put that node behind Wan as ComfyUI MODEL."
+
+
+class FromModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanCoreFromModel",
+            display_name="Wan from ComfyUI MODEL",
+            category="Wan 2.2/model",
+            description="Makes a Wan2.2 model that ComfyUI or another pack loaded (Load Diffusion Model, a GGUF "
+            "loader) usable for Wan Expert Switch and Wan Sampler. ComfyUI keeps and offloads its weights; LoRAs of "
+            "its own nodes stay in effect.",
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="A Wan2.2 T2V-A14B, I2V-A14B or TI2V-5B model, with ComfyUI's LoRA nodes before this one. "
+                    "The shift of ModelSamplingSD3 is not used: Wan Sampler has its own.",
+                ),
+            ],
+            outputs=[WanModel.Output(display_name="model")],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: Any) -> io.NodeOutput:
+        node = cls.hidden.unique_id
+        recipe = from_model(model, model_file(cls.hidden.prompt, node) or f"the MODEL at node {node}")
+        for note in recipe.notes:
+            log.info("Wan from ComfyUI MODEL: %s", note)
+        return io.NodeOutput(recipe, ui=ui.PreviewText("\n".join((str(recipe), *recipe.notes))))
+
+
+def from_model(patcher: Any, name: str) -> ModelRecipe:
+    """A recipe whose weights stay with a ComfyUI ModelPatcher.
+
+    Args:
+        name: of its file; the words "high" and "low" in it are understood.
+
+    Raises:
+        WanError: it is another model, or carries patches of what ComfyUI's samplers do and ours do not.
+    """
+    try:
+        _check_kind(patcher, name)
+        _check_patches(patcher, name)
+        network = patcher.model.diffusion_model
+        config = DiTConfig(network.in_dim, network.out_dim, network.dim, network.ffn_dim, network.num_layers,
+                           network.text_dim, network.freq_dim, network.num_heads, network.eps)  # fmt: skip
+        dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+        same = (id(patcher.model), patcher.patches_uuid)
+    except (AttributeError, ImportError) as error:
+        raise WanError(f"Wan from ComfyUI MODEL does not know this version of ComfyUI ({error}). Use Load Wan Model, "
+                       "or the ComfyUI version that the README names.") from error
+    _check_channels(config, name)
+    held = Foreign(name, config, dtype, same, lambda device: NativeExpert(patcher))
+    shifted = "model_sampling" in patcher.object_patches
+    note = f"{name}: the shift that a node gave to this MODEL is not used; set it on Wan Sampler."
+    return ModelRecipe(held, notes=(note,) if shifted else ())
+
+
+# --- what is refused
+
+
+def _check_kind(patcher: Any, name: str) -> None:
+    from comfy import model_base
+    from comfy.ldm.wan.model import WanModel as Network
+
+    from .native import WanAsNetwork
+
+    network = patcher.model.diffusion_model
+    if isinstance(network, WanAsNetwork):
+        raise WanError(f"{name} comes from Wan as ComfyUI MODEL: connect the WAN_MODEL before that node instead.")
+    if type(patcher.model) not in (model_base.WAN21, model_base.WAN22) or type(network) is not Network:
+        raise _wrong_kind(name, f"{type(patcher.model).__name__} ({type(network).__name__})")
+    if network.img_emb is not None:
+        raise _wrong_kind(name, "Wan2.1 I2V or FLF2V (a CLIP image branch)")
+    if network.ref_conv is not None:
+        raise _wrong_kind(name, "Wan Fun Control with a reference image")
+
+
+def _check_channels(config: DiTConfig, name: str) -> None:
+    known = {row.in_channels: row for row in VARIANTS.values()}
+    if config.in_channels not in known:
+        raise _wrong_kind(name, f"a Wan model of {config.in_channels} input channels")
+
+
+def _wrong_kind(name: str, found: str) -> WanError:
+    supported = ", ".join(row.display_name for row in VARIANTS.values())
+    return WanError(f"{name} is {found}, which Wan Sampler does not run. Expected {supported}. Use ComfyUI's own "
+                    "samplers with this MODEL.")
+
+
+def _check_patches(patcher: Any, name: str) -> None:
+    """What acts on ComfyUI's guidance, or on more than the network, would be left out without a word."""
+    from comfy.patcher_extension import WrappersMP
+
+    options = dict(patcher.model_options)
+    wrappers = [patcher.wrappers, options.pop("transformer_options", {}).get("wrappers", {})]
+    around = {kind for part in wrappers for kind, keyed in part.items() if any(keyed.values())}
+    left_out = around - {WrappersMP.DIFFUSION_MODEL, WrappersMP.PREPARE_SAMPLING}
+    found = sorted([key for key, value in options.items() if value] + [f"{kind} wrapper" for kind in left_out])
+    if found:
+        raise WanError(f"A node before Wan from ComfyUI MODEL changes how ComfyUI samples {name} ({', '.join(found)}: "
+                       "guidance, caching, context windows or torch.compile), and Wan Sampler samples by itself. "
+                       f"Remove that node. {_KSAMPLER}")
+
+
+# --- what is run
+
+
+class NativeExpert:
+    """A network of ComfyUI's as ``denoise`` calls it; one for each run."""
+
+    def __init__(self, patcher: Any):
+        self.patcher = patcher
+        self._options: dict | None = None
+        self._prompts: dict[int, tuple[Condition, uuid.UUID]] = {}
+
+    def __call__(
+        self, x: Tensor, t: Tensor, condition: Condition, on_block: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Velocity, float32; the network cannot be cancelled at its blocks, only before it begins."""
+        if on_block:
+            on_block(0)
+        self._load(x.shape)
+        base, device = self.patcher.model, self.patcher.load_device
+        dtype = base.manual_cast_dtype or base.get_dtype()
+        text = pad_text(condition.text).expand(len(x), -1, -1)
+        if condition.concat is not None:
+            x = torch.cat([x, condition.concat.to(x).expand(len(x), -1, -1, -1, -1)], dim=1)
+        velocity = base.diffusion_model(
+            x.to(device, dtype), t.to(device).float(), context=text.to(device, dtype),
+            transformer_options=self._told(condition, t),
+        )  # fmt: skip
+        return velocity.to(x.device, torch.float32)
+
+    def _load(self, shape: torch.Size) -> None:
+        """Have ComfyUI load and patch the weights, unless they are as it left them."""
+        import comfy.model_management as management
+        from comfy import sampler_helpers, samplers
+        from comfy.model_patcher import create_model_options_clone
+
+        if self._options is not None and any(known is self.patcher for known in management.loaded_models()):
+            return
+        options = create_model_options_clone(self.patcher.model_options)
+        sampler_helpers.prepare_model_patcher(self.patcher, {}, options)
+        sampler_helpers.prepare_sampling(self.patcher, list(shape), {}, options)
+        samplers.cast_to_load_options(options, self.patcher.load_device, self.patcher.model_dtype())
+        if self._options is None:
+            self.patcher.pre_run()
+            weakref.finalize(self, self.patcher.cleanup).atexit = False
+        self._options = options
+
+    def _told(self, condition: Condition, t: Tensor) -> dict[str, Any]:
+        """ComfyUI's notes for patches of the network: which half of the guidance this is, and the noise level."""
+        known = self._prompts.setdefault(id(condition), (condition, uuid.uuid4()))
+        half = list(self._prompts).index(id(condition))  # the positive prompt is always asked first
+        sigma = t.flatten().max().reshape(1) / 1000
+        return self._options["transformer_options"] | {
+            "cond_or_uncond": [min(half, 1)], "uuids": [known[1]], "sigmas": sigma,
+        }  # fmt: skip

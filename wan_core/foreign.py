@@ -1,0 +1,50 @@
+"""A transformer that another program holds and runs: the seam through which ComfyUI's own MODELs come into a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .config import DiTConfig
+from .errors import WanError
+from .sampling.experts import Model
+
+
+@dataclass(frozen=True, eq=False)
+class Foreign:
+    """Stands in a recipe where a checkpoint would: the engine neither reads, nor moves, nor changes its weights.
+
+    Attributes:
+        name: what its host calls it, usually a file's name.
+        dtype: of the computation.
+        fingerprint: equal for the same weights with the same changes.
+        connect: a device -> the network as ``denoise`` calls it. Called once for a run; nothing is loaded before the
+            network's own first call.
+    """
+
+    name: str
+    config: DiTConfig
+    dtype: torch.dtype
+    fingerprint: tuple
+    connect: Callable[[torch.device], Model]
+
+    @property
+    def path(self) -> Path:
+        return Path(self.name)
+
+
+def only_own(files: Iterable[object], node: str, instead: str) -> None:
+    """Refuse what can be done to weights of the engine's own only.
+
+    Args:
+        instead: what the user can do.
+
+    Raises:
+        WanError: one of a recipe's files is held elsewhere.
+    """
+    names = [file.name for file in files if isinstance(file, Foreign)]
+    if names:
+        raise WanError(f"{node} needs a model from Load Wan Model, but ComfyUI holds {' and '.join(names)}. {instead}")
