@@ -124,6 +124,7 @@ class WanAsNetwork(nn.Module):
         time_dim_concat: Tensor | None = None, transformer_options: dict | None = None, **kwargs: object,
     ) -> Tensor:  # fmt: skip
         _refuse_extras({"time_dim_concat": time_dim_concat, **kwargs})
+        _refuse_patches(transformer_options or {})
         expert = self._expert(x, float(timestep.max()), transformer_options or {})
         return expert.model(x, timestep, self._condition(context), on_block=host.check_cancelled).to(x)
 
@@ -158,6 +159,17 @@ class WanAsNetwork(nn.Module):
                 return known
         self._texts = [*self._texts[1 - _KEPT_TEXTS :], Condition(context.clone())]
         return self._texts[-1]
+
+
+def _refuse_patches(options: dict) -> None:
+    """What nodes want done inside ComfyUI's own network; other kernels for attention change nothing and are let be."""
+    blocks = [name for keyed in options.get("patches_replace", {}).values() for name in keyed]
+    found = [("blocks (skip-layer guidance)", blocks), ("attention layers", options.get("patches")),
+             ("positions (ScaleROPE)", options.get("rope_options"))]  # fmt: skip
+    named = [meaning for meaning, asked in found if asked]
+    if named:
+        raise WanError(f"A node changes {' and '.join(named)} of ComfyUI's own Wan network, but Wan as ComfyUI MODEL "
+                       "runs another. Remove that node, or load the model with ComfyUI's Load Diffusion Model.")
 
 
 def _refuse_extras(extras: dict[str, object]) -> None:

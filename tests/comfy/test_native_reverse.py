@@ -48,7 +48,7 @@ def test_pairs_of_native_own_and_mixed_models_are_equal(client: Client, server: 
     own, theirs = [wan.load(g, file) for file in files], [native(g, file) for file in files]
     sides, latent = wan.prompts(g), wan.empty(g, own[0], **SIZE)
     pairs = {"own": switch(g, *own), "native": switch(g, *theirs), "mixed": switch(g, theirs[0], own[1]),
-             "mixed_other": switch(g, own[0], theirs[1])}  # fmt: skip
+             "other_mixed": switch(g, own[0], theirs[1])}  # fmt: skip
     made = {name: wan.sample(g, m, sides, latent, **RUN) for name, m in pairs.items()}
     plain = {"solver": "euler", "schedule": "simple", "cfg_high": 2.0, "cfg_low": 2.0}
     made["euler"] = wan.sample(g, pairs["own"], sides, latent, **RUN | plain)
