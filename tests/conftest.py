@@ -58,6 +58,16 @@ def newest_frontend() -> Path:
 
 
 @pytest.fixture(scope="session")
+def night_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA file of the family's TI2V model, trained once, on one look."""
+    from tests.core.nano_night import train_lora
+
+    file = tmp_path_factory.mktemp("night") / "lora.safetensors"
+    train_lora(file)
+    return file
+
+
+@pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small checkpoints of every task under ComfyUI's own file names, as a models folder."""
     folder = tmp_path_factory.mktemp("models")
