@@ -359,6 +359,6 @@ STAGES: dict[str, Callable[[Family], bool]] = {
     "t2v_high": _expert("t2v_high", T2V, "high", 800, "pilot"),
     "t2v_low": gated(_expert("t2v_low", T2V, "low", 4000, "pilot"), "t2v"),
     "i2v_high": _expert("i2v_high", I2V, "high", 600, "t2v_high"),
-    "i2v_low": gated(_expert("i2v_low", I2V, "low", 2000, "t2v_low"), "i2v"),
+    "i2v_low": gated(_expert("i2v_low", I2V, "low", 1200, "t2v_low"), "i2v"),
     "ti2v": gated(_expert("ti2v", TI2V, "only", 2500, "place48"), "ti2v"),
 }  # fmt: skip
