@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 import pytest
 import torch
 from comfy_server import Client, Server
@@ -170,7 +172,7 @@ def test_patches_of_sampling_do_what_they_do_to_native_models(client: Client, se
 def defaults(client: Client, node: str) -> dict[str, object]:
     """What a node's widgets show before they are touched."""
     found = {}
-    for name, (kind, *rest) in client.object_info(node)[node]["input"]["required"].items():
+    for name, (kind, *rest) in client.object_info(quote(node))[node]["input"]["required"].items():
         options = rest[0] if rest else {}
         if isinstance(kind, list) or kind == "COMBO":
             choices = kind if isinstance(kind, list) else options["options"]

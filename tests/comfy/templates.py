@@ -1,0 +1,126 @@
+"""ComfyUI's official templates, read from the package that its requirements install, in the API format.
+
+What the editor does when a prompt is queued: bypassed nodes pass their input on, muted ones and notes disappear,
+subgraphs are opened, and widget values are named by the nodes' schemas.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from comfyui_workflow_templates import get_asset_path
+
+Api = dict[str, dict[str, Any]]
+Schemas = dict[str, dict[str, Any]]  # the server's /object_info
+MUTED, BYPASSED = 2, 4  # LiteGraph's modes
+INSIDE = -10  # the node that stands for a subgraph's inputs
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+AFTER_SEEDS = ("fixed", "increment", "decrement", "randomize")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A widget's value that reaches an input through the boundary of a subgraph."""
+
+    value: Any
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads(Path(get_asset_path(name, f"{name}.json")).read_text(encoding="utf-8"))
+
+
+def nodes_of(workflow: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """All nodes, those in subgraphs too."""
+    yield from workflow["nodes"]
+    for inner in workflow.get("definitions", {}).get("subgraphs", []):
+        yield from inner["nodes"]
+
+
+def to_api(workflow: dict[str, Any], schemas: Schemas) -> Api:
+    subgraphs = {inner["id"]: inner for inner in workflow.get("definitions", {}).get("subgraphs", [])}
+    return _Scope(workflow, schemas, subgraphs).api()
+
+
+class _Scope:
+    """The workflow, or a subgraph where it is used."""
+
+    def __init__(self, graph: dict, schemas: Schemas, subgraphs: dict, outer: _Scope | None = None,
+                 instance: dict | None = None):  # fmt: skip
+        self.graph, self.schemas, self.subgraphs = graph, schemas, subgraphs
+        self.outer, self.instance = outer, instance
+        self.prefix = f"{instance['id']}:" if instance else ""
+        self.nodes = {node["id"]: node for node in graph["nodes"]}
+        self.links = dict(_origin(link) for link in graph["links"])
+
+    def api(self) -> Api:
+        made: Api = {}
+        for node in self.nodes.values():
+            if node.get("mode", 0) in (MUTED, BYPASSED):
+                continue
+            if node["type"] in self.subgraphs:
+                made |= self._open(node).api()
+            elif node["type"] in self.schemas:
+                made[f"{self.prefix}{node['id']}"] = {"class_type": node["type"], "inputs": self._inputs(node)}
+        return made
+
+    def _open(self, node: dict) -> _Scope:
+        return _Scope(self.subgraphs[node["type"]], self.schemas, self.subgraphs, self, node)
+
+    def _inputs(self, node: dict) -> dict[str, Any]:
+        values = _widgets(self.schemas[node["type"]], node.get("widgets_values") or [])
+        for slot in node["inputs"]:
+            source = self.source(slot.get("link"))
+            if source is not None:
+                values[slot["name"]] = source.value if isinstance(source, Value) else source
+        return values
+
+    def source(self, link: int | None) -> list | Value | None:
+        """[node, slot], a value, or None for what leads nowhere."""
+        if link is None:
+            return None
+        origin, slot = self.links[link]
+        if origin == INSIDE:
+            return self._from_outside(slot)
+        node = self.nodes[origin]
+        if node.get("mode", 0) == MUTED:
+            return None
+        if node.get("mode", 0) == BYPASSED:
+            kind = node["outputs"][slot]["type"]
+            return next((self.source(given.get("link")) for given in node["inputs"] if given["type"] == kind), None)
+        if node["type"] in self.subgraphs:
+            inner = self._open(node)
+            return inner.source(inner.graph["outputs"][slot]["linkIds"][0])
+        return [f"{self.prefix}{origin}", slot]
+
+    def _from_outside(self, slot: int) -> list | Value | None:
+        name = self.graph["inputs"][slot]["name"]
+        given = next((one for one in self.instance["inputs"] if one["name"] == name), {})
+        if given.get("link") is not None:
+            return self.outer.source(given["link"])
+        widgets = [one["name"] for one in self.graph["inputs"] if one["type"] in WIDGETS]
+        if name not in widgets:
+            return None
+        return Value(self.instance["widgets_values"][widgets.index(name)])
+
+
+def _origin(link: list | dict) -> tuple[int, tuple[int, int]]:
+    if isinstance(link, dict):
+        return link["id"], (link["origin_id"], link["origin_slot"])
+    return link[0], (link[1], link[2])
+
+
+def _widgets(schema: dict[str, Any], values: list) -> dict[str, Any]:
+    rest, named = list(values), {}
+    for section in ("required", "optional"):
+        for name, (kind, *more) in schema["input"].get(section, {}).items():
+            options = more[0] if more else {}
+            if not (isinstance(kind, list) or kind in WIDGETS) or options.get("forceInput") or not rest:
+                continue
+            named[name] = rest.pop(0)
+            if name in ("seed", "noise_seed") and rest and rest[0] in AFTER_SEEDS:
+                rest.pop(0)
+    return named
