@@ -56,16 +56,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     how = Sampling(steps=options.steps, guidance=options.guidance, precision=options.precision)
     judge = Judge(lambda stage: options.family / FILES[stage], Frame(options.size, options.size, options.frames), how)
-    rows = []
+    settings = {"sampling": vars(how), "prompts": options.prompts, "seeds": options.seeds}
     for part in options.only:
+        rows = []
         for row in MEASURES[part](judge, options.prompts, range(options.seeds)):
             print(line(row), flush=True)
-            rows.append(row)
-    report = {"machine": machine(), "sampling": vars(how), "prompts": options.prompts, "seeds": options.seeds,
-              "rows": [vars(row) | {"reached": row.reached} for row in rows]}  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            rows.append(vars(row) | {"reached": row.reached})
+        publish(options.out, settings, part, rows)
     return 0
+
+
+def publish(file: Path, settings: dict, part: str, rows: list[dict]) -> None:
+    """Write a part's rows; those of other parts stay if they were measured with the same settings."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    kept = known.get("parts", {}) if {key: known.get(key) for key in settings} == settings else {}
+    parts = {name: rows if name == part else kept[name] for name in PARTS if name == part or name in kept}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine(), **settings, "parts": parts}
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def line(row: Row) -> str:

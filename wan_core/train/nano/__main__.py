@@ -16,7 +16,7 @@ from ...quant.convert import convert
 from ..data import Frame
 from .judge import FILES
 from .pictures import first_frames
-from .recipe import STAGES, Family, Settings
+from .recipe import LAST, STAGES, Family, Settings
 
 FORMATS = {"vae16": "fp16", "vae48": "fp16"}  # of the files; all others are fp8_scaled, for their size
 
@@ -79,11 +79,12 @@ def run(family: Family, stages: list[str]) -> None:
 def export(family: Family, out: Path) -> None:
     """The finished stages as the files of the family, in their storage dtype."""
     total = 0
-    for stage, name in FILES.items():
+    for published, name in FILES.items():
+        stage = LAST.get(published, published)
         if not family.done(stage):
             continue
         file = out / name
-        store(family.need(stage), file, FORMATS.get(stage, "fp8_scaled"))
+        store(family.need(stage), file, FORMATS.get(published, "fp8_scaled"))
         total += file.stat().st_size
         family.tell(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
     first_frames(out, family.settings.frame.width)
