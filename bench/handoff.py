@@ -1,0 +1,201 @@
+"""One sampler over both experts beside two samplers that hand over: how far each ends from a 200-step reference.
+
+A sampler of higher order goes by what it saw at earlier steps. ComfyUI's usual way with a pair, two KSamplerAdvanced,
+begins the low-noise half without that; one KSampler over Wan as ComfyUI MODEL does not. Both run here on a real server
+from the same noise, along the same sigmas, and change experts at the same step; euler, which remembers nothing, is the
+control: there both ways must end in the same place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import mean, stdev
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from scripts.comfy_server import Client, Server, make_base
+from wan_core.config import TRAIN_STEPS, VARIANTS
+from wan_core.models.vae import LATENT_MEAN, LATENT_STD
+from wan_core.sampling.schedules import schedule
+from wan_core.train.nano.judge import held_out_prompts
+
+from .cpu import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "bench" / "results" / "handoff.json"
+SAMPLERS = ("euler", "uni_pc", "uni_pc_bh2")
+NEXT_TO_LAST_LEFT_OUT = ("uni_pc", "uni_pc_bh2")  # ComfyUI lays out one step more for these and skips the last but one
+SHIFT, CFG = 5.0, 3.0
+VARIANT = VARIANTS["t2v-A14B"]
+METHOD = (
+    "Relative RMS distance of the final normalised latent from the reference: heun, simple, 200 steps, through Wan as "
+    "ComfyUI MODEL, same noise. one: KSampler over both experts; two: KSamplerAdvanced over each of two UNETLoaders, "
+    f"leftover noise handed over, at the same step. Scheduler simple, shift {SHIFT:g}, cfg {CFG:g}, float32. Mean and "
+    "standard error over seeds; each seed has a prompt of its own."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    family = ROOT / "nano"
+    parser.add_argument("--high", type=Path, default=family / "diffusion_models/nano_t2v_high_noise.safetensors")
+    parser.add_argument("--low", type=Path, default=family / "diffusion_models/nano_t2v_low_noise.safetensors")
+    parser.add_argument("--text-encoder", type=Path, default=family / "text_encoders/nano_umt5.safetensors")
+    parser.add_argument("--out", type=Path, default=PUBLISHED, help="the JSON file (default: the published one)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 30])
+    parser.add_argument("--reference-steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--note", default="", help="what the files are, for the report")
+
+
+def run(options: argparse.Namespace) -> int:
+    distances: dict[tuple[str, int, str], list[float]] = {}
+    with TemporaryDirectory() as folder, serve(Path(folder), options) as server:
+        for seed, (_, prompt) in enumerate(held_out_prompts(options.seeds)):
+            for case, found in measure(server, options, seed, prompt):
+                distances.setdefault(case, []).append(found)
+            print(f"seed {seed + 1} of {options.seeds}", flush=True)
+    rows = summarise(distances)
+    print(table(rows))
+    report = {"machine": machine(), "method": METHOD, "note": options.note, "seeds": options.seeds,
+              "files": [options.high.name, options.low.name], "size": [options.size, options.size, options.frames],
+              "reference_steps": options.reference_steps, "rows": rows}  # fmt: skip
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def serve(folder: Path, options: argparse.Namespace) -> Server:
+    """A ComfyUI with the pack and the three files, under names that say which is which."""
+    comfyui = Path(os.environ.get("COMFYUI_PATH") or max((ROOT / ".cache").glob("comfyui-*")))
+    base = make_base(folder, comfyui, ROOT)
+    files = {"diffusion_models/high_noise": options.high, "diffusion_models/low_noise": options.low,
+             "text_encoders/text": options.text_encoder}  # fmt: skip
+    for name, file in files.items():
+        place = base / "models" / f"{name}.safetensors"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(file.resolve(strict=True))
+    return Server.start(sys.executable, comfyui, base, "--cpu", "--disable-api-nodes", timeout=1800)
+
+
+def measure(
+    server: Server, options: argparse.Namespace, seed: int, prompt: str
+) -> Iterator[tuple[tuple[str, int, str], float]]:
+    """(sampler, steps, way), distance from the reference."""
+    graph = Samples(options, seed, prompt)
+    graph.save("reference", graph.one("heun", options.reference_steps))
+    for sampler in SAMPLERS:
+        for steps in options.steps:
+            graph.save(f"one-{sampler}-{steps}", graph.one(sampler, steps))
+            graph.save(f"two-{sampler}-{steps}", graph.two(sampler, steps))
+    client = Client(server.url, server.check)
+    done = client.run(graph.nodes, timeout=24 * 3600)
+    if not done.ok:
+        raise SystemExit(f"ComfyUI could not run it: {done.error}\n{server.tail()}")
+    reference = read(server, seed, "reference")
+    for sampler in SAMPLERS:
+        for steps in options.steps:
+            for way in ("one", "two"):
+                yield (sampler, steps, way), distance(read(server, seed, f"{way}-{sampler}-{steps}"), reference)
+
+
+class Samples:
+    """A prompt in the API format that samples the same noise in many ways."""
+
+    def __init__(self, options: argparse.Namespace, seed: int, prompt: str):
+        self.nodes: dict[str, dict[str, Any]] = {}
+        self.seed = seed
+        load = {"dtype": "float32", "attention": "auto"}
+        ours = [self.add("WanCoreLoadModel", model_name=f"{level}_noise.safetensors", **load)
+                for level in ("high", "low")]  # fmt: skip
+        pair = self.add("WanCoreExpertSwitch", high=ours[0], low=ours[1], mode="auto", boundary=VARIANT.boundary)
+        self.both = self.add("WanCoreToModel", model=pair, shift=SHIFT)
+        self.each = [self.add("ModelSamplingSD3", shift=SHIFT, model=self.add(
+            "UNETLoader", unet_name=f"{level}_noise.safetensors", weight_dtype="default")) for level in ("high", "low")]
+        clip = self.add("WanCoreLoadTextEncoder", text_encoder_name="text.safetensors", dtype="float32",
+                        device="default")  # fmt: skip
+        self.sides = {"positive": self.add("CLIPTextEncode", clip=clip, text=prompt),
+                      "negative": self.add("CLIPTextEncode", clip=clip, text="")}  # fmt: skip
+        self.latent = self.add("EmptyHunyuanLatentVideo", width=options.size, height=options.size,
+                               length=options.frames, batch_size=1)  # fmt: skip
+
+    def add(self, kind: str, **inputs: Any) -> list:
+        id = str(len(self.nodes) + 1)
+        self.nodes[id] = {"class_type": kind, "inputs": inputs}
+        return [id, 0]
+
+    def one(self, sampler: str, steps: int) -> list:
+        return self.add("KSampler", model=self.both, latent_image=self.latent, seed=self.seed, steps=steps, cfg=CFG,
+                        sampler_name=sampler, scheduler="simple", denoise=1.0, **self.sides)  # fmt: skip
+
+    def two(self, sampler: str, steps: int) -> list:
+        change, latent = high_steps(sampler, steps), self.latent
+        halves = (("enable", 0, change, "enable"), ("disable", change, 10000, "disable"))
+        for model, (noise, start, end, leftover) in zip(self.each, halves, strict=True):
+            latent = self.add(
+                "KSamplerAdvanced", model=model, latent_image=latent, noise_seed=self.seed, steps=steps, cfg=CFG,
+                sampler_name=sampler, scheduler="simple", add_noise=noise, start_at_step=start, end_at_step=end,
+                return_with_leftover_noise=leftover, **self.sides,
+            )  # fmt: skip
+        return latent
+
+    def save(self, name: str, latent: list) -> None:
+        self.add("SaveLatent", samples=latent, filename_prefix=f"{self.seed}/{name}")
+
+
+def high_steps(sampler: str, steps: int) -> int:
+    """How many steps of ComfyUI's grid lie at or above the boundary."""
+    more = sampler in NEXT_TO_LAST_LEFT_OUT
+    sigmas = schedule("simple", steps + more, SHIFT).sigmas[:-1]
+    timesteps = (sigmas[:-1] if more else sigmas) * TRAIN_STEPS
+    return int((timesteps >= VARIANT.boundary * TRAIN_STEPS).sum())
+
+
+def read(server: Server, seed: int, name: str) -> Tensor:
+    (file,) = Path(server.base, "output", str(seed)).glob(f"{name}_*.latent")
+    raw = load_file(file)["latent_tensor"]
+    mean_, std = (raw.new_tensor(table[VARIANT.vae]).view(-1, 1, 1, 1) for table in (LATENT_MEAN, LATENT_STD))
+    return (raw - mean_) / std
+
+
+def distance(x: Tensor, reference: Tensor) -> float:
+    return float((x - reference).square().mean().sqrt() / reference.square().mean().sqrt())
+
+
+def summarise(distances: dict[tuple[str, int, str], list[float]]) -> list[dict[str, Any]]:
+    rows = []
+    for sampler, steps in sorted({case[:2] for case in distances}, key=lambda c: (SAMPLERS.index(c[0]), c[1])):
+        one, two = (distances[sampler, steps, way] for way in ("one", "two"))
+        rows.append({
+            "sampler": sampler, "steps": steps, "change_at_step": high_steps(sampler, steps), "one": _mean(one),
+            "two": _mean(two), "two_over_one": _mean([b / a for a, b in zip(one, two, strict=True)]),
+            "one_is_nearer": f"{sum(a < b for a, b in zip(one, two, strict=True))} of {len(one)}",
+        })  # fmt: skip
+    return rows
+
+
+def _mean(values: Iterable[float]) -> dict[str, float]:
+    """With its standard error."""
+    values = list(values)
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {"mean": round(mean(values), 6), "error": round(error, 6)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'sampler':12}{'steps':>6}{'change':>8}{'one run':>20}{'two runs':>20}{'two / one':>18}  one is nearer"]
+    for row in rows:
+        one, two, ratio = (f"{row[key]['mean']:.4f} ± {row[key]['error']:.4f}"
+                           for key in ("one", "two", "two_over_one"))  # fmt: skip
+        lines.append(f"{row['sampler']:12}{row['steps']:>6}{row['change_at_step']:>8}{one:>20}{two:>20}{ratio:>18}"
+                     f"  {row['one_is_nearer']}")  # fmt: skip
+    return "\n".join(lines)
