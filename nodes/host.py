@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, TypeVar
 import comfy.model_management as management
 import folder_paths
 import torch
-from comfy.cli_args import LatentPreviewMethod, args
 from comfy.utils import ProgressBar
 
 from ..wan_core.errors import WanError
@@ -21,7 +20,6 @@ from ..wan_core.quant.registry import MADE_ON_LOAD
 
 if TYPE_CHECKING:
     from ..wan_core.engine import Engine
-    from ..wan_core.sampling.denoise import StepReport
 
 log = logging.getLogger(__name__)
 
@@ -174,27 +172,3 @@ class Chunks:
     def __call__(self, done: int, total: int) -> None:
         check_cancelled()
         self.bar.update(1)
-
-
-class Steps:
-    """A progress bar over sampling steps, with a frame of the clean estimate where previews are on."""
-
-    def __init__(self, total: int):
-        self.bar = ProgressBar(total)
-
-    def __call__(self, report: StepReport) -> None:
-        check_cancelled()
-        self.bar.update_absolute(report.done, report.total, preview(report.x0))
-
-
-def preview(x0: torch.Tensor) -> tuple | None:
-    """A frame from the middle of the first video [B,C,T,h,w], as ComfyUI's progress bar takes it, or None."""
-    if args.preview_method == LatentPreviewMethod.NoPreviews:
-        return None
-    from PIL import Image
-
-    from ..wan_core.latents import preview_rgb
-
-    middle = x0.shape[2] // 2
-    pixels = preview_rgb(x0[0, :, middle : middle + 1])[0]
-    return "JPEG", Image.fromarray(pixels.numpy()), args.preview_size

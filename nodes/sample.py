@@ -22,6 +22,7 @@ from ..wan_core.sampling.solvers import SOLVERS
 from . import host
 from .conditioning import condition
 from .graph import check_decoders
+from .preview import Steps
 from .spaces import denormalise, normalise, samples_for
 from .types import WanModel
 
@@ -198,11 +199,12 @@ def sample(
     notes = Notes(node_id, model)
     if model.low is None and model.variant.experts == 2 and steps == plan.steps:
         log.warning("Wan Sampler: one expert of %s does all %d steps. Join both with Wan Expert Switch.", model, steps)
-    x = denoise_in_memory(
-        host.engine(), model, settings.guidance, device, start, plan, settings.solver, *conditions,
-        given=_given(latent, clean, noise, model.variant), start=settings.start, end=settings.end,
-        on_step=host.Steps(steps), on_block=host.check_cancelled, on_plan=notes.planned, on_note=notes.warned,
-    )  # fmt: skip
+    with Steps(node_id, model, settings.guidance, plan, settings.start, settings.end) as shown:
+        x = denoise_in_memory(
+            host.engine(), model, settings.guidance, device, start, plan, settings.solver, *conditions,
+            given=_given(latent, clean, noise, model.variant), start=settings.start, end=settings.end,
+            on_step=shown, on_block=shown.block, on_plan=notes.planned, on_note=notes.warned,
+        )  # fmt: skip
     sampled = denormalise(_as_stored(x, plan, settings.end), kind)
     return latent | {"samples": sampled.to(host.storage_device())}
 

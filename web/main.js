@@ -3,6 +3,9 @@
 import { app } from '../../scripts/app.js'
 import { watchExpertSwitch } from './expert_switch.js'
 import { openPresets, presetsOf } from './menus.js'
+import { watchPreviews } from './preview.js'
+
+watchPreviews() // now, not in setup(): before the frontend itself listens to what it passes on
 
 app.registerExtension({
   name: 'wan_core.Nodes',

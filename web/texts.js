@@ -7,13 +7,21 @@ const TEXTS = {
     settings: 'Wan: official settings',
     size: 'Wan: size',
     length: 'Wan: length',
-    boundary: { auto: 'boundary', timestep: 'below', step: 'from step', snr: 'from SNR' }
+    boundary: { auto: 'boundary', timestep: 'below', step: 'from step', snr: 'from SNR' },
+    expert: { high: 'high-noise expert', low: 'low-noise expert' },
+    starting: 'starting…',
+    step: 'step {0} of {1}',
+    left: '{0} left'
   },
   zh: {
     settings: 'Wan：官方设置',
     size: 'Wan：尺寸',
     length: 'Wan：时长',
-    boundary: { auto: '边界', timestep: '低于', step: '起始步', snr: '信噪比起' }
+    boundary: { auto: '边界', timestep: '低于', step: '起始步', snr: '信噪比起' },
+    expert: { high: '高噪声专家', low: '低噪声专家' },
+    starting: '正在启动…',
+    step: '第 {0} 步，共 {1} 步',
+    left: '剩余 {0}'
   }
 }
 

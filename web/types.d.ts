@@ -9,7 +9,19 @@ declare module '*/scripts/app.js' {
       ds: { scale: number; offset: [number, number] }
       selected_nodes: Record<string, Node>
     }
+    rootGraph?: Graph
+    graph: Graph
   }
+}
+
+declare module '*/scripts/api.js' {
+  export const api: {
+    addEventListener(type: string, listener: (event: CustomEvent) => void): void
+  }
+}
+
+interface Graph {
+  getNodeById(id: string): Node | null | undefined
 }
 
 declare const LiteGraph: {
@@ -20,6 +32,7 @@ interface Extension {
   name: string
   commands?: { id: string; label: string; icon: string; function: () => void }[]
   nodeCreated?(node: Node): void
+  setup?(): void
   getNodeMenuItems?(node: Node): MenuItem[]
   getSelectionToolboxCommands?(item: Node): string[]
 }
@@ -27,7 +40,12 @@ interface Extension {
 interface Node {
   comfyClass?: string
   pos: [number, number]
+  size: [number, number]
   widgets?: Widget[]
+  subgraph?: Graph
+  computeSize(): [number, number]
+  setSize(size: [number, number]): void
+  addDOMWidget(name: string, type: string, element: HTMLElement, options: DOMWidgetOptions): Widget
   onConfigure?: (...args: unknown[]) => void
   setDirtyCanvas(foreground: boolean, background?: boolean): void
 }
@@ -37,7 +55,14 @@ interface Widget {
   value: unknown
   label?: string
   disabled?: boolean
+  serialize?: boolean
   callback?: (...args: unknown[]) => unknown
+}
+
+interface DOMWidgetOptions {
+  serialize: boolean
+  hideOnZoom: boolean
+  getMinHeight(): number
 }
 
 interface MenuItem {

@@ -1,0 +1,183 @@
+// @ts-check
+/// <reference path="./types.d.ts" />
+import { api } from '../../scripts/api.js'
+import { app } from '../../scripts/app.js'
+import { texts } from './texts.js'
+
+/**
+ * What nodes/preview.py sends of a run: a line of text, or a picture as a data URL.
+ * @typedef {{ step: number, steps: number, expert: string, sigma: number, left: number | null }} Line
+ * @typedef {{ node: string, run: number, line?: Line, picture?: string }} News
+ */
+
+const LINE_HEIGHT = 18
+const TEXT_HEIGHT = 2 * LINE_HEIGHT
+const HIGHEST = 400 // of a picture, in pixels of the graph
+const NOWHERE = '-1' // a place where no node is
+
+/** @type {WeakMap<Node, Panel>} */
+const panels = new WeakMap()
+/** @type {Set<Panel>} */
+const counting = new Set()
+
+/**
+ * Shows runs of Wan Sampler on their nodes, from now on. To be called while extensions load: listeners are called in
+ * the order in which they came, and the frontend's own come later.
+ */
+export function watchPreviews() {
+  api.addEventListener('wan_core.preview', ({ detail }) => panelOf(detail.node)?.show(detail))
+  api.addEventListener('b_preview_with_metadata', withoutTheStill)
+  for (const end of ['execution_success', 'execution_error', 'execution_interrupted']) {
+    api.addEventListener(end, () => counting.forEach((panel) => panel.stop()))
+  }
+}
+
+/** The panel of a node, made when there is first something to show: until then the node is as it always was. */
+function panelOf(/** @type {string} */ id) {
+  const node = nodeOf(id)
+  if (node?.comfyClass !== 'WanCoreSampler') return undefined
+  const panel = panels.get(node) ?? new Panel(node)
+  panels.set(node, panel)
+  return panel
+}
+
+/**
+ * A node by the id it runs under: "5", or "5:3" for node 3 in the subgraph of node 5.
+ * @param {string} id
+ * @returns {Node | null | undefined}
+ */
+function nodeOf(id) {
+  const hosts = String(id).split(':')
+  const last = /** @type {string} */ (hosts.pop())
+  /** @type {Graph | undefined} */
+  let graph = app.rootGraph ?? app.graph
+  for (const host of hosts) graph = graph?.getNodeById(host)?.subgraph
+  return graph?.getNodeById(last)
+}
+
+/**
+ * The still preview that every sampler sends would be a second picture on the node. It goes on to whoever else shows
+ * it, the node of a subgraph around ours above all, and moves there too where an image can.
+ * @param {CustomEvent} event
+ */
+function withoutTheStill({ detail }) {
+  const node = nodeOf(detail.displayNodeId)
+  const panel = node && panels.get(node)
+  if (!panel) return
+  const id = String(detail.displayNodeId)
+  detail.displayNodeId = id.includes(':') ? id.slice(0, id.lastIndexOf(':')) : NOWHERE
+  detail.blob = panel.blob ?? detail.blob
+}
+
+class Panel {
+  /** @param {Node} node */
+  constructor(node) {
+    this.node = node
+    this.run = 0
+    /** @type {Blob | undefined} */
+    this.blob = undefined
+    this.image = Object.assign(document.createElement('img'), { hidden: true, draggable: false })
+    this.image.style.cssText = `flex: 1 1 auto; min-height: 0; max-height: ${HIGHEST}px; object-fit: contain`
+    this.image.onload = () => this.fit()
+    this.text = document.createElement('div')
+    this.text.style.cssText = `flex: none; font-size: 12px; line-height: ${LINE_HEIGHT}px; height: ${TEXT_HEIGHT}px;
+      text-align: center; color: var(--input-text); white-space: pre; overflow: hidden; text-overflow: ellipsis`
+    const element = document.createElement('div')
+    element.className = 'wan-core-preview'
+    element.style.cssText = 'display: flex; flex-direction: column; width: 100%; height: 100%; overflow: hidden'
+    element.append(this.image, this.text)
+    const options = { serialize: false, hideOnZoom: false, getMinHeight: () => this.height() }
+    node.addDOMWidget('wan_core_preview', 'wan_core_preview', element, options).serialize = false
+    this.fit()
+  }
+
+  /** @param {News} news */
+  show({ run, line, picture }) {
+    if (run < this.run) return // a picture that was still being made when the next run began
+    if (run > this.run) this.clear()
+    this.run = run
+    if (line) this.say(line)
+    if (picture) this.paint(picture)
+  }
+
+  clear() {
+    this.blob = undefined
+    this.image.hidden = true
+  }
+
+  /** @param {string} picture */
+  paint(picture) {
+    const bytes = Uint8Array.from(atob(picture.slice(picture.indexOf(',') + 1)), (char) => char.charCodeAt(0))
+    this.blob = new Blob([bytes], { type: 'image/webp' })
+    const before = this.image.src
+    this.image.src = URL.createObjectURL(this.blob)
+    this.image.hidden = false
+    if (before) URL.revokeObjectURL(before)
+  }
+
+  /** @param {Line} line */
+  say(line) {
+    this.stop()
+    this.line = line
+    this.ends = line.left === null || line.step === line.steps ? undefined : Date.now() + 1000 * line.left
+    this.write()
+    if (this.ends) this.clock = setInterval(() => this.write(), 1000)
+    counting.add(this)
+  }
+
+  /** Counts down no longer: the run has ended, well or not. */
+  stop() {
+    clearInterval(this.clock)
+    counting.delete(this)
+    if (this.ends && this.line) {
+      this.ends = undefined
+      this.write()
+    }
+  }
+
+  write() {
+    const { step, steps, expert, sigma } = /** @type {Line} */ (this.line)
+    const words = texts()
+    const experts = /** @type {Record<string, string>} */ (words.expert)
+    const left = this.ends && fill(words.left, clock(Math.max(this.ends - Date.now(), 0) / 1000))
+    const lines = [
+      [experts[expert], step ? fill(words.step, step, steps) : words.starting],
+      [`sigma ${sigma.toFixed(2)}`, left]
+    ]
+    this.text.textContent = lines.map((parts) => parts.filter(Boolean).join(' · ')).join('\n')
+  }
+
+  /** What the widget needs at the node's width. */
+  height() {
+    const { naturalWidth, naturalHeight, hidden } = this.image
+    if (hidden || !naturalWidth) return TEXT_HEIGHT
+    return TEXT_HEIGHT + Math.min((this.node.size[0] * naturalHeight) / naturalWidth, HIGHEST)
+  }
+
+  /** Makes the node high enough, never smaller: a user may have made it larger. */
+  fit() {
+    const { size } = this.node
+    const wanted = this.node.computeSize()[1]
+    if (wanted > size[1]) this.node.setSize([size[0], wanted])
+    this.node.setDirtyCanvas(true, true)
+  }
+}
+
+/**
+ * @param {string} text
+ * @param {...unknown} values
+ */
+function fill(text, ...values) {
+  return text.replace(/\{(\d)\}/g, (_, place) => String(values[Number(place)]))
+}
+
+/**
+ * 250 -> "4:10", 7200 -> "2:00:00"
+ * @param {number} seconds
+ */
+function clock(seconds) {
+  const whole = Math.round(seconds)
+  const [hours, minutes] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60]
+  const pad = (/** @type {number} */ number) => String(number).padStart(2, '0')
+  return `${hours ? `${hours}:${pad(minutes)}` : minutes}:${pad(whole % 60)}`
+}
