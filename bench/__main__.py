@@ -13,6 +13,7 @@ COMMANDS = {
     "memory": "what the planner says of device memory beside what was measured, for the three variants",
     "nano": "what the nano family's clips show: words, pairs, motion, first frames, and what each expert adds",
     "peak": "peak memory of one contender (what cpu runs in a process of its own)",
+    "preview": "what a moving preview costs the sampler, and its size",
 }
 _MODULES = {"import": "imports"}  # a keyword is no module name
 
