@@ -3,7 +3,7 @@
 import { app } from '../../scripts/app.js'
 import { watchExpertSwitch } from './expert_switch.js'
 import { openPresets, presetsOf } from './menus.js'
-import { watchPreviews } from './preview.js'
+import { addPreview, watchPreviews } from './preview.js'
 
 watchPreviews() // now, not in setup(): before the frontend itself listens to what it passes on
 
@@ -16,6 +16,7 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (node.comfyClass === 'WanCoreExpertSwitch') watchExpertSwitch(node)
+    if (node.comfyClass === 'WanCoreSampler') addPreview(node)
   },
 
   getNodeMenuItems: presetsOf,

@@ -12,6 +12,7 @@ import { texts } from './texts.js'
 
 const LINE_HEIGHT = 18
 const TEXT_HEIGHT = 2 * LINE_HEIGHT
+const MARGINS = 20 // that the classic canvas leaves around a widget
 const HIGHEST = 400 // of a picture, in pixels of the graph
 const NOWHERE = '-1' // a place where no node is
 
@@ -32,13 +33,19 @@ export function watchPreviews() {
   }
 }
 
-/** The panel of a node, made when there is first something to show: until then the node is as it always was. */
-function panelOf(/** @type {string} */ id) {
+/**
+ * Gives a new node the place where its runs are shown, of no height yet. Not made when a run begins: Nodes 2.0 of
+ * ComfyUI 0.3.75 shows no widget that comes after the node's links.
+ * @param {Node} node
+ */
+export function addPreview(node) {
+  panels.set(node, new Panel(node))
+}
+
+/** @param {string} id */
+function panelOf(id) {
   const node = nodeOf(id)
-  if (node?.comfyClass !== 'WanCoreSampler') return undefined
-  const panel = panels.get(node) ?? new Panel(node)
-  panels.set(node, panel)
-  return panel
+  return node ? panels.get(node) : undefined
 }
 
 /**
@@ -61,10 +68,9 @@ function nodeOf(id) {
  * @param {CustomEvent} event
  */
 function withoutTheStill({ detail }) {
-  const node = nodeOf(detail.displayNodeId)
-  const panel = node && panels.get(node)
-  if (!panel) return
   const id = String(detail.displayNodeId)
+  const panel = panelOf(id)
+  if (!panel?.line) return
   detail.displayNodeId = id.includes(':') ? id.slice(0, id.lastIndexOf(':')) : NOWHERE
   detail.blob = panel.blob ?? detail.blob
 }
@@ -74,6 +80,8 @@ class Panel {
   constructor(node) {
     this.node = node
     this.run = 0
+    /** @type {Line | undefined} */
+    this.line = undefined
     /** @type {Blob | undefined} */
     this.blob = undefined
     this.image = Object.assign(document.createElement('img'), { hidden: true, draggable: false })
@@ -82,13 +90,17 @@ class Panel {
     this.text = document.createElement('div')
     this.text.style.cssText = `flex: none; font-size: 12px; line-height: ${LINE_HEIGHT}px; height: ${TEXT_HEIGHT}px;
       text-align: center; color: var(--input-text); white-space: pre; overflow: hidden; text-overflow: ellipsis`
-    const element = document.createElement('div')
-    element.className = 'wan-core-preview'
-    element.style.cssText = 'display: flex; flex-direction: column; width: 100%; height: 100%; overflow: hidden'
-    element.append(this.image, this.text)
-    const options = { serialize: false, hideOnZoom: false, getMinHeight: () => this.height() }
-    node.addDOMWidget('wan_core_preview', 'wan_core_preview', element, options).serialize = false
-    this.fit()
+    this.element = document.createElement('div')
+    this.element.className = 'wan-core-preview'
+    this.element.style.cssText = 'display: none; flex-direction: column; width: 100%; height: 100%; overflow: hidden'
+    this.element.append(this.image, this.text)
+    const options = {
+      serialize: false,
+      hideOnZoom: false,
+      getMinHeight: () => this.height(),
+      getMaxHeight: () => (this.line ? undefined : 0)
+    }
+    node.addDOMWidget('wan_core_preview', 'wan_core_preview', this.element, options).serialize = false
   }
 
   /** @param {News} news */
@@ -118,11 +130,15 @@ class Panel {
   /** @param {Line} line */
   say(line) {
     this.stop()
+    const first = !this.line
     this.line = line
     this.ends = line.left === null || line.step === line.steps ? undefined : Date.now() + 1000 * line.left
     this.write()
     if (this.ends) this.clock = setInterval(() => this.write(), 1000)
     counting.add(this)
+    if (!first) return
+    this.element.style.display = 'flex'
+    this.fit()
   }
 
   /** Counts down no longer: the run has ended, well or not. */
@@ -150,8 +166,9 @@ class Panel {
   /** What the widget needs at the node's width. */
   height() {
     const { naturalWidth, naturalHeight, hidden } = this.image
-    if (hidden || !naturalWidth) return TEXT_HEIGHT
-    return TEXT_HEIGHT + Math.min((this.node.size[0] * naturalHeight) / naturalWidth, HIGHEST)
+    if (!this.line) return 0
+    if (hidden || !naturalWidth) return TEXT_HEIGHT + MARGINS
+    return TEXT_HEIGHT + MARGINS + Math.min((this.node.size[0] * naturalHeight) / naturalWidth, HIGHEST)
   }
 
   /** Makes the node high enough, never smaller: a user may have made it larger. */

@@ -63,6 +63,7 @@ interface DOMWidgetOptions {
   serialize: boolean
   hideOnZoom: boolean
   getMinHeight(): number
+  getMaxHeight(): number | undefined
 }
 
 interface MenuItem {
