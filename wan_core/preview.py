@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -156,6 +157,12 @@ def _handed_over(latent: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return latent.cpu(), None
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all pictures: what is freed in a stream is kept for that stream."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 @dataclass(frozen=True, eq=False)
 class _Offer:
     source: tuple[Tensor, torch.cuda.Event | None]
@@ -166,7 +173,7 @@ class _Offer:
     def paint(self, paint: Callable[[Tensor, object], None]) -> None:
         """In a stream of its own on CUDA, so that it does not wait for what the sampler has launched since."""
         latent, ready = self.source
-        stream = torch.cuda.Stream(latent.device, priority=-1) if ready else None
+        stream = _stream(latent.device) if ready else None
         with torch.cuda.stream(stream) if stream else nullcontext():
             if ready:
                 stream.wait_event(ready)
