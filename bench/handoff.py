@@ -4,6 +4,9 @@ A sampler of higher order goes by what it saw at earlier steps. ComfyUI's usual 
 begins the low-noise half without that; one KSampler over Wan as ComfyUI MODEL does not. Both run here on a real server
 from the same noise, along the same sigmas, and change experts at the same step; euler, which remembers nothing, is the
 control: there both ways must end in the same place.
+
+ComfyUI's KSampler leaves out the last sigma but one for UniPC, so that its last step is a long one; through
+SamplerCustomAdvanced the same sampler takes the sigmas as they are. Both are measured, and our own sampler beside them.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
@@ -32,16 +35,24 @@ from .cpu import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "bench" / "results" / "handoff.json"
-SAMPLERS = ("euler", "uni_pc", "uni_pc_bh2")
-NEXT_TO_LAST_LEFT_OUT = ("uni_pc", "uni_pc_bh2")  # ComfyUI lays out one step more for these and skips the last but one
+KSAMPLER, CUSTOM, WAN = "KSampler", "SamplerCustomAdvanced", "Wan Sampler"
+CASES = (
+    (KSAMPLER, "euler"), (KSAMPLER, "uni_pc"), (KSAMPLER, "uni_pc_bh2"), (KSAMPLER, "dpmpp_2m"), (CUSTOM, "uni_pc"),
+    (CUSTOM, "uni_pc_bh2"), (WAN, "unipc"), (WAN, "dpm++"),
+)  # fmt: skip
+NEXT_TO_LAST_LEFT_OUT = ("uni_pc", "uni_pc_bh2")  # KSampler lays out one step more for these and skips the last but one
 SHIFT, CFG = 5.0, 3.0
 VARIANT = VARIANTS["t2v-A14B"]
 METHOD = (
     "Relative RMS distance of the final normalised latent from the reference: heun, simple, 200 steps, through Wan as "
-    "ComfyUI MODEL, same noise. one: KSampler over both experts; two: KSamplerAdvanced over each of two UNETLoaders, "
-    f"leftover noise handed over, at the same step. Scheduler simple, shift {SHIFT:g}, cfg {CFG:g}, float32. Mean and "
+    "ComfyUI MODEL, same noise. one: a sampler over both experts; two: a sampler over each, the noisy latent handed "
+    "over at the same step (KSamplerAdvanced and SamplerCustomAdvanced over two UNETLoaders, Wan Sampler over two Load "
+    f"Wan Model). Scheduler simple, shift {SHIFT:g}, cfg {CFG:g}, float32. Mean and "
     "standard error over seeds; each seed has a prompt of its own."
 )
+
+
+Case = tuple[str, str, int]  # node, sampler, steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    distances: dict[tuple[str, int, str], list[float]] = {}
+    distances: dict[tuple[Case, str], list[float]] = {}
     with TemporaryDirectory() as folder, serve(Path(folder), options) as server:
         for seed, (_, prompt) in enumerate(held_out_prompts(options.seeds)):
             for case, found in measure(server, options, seed, prompt):
@@ -90,23 +101,24 @@ def serve(folder: Path, options: argparse.Namespace) -> Server:
 
 def measure(
     server: Server, options: argparse.Namespace, seed: int, prompt: str
-) -> Iterator[tuple[tuple[str, int, str], float]]:
-    """(sampler, steps, way), distance from the reference."""
+) -> Iterator[tuple[tuple[Case, str], float]]:
+    """Case and way ("one" or "two"), distance from the reference."""
     graph = Samples(options, seed, prompt)
     graph.save("reference", graph.one("heun", options.reference_steps))
-    for sampler in SAMPLERS:
-        for steps in options.steps:
-            graph.save(f"one-{sampler}-{steps}", graph.one(sampler, steps))
-            graph.save(f"two-{sampler}-{steps}", graph.two(sampler, steps))
+    cases = [(*case, steps) for case in CASES for steps in options.steps]
+    for node, sampler, steps in cases:
+        one, two = graph.ways[node]
+        graph.save(f"one-{node}-{sampler}-{steps}", one(sampler, steps))
+        graph.save(f"two-{node}-{sampler}-{steps}", two(sampler, steps))
     client = Client(server.url, server.check)
     done = client.run(graph.nodes, timeout=24 * 3600)
     if not done.ok:
         raise SystemExit(f"ComfyUI could not run it: {done.error}\n{server.tail()}")
     reference = read(server, seed, "reference")
-    for sampler in SAMPLERS:
-        for steps in options.steps:
-            for way in ("one", "two"):
-                yield (sampler, steps, way), distance(read(server, seed, f"{way}-{sampler}-{steps}"), reference)
+    for node, sampler, steps in cases:
+        for way in ("one", "two"):
+            made = read(server, seed, f"{way}-{node}-{sampler}-{steps}")
+            yield ((node, sampler, steps), way), distance(made, reference)
 
 
 class Samples:
@@ -116,10 +128,11 @@ class Samples:
         self.nodes: dict[str, dict[str, Any]] = {}
         self.seed = seed
         load = {"dtype": "float32", "attention": "auto"}
-        ours = [self.add("WanCoreLoadModel", model_name=f"{level}_noise.safetensors", **load)
+        self.ours = [self.add("WanCoreLoadModel", model_name=f"{level}_noise.safetensors", **load)
                 for level in ("high", "low")]  # fmt: skip
-        pair = self.add("WanCoreExpertSwitch", high=ours[0], low=ours[1], mode="auto", boundary=VARIANT.boundary)
-        self.both = self.add("WanCoreToModel", model=pair, shift=SHIFT)
+        self.pair = self.add("WanCoreExpertSwitch", high=self.ours[0], low=self.ours[1], mode="auto",
+                             boundary=VARIANT.boundary)  # fmt: skip
+        self.both = self.add("WanCoreToModel", model=self.pair, shift=SHIFT)
         self.each = [self.add("ModelSamplingSD3", shift=SHIFT, model=self.add(
             "UNETLoader", unet_name=f"{level}_noise.safetensors", weight_dtype="default")) for level in ("high", "low")]
         clip = self.add("WanCoreLoadTextEncoder", text_encoder_name="text.safetensors", dtype="float32",
@@ -128,6 +141,10 @@ class Samples:
                       "negative": self.add("CLIPTextEncode", clip=clip, text="")}  # fmt: skip
         self.latent = self.add("EmptyHunyuanLatentVideo", width=options.size, height=options.size,
                                length=options.frames, batch_size=1)  # fmt: skip
+        self.ways: dict[str, tuple[Callable, Callable]] = {
+            KSAMPLER: (self.one, self.two), CUSTOM: (self.one_custom, self.two_custom),
+            WAN: (self.one_wan, self.two_wan),
+        }  # fmt: skip
 
     def add(self, kind: str, **inputs: Any) -> list:
         id = str(len(self.nodes) + 1)
@@ -139,7 +156,7 @@ class Samples:
                         sampler_name=sampler, scheduler="simple", denoise=1.0, **self.sides)  # fmt: skip
 
     def two(self, sampler: str, steps: int) -> list:
-        change, latent = high_steps(sampler, steps), self.latent
+        change, latent = high_steps(KSAMPLER, sampler, steps), self.latent
         halves = (("enable", 0, change, "enable"), ("disable", change, 10000, "disable"))
         for model, (noise, start, end, leftover) in zip(self.each, halves, strict=True):
             latent = self.add(
@@ -149,13 +166,46 @@ class Samples:
             )  # fmt: skip
         return latent
 
+    def one_custom(self, sampler: str, steps: int) -> list:
+        return self._custom(self.both, self.sigmas(steps), self._noise(), sampler, self.latent)
+
+    def two_custom(self, sampler: str, steps: int) -> list:
+        halves = self.add("SplitSigmas", sigmas=self.sigmas(steps), step=high_steps(CUSTOM, sampler, steps))
+        first = self._custom(self.each[0], halves, self._noise(), sampler, self.latent)
+        return self._custom(self.each[1], [halves[0], 1], self.add("DisableNoise"), sampler, first)
+
+    def _noise(self) -> list:
+        return self.add("RandomNoise", noise_seed=self.seed)
+
+    def sigmas(self, steps: int) -> list:
+        return self.add("BasicScheduler", model=self.both, scheduler="simple", steps=steps, denoise=1.0)
+
+    def _custom(self, model: list, sigmas: list, noise: list, sampler: str, latent: list) -> list:
+        return self.add("SamplerCustomAdvanced", noise=noise, sigmas=sigmas, latent_image=latent,
+                        guider=self.add("CFGGuider", model=model, cfg=CFG, **self.sides),
+                        sampler=self.add("KSamplerSelect", sampler_name=sampler))  # fmt: skip
+
+    def one_wan(self, solver: str, steps: int) -> list:
+        return self._wan(self.pair, solver, steps, self.latent)
+
+    def two_wan(self, solver: str, steps: int) -> list:
+        change = high_steps(WAN, solver, steps)
+        first = self._wan(self.ours[0], solver, steps, self.latent, end_step=change)
+        return self._wan(self.ours[1], solver, steps, first, start_step=change, add_noise=False)
+
+    def _wan(self, model: list, solver: str, steps: int, latent: list, **part: Any) -> list:
+        whole = {"start_step": 0, "end_step": 10000, "add_noise": True}
+        return self.add("WanCoreSampler", model=model, latent=latent, seed=self.seed, steps=steps, cfg_high=CFG,
+                        cfg_low=CFG, shift=SHIFT, solver=solver, schedule="simple", denoise=1.0, **self.sides,
+                        **whole | part)  # fmt: skip
+
     def save(self, name: str, latent: list) -> None:
         self.add("SaveLatent", samples=latent, filename_prefix=f"{self.seed}/{name}")
 
 
-def high_steps(sampler: str, steps: int) -> int:
-    """How many steps of ComfyUI's grid lie at or above the boundary."""
-    more = sampler in NEXT_TO_LAST_LEFT_OUT
+def high_steps(node: str, sampler: str, steps: int) -> int:
+    """How many steps of the node's grid lie at or above the boundary."""
+    more = node == KSAMPLER and sampler in NEXT_TO_LAST_LEFT_OUT
     sigmas = schedule("simple", steps + more, SHIFT).sigmas[:-1]
     timesteps = (sigmas[:-1] if more else sigmas) * TRAIN_STEPS
     return int((timesteps >= VARIANT.boundary * TRAIN_STEPS).sum())
@@ -172,13 +222,14 @@ def distance(x: Tensor, reference: Tensor) -> float:
     return float((x - reference).square().mean().sqrt() / reference.square().mean().sqrt())
 
 
-def summarise(distances: dict[tuple[str, int, str], list[float]]) -> list[dict[str, Any]]:
+def summarise(distances: dict[tuple[Case, str], list[float]]) -> list[dict[str, Any]]:
     rows = []
-    for sampler, steps in sorted({case[:2] for case in distances}, key=lambda c: (SAMPLERS.index(c[0]), c[1])):
-        one, two = (distances[sampler, steps, way] for way in ("one", "two"))
+    for case in dict.fromkeys(case for case, _ in distances):
+        one, two = (distances[case, way] for way in ("one", "two"))
+        node, sampler, steps = case
         rows.append({
-            "sampler": sampler, "steps": steps, "change_at_step": high_steps(sampler, steps), "one": _mean(one),
-            "two": _mean(two), "two_over_one": _mean([b / a for a, b in zip(one, two, strict=True)]),
+            "node": node, "sampler": sampler, "steps": steps, "change_at_step": high_steps(*case),
+            "one": _mean(one), "two": _mean(two), "two_over_one": _mean([b / a for a, b in zip(one, two, strict=True)]),
             "one_is_nearer": f"{sum(a < b for a, b in zip(one, two, strict=True))} of {len(one)}",
         })  # fmt: skip
     return rows
@@ -192,10 +243,11 @@ def _mean(values: Iterable[float]) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'sampler':12}{'steps':>6}{'change':>8}{'one run':>20}{'two runs':>20}{'two / one':>18}  one is nearer"]
+    names = f"{'one run':>20}{'two runs':>20}{'two / one':>18}  one is nearer"
+    lines = [f"{'node':23}{'sampler':12}{'steps':>6}{'change':>8}{names}"]
     for row in rows:
         one, two, ratio = (f"{row[key]['mean']:.4f} ± {row[key]['error']:.4f}"
                            for key in ("one", "two", "two_over_one"))  # fmt: skip
-        lines.append(f"{row['sampler']:12}{row['steps']:>6}{row['change_at_step']:>8}{one:>20}{two:>20}{ratio:>18}"
-                     f"  {row['one_is_nearer']}")  # fmt: skip
+        lines.append(f"{row['node']:23}{row['sampler']:12}{row['steps']:>6}{row['change_at_step']:>8}{one:>20}"
+                     f"{two:>20}{ratio:>18}  {row['one_is_nearer']}")  # fmt: skip
     return "\n".join(lines)
