@@ -7,6 +7,9 @@ control: there both ways must end in the same place.
 
 ComfyUI's KSampler leaves out the last sigma but one for UniPC, so that its last step is a long one; through
 SamplerCustomAdvanced the same sampler takes the sigmas as they are. Both are measured, and our own sampler beside them.
+
+A coarse schedule has no step at the very boundary. What is measured is the solver's error and not where a schedule
+happens to put its steps, so that a reference changes experts at the noise level at which the coarse run does.
 """
 
 from __future__ import annotations
@@ -45,10 +48,10 @@ SHIFT, CFG = 5.0, 3.0
 VARIANT = VARIANTS["t2v-A14B"]
 METHOD = (
     "Relative RMS distance of the final normalised latent from the reference: heun, simple, 200 steps, through Wan as "
-    "ComfyUI MODEL, same noise. one: a sampler over both experts; two: a sampler over each, the noisy latent handed "
-    "over at the same step (KSamplerAdvanced and SamplerCustomAdvanced over two UNETLoaders, Wan Sampler over two Load "
-    f"Wan Model). Scheduler simple, shift {SHIFT:g}, cfg {CFG:g}, float32. Mean and "
-    "standard error over seeds; each seed has a prompt of its own."
+    "ComfyUI MODEL, same noise, experts changed at the same noise level. one: a sampler over both experts; two: a "
+    "sampler over each, the noisy latent handed over at the same step (KSamplerAdvanced and SamplerCustomAdvanced over "
+    f"two UNETLoaders, Wan Sampler over two Load Wan Model). Scheduler simple, shift {SHIFT:g}, cfg {CFG:g}, float32. "
+    "Mean and standard error over seeds; each seed has a prompt of its own."
 )
 
 
@@ -104,8 +107,9 @@ def measure(
 ) -> Iterator[tuple[tuple[Case, str], float]]:
     """Case and way ("one" or "two"), distance from the reference."""
     graph = Samples(options, seed, prompt)
-    graph.save("reference", graph.one("heun", options.reference_steps))
     cases = [(*case, steps) for case in CASES for steps in options.steps]
+    for level in {change(*case) for case in cases}:
+        graph.save(f"reference-{level:.5f}", graph.reference(level, options.reference_steps))
     for node, sampler, steps in cases:
         one, two = graph.ways[node]
         graph.save(f"one-{node}-{sampler}-{steps}", one(sampler, steps))
@@ -114,8 +118,8 @@ def measure(
     done = client.run(graph.nodes, timeout=24 * 3600)
     if not done.ok:
         raise SystemExit(f"ComfyUI could not run it: {done.error}\n{server.tail()}")
-    reference = read(server, seed, "reference")
     for node, sampler, steps in cases:
+        reference = read(server, seed, f"reference-{change(node, sampler, steps):.5f}")
         for way in ("one", "two"):
             made = read(server, seed, f"{way}-{node}-{sampler}-{steps}")
             yield ((node, sampler, steps), way), distance(made, reference)
@@ -130,8 +134,7 @@ class Samples:
         load = {"dtype": "float32", "attention": "auto"}
         self.ours = [self.add("WanCoreLoadModel", model_name=f"{level}_noise.safetensors", **load)
                 for level in ("high", "low")]  # fmt: skip
-        self.pair = self.add("WanCoreExpertSwitch", high=self.ours[0], low=self.ours[1], mode="auto",
-                             boundary=VARIANT.boundary)  # fmt: skip
+        self.pair = self._joined("auto", VARIANT.boundary)
         self.both = self.add("WanCoreToModel", model=self.pair, shift=SHIFT)
         self.each = [self.add("ModelSamplingSD3", shift=SHIFT, model=self.add(
             "UNETLoader", unet_name=f"{level}_noise.safetensors", weight_dtype="default")) for level in ("high", "low")]
@@ -151,13 +154,24 @@ class Samples:
         self.nodes[id] = {"class_type": kind, "inputs": inputs}
         return [id, 0]
 
+    def _joined(self, mode: str, boundary: float) -> list:
+        return self.add("WanCoreExpertSwitch", high=self.ours[0], low=self.ours[1], mode=mode, boundary=boundary)
+
+    def reference(self, level: float, steps: int) -> list:
+        """The low-noise expert works from this noise level on."""
+        pair = self._joined("timestep", level + 0.5 / TRAIN_STEPS)
+        return self._ksampler(self.add("WanCoreToModel", model=pair, shift=SHIFT), "heun", steps)
+
     def one(self, sampler: str, steps: int) -> list:
-        return self.add("KSampler", model=self.both, latent_image=self.latent, seed=self.seed, steps=steps, cfg=CFG,
+        return self._ksampler(self.both, sampler, steps)
+
+    def _ksampler(self, model: list, sampler: str, steps: int) -> list:
+        return self.add("KSampler", model=model, latent_image=self.latent, seed=self.seed, steps=steps, cfg=CFG,
                         sampler_name=sampler, scheduler="simple", denoise=1.0, **self.sides)  # fmt: skip
 
     def two(self, sampler: str, steps: int) -> list:
-        change, latent = high_steps(KSAMPLER, sampler, steps), self.latent
-        halves = (("enable", 0, change, "enable"), ("disable", change, 10000, "disable"))
+        middle, latent = high_steps(KSAMPLER, sampler, steps), self.latent
+        halves = (("enable", 0, middle, "enable"), ("disable", middle, 10000, "disable"))
         for model, (noise, start, end, leftover) in zip(self.each, halves, strict=True):
             latent = self.add(
                 "KSamplerAdvanced", model=model, latent_image=latent, noise_seed=self.seed, steps=steps, cfg=CFG,
@@ -189,9 +203,9 @@ class Samples:
         return self._wan(self.pair, solver, steps, self.latent)
 
     def two_wan(self, solver: str, steps: int) -> list:
-        change = high_steps(WAN, solver, steps)
-        first = self._wan(self.ours[0], solver, steps, self.latent, end_step=change)
-        return self._wan(self.ours[1], solver, steps, first, start_step=change, add_noise=False)
+        middle = high_steps(WAN, solver, steps)
+        first = self._wan(self.ours[0], solver, steps, self.latent, end_step=middle)
+        return self._wan(self.ours[1], solver, steps, first, start_step=middle, add_noise=False)
 
     def _wan(self, model: list, solver: str, steps: int, latent: list, **part: Any) -> list:
         whole = {"start_step": 0, "end_step": 10000, "add_noise": True}
@@ -203,12 +217,20 @@ class Samples:
         self.add("SaveLatent", samples=latent, filename_prefix=f"{self.seed}/{name}")
 
 
+def grid(node: str, sampler: str, steps: int) -> Tensor:
+    """The noise levels of a node's steps, without the final 0."""
+    more = node == KSAMPLER and sampler in NEXT_TO_LAST_LEFT_OUT
+    return schedule("simple", steps + more, SHIFT).sigmas[:steps]
+
+
 def high_steps(node: str, sampler: str, steps: int) -> int:
     """How many steps of the node's grid lie at or above the boundary."""
-    more = node == KSAMPLER and sampler in NEXT_TO_LAST_LEFT_OUT
-    sigmas = schedule("simple", steps + more, SHIFT).sigmas[:-1]
-    timesteps = (sigmas[:-1] if more else sigmas) * TRAIN_STEPS
-    return int((timesteps >= VARIANT.boundary * TRAIN_STEPS).sum())
+    return int((grid(node, sampler, steps) >= VARIANT.boundary).sum())
+
+
+def change(node: str, sampler: str, steps: int) -> float:
+    """The noise level of the first step of the low-noise expert."""
+    return grid(node, sampler, steps)[high_steps(node, sampler, steps)].item()
 
 
 def read(server: Server, seed: int, name: str) -> Tensor:
