@@ -92,7 +92,8 @@ def of_vae(judge: Judge, prompts: int, seeds: range) -> Iterator[Row]:
 
 
 def of_t2v(judge: Judge, prompts: int, seeds: range) -> Iterator[Row]:
-    drawn = {name: seeds if name == "pair" else seeds[:1] for name in ARRANGEMENTS}
+    close = ("pair", "low-noise expert alone")  # which many clips must tell apart
+    drawn = {name: seeds if name in close else seeds[:1] for name in ARRANGEMENTS}
     found = {name: judge.words(*ARRANGEMENTS[name], T2V, held_out_prompts(prompts), drawn[name]) for name in drawn}
     yield from of_words("T2V", found["pair"])
     for name, seen in found.items():
@@ -103,10 +104,12 @@ def of_t2v(judge: Judge, prompts: int, seeds: range) -> Iterator[Row]:
 
 
 def _worse(name: str, pair: Words, other: Words) -> Row:
-    """By how many standard errors the pair is better: in the words, or in how well its clips are explained."""
-    gaps = [(ours.value - theirs.value) / max(1e-9, (ours.error**2 + theirs.error**2) ** 0.5)
-            for ours, theirs in ((pair.share, other.share), (pair.explained, other.explained))]  # fmt: skip
-    return Row(f"T2V, {name}: worse than the pair by so many standard errors", max(gaps), None, pair.share.count, 2)
+    """By how many standard errors the pair is better, in the words or in how well its clips are explained: of the
+    differences between clips of the same prompt and noise."""
+    both = ((pair.shares, other.shares), (pair.explanations, other.explanations))
+    gaps = [Mean.of([a - b for a, b in zip(ours, theirs, strict=False)]) for ours, theirs in both]
+    gap = max(gap.value / max(1e-9, gap.error) for gap in gaps)
+    return Row(f"T2V, {name}: worse than the pair by so many standard errors", gap, None, len(other.shares), 2)
 
 
 def of_pairs(judge: Judge, prompts: int, seeds: range) -> Iterator[Row]:

@@ -1,15 +1,15 @@
 """From a fresh clone to three videos, in one command: ``python scripts/demo.py``.
 
-Small random checkpoints stand in for the real weights, so this shows that everything works together, not what Wan
-can do: the videos are noise.
+The nano family stands in for the real weights: models of the same architectures, a few megabytes each, trained on a
+little world of coloured shapes (docs/nano.md). What a prompt of that world says is what its video shows.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +24,25 @@ WORKFLOWS = {
     "i2v-A14B": setup.ROOT / "workflows/api/wan22_i2v_a14b.json",
     "ti2v-5B": setup.ROOT / "workflows/api/wan22_ti2v_5b.json",
 }
-SMALL = {"width": 160, "height": 96, "frames": 17, "length": 17, "steps": 8}
+NANO = setup.ROOT / "nano"
+FILES = {
+    "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors": "nano_t2v_high_noise.safetensors",
+    "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": "nano_t2v_low_noise.safetensors",
+    "wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors": "nano_i2v_high_noise.safetensors",
+    "wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors": "nano_i2v_low_noise.safetensors",
+    "wan2.2_ti2v_5B_fp16.safetensors": "nano_ti2v.safetensors",
+    "wan_2.1_vae.safetensors": "nano_vae16.safetensors",
+    "wan2.2_vae.safetensors": "nano_vae48.safetensors",
+    "umt5_xxl_fp8_e4m3fn_scaled.safetensors": "nano_umt5.safetensors",
+}
+SMALL = {
+    "width": 64, "height": 64, "frames": 17, "steps": 20, "cfg_high": 3.0, "cfg_low": 3.0, "shift": 5.0, "fps": 8.0,
+}  # fmt: skip
+SHOWN = {
+    "t2v-A14B": ("A red circle moves to the right over the ocean.", None),
+    "i2v-A14B": ("A yellow triangle moves up in front of the grey studio.", "nano_i2v.png"),
+    "ti2v-5B": ("A purple square moves to the left over the snow.", "nano_ti2v.png"),
+}
 BASE = setup.CACHE / "demo"
 OUTPUT = setup.ROOT / "output"
 
@@ -35,7 +53,7 @@ def main() -> int:
     comfyui, python = find_parts(options)
     device = check_environment(python)
     base = make_base(BASE, comfyui, setup.ROOT)
-    make_checkpoints(python, base / "models")
+    lay_out(base)
 
     setup.say(f"starting ComfyUI ({comfyui})")
     with Server.start(python, comfyui, base, *device, "--disable-api-nodes") as server:
@@ -98,27 +116,21 @@ def check_environment(python: Path) -> list[str]:
     return [] if found["gpu"] else ["--cpu"]
 
 
-def make_checkpoints(python: Path, models: Path) -> None:
-    """Small random checkpoints under ComfyUI's own file names, made again only when wan_core changed."""
-    marker = models / "made-by"
-    source = source_hash()
-    if marker.is_file() and marker.read_text() == source:
-        return
-    setup.say("making small checkpoints")
-    for task in WORKFLOWS:
-        setup.run(python, "-m", "wan_core", "make-tiny", models, "--task", task, "--layout", "comfyui")
-    marker.write_text(source)
-
-
-def source_hash() -> str:
-    files = sorted((setup.ROOT / "wan_core").rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+def lay_out(base: Path) -> None:
+    """The family in ComfyUI's model folders, and its images among ComfyUI's inputs."""
+    if not (NANO / "vae").is_dir():
+        setup.fail(f"{NANO} lacks the nano family. It is part of the repository: git checkout -- nano")
+    shutil.copytree(NANO, base / "models", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.png"))
+    (base / "input").mkdir(exist_ok=True)
+    for image in NANO.glob("*.png"):
+        shutil.copy(image, base / "input")
 
 
 def make_video(server: Server, task: str, workflow: Path) -> tuple[Path, float]:
     """Queue a workflow at a small size, show its progress and fetch its video."""
     setup.say(f"{task}: queueing {workflow.relative_to(setup.ROOT)}")
-    graph = make_small(json.loads(workflow.read_text(encoding="utf-8")))
+    graph = make_small(json.loads(workflow.read_text(encoding="utf-8")), *SHOWN[task])
+    print(f"           {SHOWN[task][0]}", flush=True)
     try:
         run = server.client.run(graph, timeout=1800, on_event=progress_printer(graph))
     except PromptRejected as rejected:
@@ -126,11 +138,16 @@ def make_video(server: Server, task: str, workflow: Path) -> tuple[Path, float]:
     return save(server, task, workflow.stem, run), run.seconds
 
 
-def make_small(graph: Graph) -> Graph:
-    """The graph with sizes, frames and steps that a small CPU does in seconds."""
+def make_small(graph: Graph, prompt: str, image: str | None) -> Graph:
+    """The graph with the nano family's files and sizes, a prompt of its world, and an image of it."""
     for node in graph.values():
-        literal = {name for name, value in node["inputs"].items() if isinstance(value, int)}
-        node["inputs"].update({name: SMALL[name] for name in literal & SMALL.keys()})
+        inputs, literals = node["inputs"], {k: v for k, v in node["inputs"].items() if not isinstance(v, list)}
+        inputs.update({name: FILES[value] for name, value in literals.items() if value in FILES})
+        inputs.update({name: SMALL[name] for name in literals.keys() & SMALL.keys()})
+        if node["class_type"] == "WanCoreAestheticPrompt":
+            inputs["text"] = prompt
+        if node["class_type"] == "LoadImage":
+            inputs["image"] = image
     return graph
 
 

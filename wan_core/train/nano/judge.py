@@ -145,8 +145,8 @@ class Judge:
         """How often each word is seen, and how well a scene of the world explains each clip."""
         made = [clip for seed in seeds for clip in self.clips(high, low, variant, prompts, seed)]
         right = [score([clip]) for clip in made]
-        per_clip = [mean(rate.value for rate in rates.values()) for rates in right]
-        return Words(together(right), Mean.of(per_clip), Mean.of([explanation(*clip) for clip in made]))
+        shares = tuple(mean(rate.value for rate in rates.values()) for rates in right)
+        return Words(together(right), shares, tuple(explanation(*clip) for clip in made))
 
     def pairs(self, high: str, low: str, variant: Variant, count: int, seed: int = 0) -> dict[str, Rate]:
         """How often the first word of a pair moves its statistic above the second, with the same noise."""
@@ -170,9 +170,24 @@ class Judge:
 
 @dataclass(frozen=True)
 class Words:
+    """What was seen in some clips.
+
+    Attributes:
+        shares: of the words of each clip that are right.
+        explanations: of each clip, dB.
+    """
+
     rates: Mapping[str, Rate]
-    share: Mean  # of the words of a clip
-    explained: Mean  # dB
+    shares: tuple[float, ...]
+    explanations: tuple[float, ...]
+
+    @property
+    def share(self) -> Mean:
+        return Mean.of(self.shares)
+
+    @property
+    def explained(self) -> Mean:
+        return Mean.of(self.explanations)
 
 
 @dataclass(frozen=True)

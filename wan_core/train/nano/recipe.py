@@ -6,7 +6,7 @@ every expert of the 16-channel models starts from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -184,15 +184,21 @@ def text(family: Family) -> bool:
     return True
 
 
+def curriculum(family: Family, images: float, short: float) -> tuple[Phase, ...]:
+    """Single images until a part of the steps is done, five frames until another, whole films at the end."""
+    frame = family.settings.frame
+    return (Phase(images, 1, frame.width, 12), Phase(short, min(5, frame.frames), frame.width, 3),
+            Phase(1.0, frame.frames, frame.width, 1))  # fmt: skip
+
+
 def vae(family: Family, stage: str, kind: VAEKind, channels: int, full_steps: int) -> bool:
     """An autoencoder. Gates: PSNR mean and worst, and shapes still told apart in the reconstructions."""
     settings, frame = family.settings, family.settings.frame
     config = VAEConfig(kind, channels, settings.vae_dim, settings.vae_dim)
     model = new_vae(config, settings.seed)
-    phases = (Phase(0.3, 1, frame.width, 12), Phase(0.7, min(5, frame.frames), frame.width, 3),
-              Phase(1.0, frame.frames, frame.width, 1))  # fmt: skip
     steps = settings.steps(full_steps)
-    task = VAETask(model, RandomClips(frame), f"world {frame}", VAERecipe(phases, steps, precision=settings.precision))
+    recipe = VAERecipe(curriculum(family, 0.3, 0.7), steps, precision=settings.precision)
+    task = VAETask(model, RandomClips(frame), f"world {frame}", recipe)
     task.sampler = lambda step, folder: _vae_samples(family, task, step, folder)
     plan = Plan(steps, 2e-3, seed=settings.seed, optimiser="muon", weight_decay=0.0, ema=0.995, sample_every=1000)
     if not walk(family, stage, task, plan):
@@ -204,16 +210,15 @@ def vae(family: Family, stage: str, kind: VAEKind, channels: int, full_steps: in
     return True
 
 
-def vae_decoder(family: Family, start: str, kind: VAEKind, channels: int) -> bool:
-    """The decoder goes on alone, on whole films: what transformers learnt of the latents stays true. Gates as of the
-    whole."""
+def vae_decoder(family: Family, start: str, kind: VAEKind, channels: int, phases: Sequence[Phase], full: int) -> bool:
+    """The decoder goes on alone: what transformers learnt of the latents stays true. Gates as of the whole."""
     settings, frame = family.settings, family.settings.frame
     model = new_vae(VAEConfig(kind, channels, settings.vae_dim, settings.vae_dim), settings.seed)
     model.load_state_dict({key: tensor.float() for key, tensor in load_file(family.need(start)).items()})
     model.encoder.requires_grad_(False)
     model.conv1.requires_grad_(False)
-    steps = settings.steps(1000)
-    recipe = VAERecipe((Phase(1.0, frame.frames, frame.width, 1),), steps, precision=settings.precision)
+    steps = settings.steps(full)
+    recipe = VAERecipe(phases, steps, precision=settings.precision)
     task = VAETask(model, RandomClips(frame), f"world {frame}", recipe)
     plan = Plan(steps, 5e-4, seed=settings.seed + 1, optimiser="muon", weight_decay=0.0, ema=0.99)
     if not walk(family, LAST[start], task, plan):
@@ -381,8 +386,8 @@ STAGES: dict[str, Callable[[Family], bool]] = {
     "text": text,
     "vae16": lambda family: vae(family, "vae16", "wan2.1", 16, 3000),
     "vae48": lambda family: vae(family, "vae48", "wan2.2", 48, 3000),
-    "vae16_decoder": lambda family: vae_decoder(family, "vae16", "wan2.1", 16),
-    "vae48_decoder": lambda family: vae_decoder(family, "vae48", "wan2.2", 48),
+    "vae16_decoder": lambda family: vae_decoder(family, "vae16", "wan2.1", 16, curriculum(family, 0.5, 0.8), 1500),
+    "vae48_decoder": lambda family: vae_decoder(family, "vae48", "wan2.2", 48, curriculum(family, 0.5, 0.8), 1500),
     "place": lambda family: place(family, "place", T2V),
     "place48": lambda family: place(family, "place48", TI2V),
     "overfit": overfit,
