@@ -154,6 +154,12 @@ def server(start_server: StartServer) -> Server:
     return start_server("server")
 
 
+@pytest.fixture(scope="session")
+def nano_files(server: Server) -> None:
+    """The trained nano family beside the random checkpoints."""
+    shutil.copytree(ROOT / "nano", server.base / "models", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.png"))
+
+
 @pytest.fixture
 def client(server: Server) -> Client:
     """A client of its own for each test, so that it hears only its own prompts."""

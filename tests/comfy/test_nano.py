@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image
 
 from tests.comfy import graphs as wan
 from tests.comfy.graphs import Graph, Out
+from tests.comfy.nano import EXPERTS, conditions, pair
 from tests.core.nano_night import IN_COMFYUI, write_as
 from wan_core.quant.convert import convert
 from wan_core.sampling.schedules import schedule
@@ -22,7 +22,6 @@ from wan_core.train.nano.world import Scene
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE, FRAMES, STEPS, SHIFT, GUIDANCE = 64, 17, 16, 5.0, 3.0
-EXPERTS = [f"nano_t2v_{noise}_noise.safetensors" for noise in ("high", "low")]
 PROMPTS = {
     "A red circle moves to the right over the ocean.": Scene("circle", "red", "ocean", "right"),
     "A white square moves down in front of the brick wall.": Scene("square", "white", "brick wall", "down"),
@@ -32,10 +31,7 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def family(server: Server) -> None:
-    """The family beside the random checkpoints."""
-    shutil.copytree(ROOT / "nano", server.base / "models", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.png"))
+pytestmark = pytest.mark.usefixtures("nano_files")
 
 
 def test_prompts_are_followed(client: Client) -> None:
@@ -115,13 +111,6 @@ def switch_step() -> int:
     return int((schedule("simple", STEPS, SHIFT).timesteps >= 875).sum())
 
 
-def conditions(g: Graph, prompt: str) -> dict[str, Out]:
-    encoder = g.add("WanCoreLoadTextEncoder", text_encoder_name="nano_umt5.safetensors", dtype="float32",
-                    device="default")  # fmt: skip
-    return {side: g.add("CLIPTextEncode", clip=encoder, text=text)
-            for side, text in (("positive", prompt), ("negative", ""))}  # fmt: skip
-
-
 def vae(g: Graph) -> Out:
     return g.add("WanCoreLoadVAE", vae_name="nano_vae16.safetensors", dtype="float32")
 
@@ -131,9 +120,8 @@ def empty(g: Graph) -> Out:
 
 
 def ours(g: Graph, sides: dict[str, Out], latent: Out) -> Out:
-    high, low = (wan.load(g, name) for name in EXPERTS)
-    pair = g.add("WanCoreExpertSwitch", high=high, low=low, mode="step", boundary=switch_step())
-    return wan.sample(g, pair, sides, latent, steps=STEPS, shift=SHIFT, cfg_high=GUIDANCE, cfg_low=GUIDANCE,
+    model = pair(g, mode="step", boundary=switch_step())
+    return wan.sample(g, model, sides, latent, steps=STEPS, shift=SHIFT, cfg_high=GUIDANCE, cfg_low=GUIDANCE,
                       solver="euler", schedule="simple")  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from comfy_server import Client, Server
 from PIL import Image
 
 from tests.comfy import graphs as wan
+from tests.comfy import nano
 from tests.comfy.graphs import Graph, Out
 from tests.comfy.test_engine import mapped_models, wait_until
 
@@ -36,12 +37,14 @@ def sampled(g: Graph, model: Out, latent: Out, sampler: str = "euler", scheduler
                  scheduler=scheduler, **plain | settings)  # fmt: skip
 
 
+@pytest.mark.usefixtures("nano_files")
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_samplers_and_schedulers_give_numbers(client: Client, server: Server, scheduler: str) -> None:
-    """Through both experts; no two samplers are the same by accident of being ignored."""
+    """Through both trained experts; no two samplers are the same by accident of being ignored."""
     g = Graph()
-    m, model = to_model(g)
-    latent, sides = wan.empty(g, m, 32, 32, 1), wan.prompts(g)
+    m = nano.pair(g)
+    model = g.add("WanCoreToModel", model=m, shift=5.0)
+    latent, sides = wan.empty(g, m, 64, 64, 5), nano.conditions(g, "A red circle moves up over the ocean.")
     for name in SAMPLERS:
         made = g.add("KSampler", model=model, **sides, latent_image=latent, sampler_name=name, scheduler=scheduler,
                      seed=3, steps=STEPS, cfg=2.0, denoise=1.0)  # fmt: skip
@@ -49,7 +52,7 @@ def test_samplers_and_schedulers_give_numbers(client: Client, server: Server, sc
     run = client.run(g.nodes)
     assert run.ok, run.error
     results = {name: wan.read_latent(server, latent_name(scheduler, name)) for name in SAMPLERS}
-    wrong = [name for name, result in results.items() if not torch.isfinite(result).all() or result.std() < 0.01]
+    wrong = [name for name, result in results.items() if not torch.isfinite(result).all() or result.std() < 0.1]
     assert not wrong, wrong
     assert len({result.numpy().tobytes() for result in results.values()}) >= len(SAMPLERS) - 2
 
