@@ -274,7 +274,7 @@ class Server:
     @classmethod
     def start(
         cls, python: Path | str, comfyui: Path, base: Path, *options: str,
-        timeout: float = 180, env: dict[str, str] | None = None,
+        timeout: float = 400, env: dict[str, str] | None = None,
     ) -> Server:  # fmt: skip
         """Start ComfyUI on a free port, with all its folders under ``base``, and wait until it answers.
 

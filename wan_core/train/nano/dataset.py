@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data import Clip, Frame
 from .captions import caption
-from .world import Scene, film, presence, random_scene
+from .world import FEW_LOOKS, Scene, film, presence, random_scene
 
 VERSION = "2"  # of the world: part of every cached latent's name
 _HELD_OUT_BUCKETS = 10  # one of so many combinations of words is never trained on
@@ -63,14 +63,14 @@ def subject(scene: Scene, frame: Frame, stride: int) -> Tensor:
 class RandomClips:
     """Fresh clips for the autoencoders: (generator, frames) -> [3, frames, H, W], a part of a film."""
 
-    def __init__(self, frame: Frame):
-        self.frame = frame
+    def __init__(self, frame: Frame, looks: tuple[float, ...] = FEW_LOOKS):
+        self.frame, self.looks = frame, looks
 
     def __call__(self, generator: torch.Generator, frames: int) -> Tensor:
         random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        scene = random_scene(random)
+        scene = random_scene(random, self.looks)
         while held_out(scene):
-            scene = random_scene(random)
+            scene = random_scene(random, self.looks)
         whole = film_part(scene, self.frame, frames, random)
         return to_tensor(whole)
 

@@ -6,7 +6,7 @@ every expert of the 16-channel models starts from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -36,7 +36,7 @@ from .evaluate import Rate
 from .judge import ARRANGEMENTS, FILES, I2V, T2V, TI2V, VAE_STAGE, Judge, held_out_prompts
 from .place import PlacedTask, PlaceTask
 from .text import ReaderTask, make_tokenizer, new_encoder, save_encoder, tokenizer_of
-from .world import Scene
+from .world import FEW_LOOKS, MANY_LOOKS, Scene
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Settings:
 
 
 # The stages whose results are published, where those are not the first of their names.
-LAST = {"vae16": "vae16_decoder", "vae48": "vae48_decoder", "ti2v": "ti2v_fine"}
+LAST = {"vae16": "vae16_looks", "vae48": "vae48_looks", "ti2v": "ti2v_fine"}
 REPOSITORY = Path(__file__).resolve().parents[3] / "nano"
 
 
@@ -210,7 +210,10 @@ def vae(family: Family, stage: str, kind: VAEKind, channels: int, full_steps: in
     return True
 
 
-def vae_decoder(family: Family, start: str, kind: VAEKind, channels: int, phases: Sequence[Phase], full: int) -> bool:
+def vae_decoder(
+    family: Family, stage: str, start: str, kind: VAEKind, channels: int, full: int,
+    looks: tuple[float, ...] = FEW_LOOKS,
+) -> bool:
     """The decoder goes on alone: what transformers learnt of the latents stays true. Gates as of the whole."""
     settings, frame = family.settings, family.settings.frame
     model = new_vae(VAEConfig(kind, channels, settings.vae_dim, settings.vae_dim), settings.seed)
@@ -218,13 +221,13 @@ def vae_decoder(family: Family, start: str, kind: VAEKind, channels: int, phases
     model.encoder.requires_grad_(False)
     model.conv1.requires_grad_(False)
     steps = settings.steps(full)
-    recipe = VAERecipe(phases, steps, precision=settings.precision)
-    task = VAETask(model, RandomClips(frame), f"world {frame}", recipe)
+    recipe = VAERecipe(curriculum(family, 0.5, 0.8), steps, precision=settings.precision)
+    task = VAETask(model, RandomClips(frame, looks), f"world {frame} {looks}", recipe)
     plan = Plan(steps, 5e-4, seed=settings.seed + 1, optimiser="muon", weight_decay=0.0, ema=0.99)
-    if not walk(family, LAST[start], task, plan):
+    if not walk(family, stage, task, plan):
         return False
-    family.finish(LAST[start], model.state_dict())
-    vae_gate(family, LAST[start], kind)
+    family.finish(stage, model.state_dict())
+    vae_gate(family, stage, kind)
     return True
 
 
@@ -386,8 +389,12 @@ STAGES: dict[str, Callable[[Family], bool]] = {
     "text": text,
     "vae16": lambda family: vae(family, "vae16", "wan2.1", 16, 3000),
     "vae48": lambda family: vae(family, "vae48", "wan2.2", 48, 3000),
-    "vae16_decoder": lambda family: vae_decoder(family, "vae16", "wan2.1", 16, curriculum(family, 0.5, 0.8), 1500),
-    "vae48_decoder": lambda family: vae_decoder(family, "vae48", "wan2.2", 48, curriculum(family, 0.5, 0.8), 1500),
+    "vae16_decoder": lambda family: vae_decoder(family, "vae16_decoder", "vae16", "wan2.1", 16, 1500),
+    "vae48_decoder": lambda family: vae_decoder(family, "vae48_decoder", "vae48", "wan2.2", 48, 1500),
+    "vae16_looks": lambda family: vae_decoder(
+        family, "vae16_looks", "vae16_decoder", "wan2.1", 16, 600, MANY_LOOKS),
+    "vae48_looks": lambda family: vae_decoder(
+        family, "vae48_looks", "vae48_decoder", "wan2.2", 48, 600, MANY_LOOKS),
     "place": lambda family: place(family, "place", T2V),
     "place48": lambda family: place(family, "place48", TI2V),
     "overfit": overfit,

@@ -77,7 +77,10 @@ GROUNDS: dict[str, tuple[RGB, RGB, Ground]] = {
 ALIKE = {("green", "meadow"), ("white", "snow"), ("blue", "ocean"), ("red", "brick wall"), ("yellow", "desert")}
 
 
-def random_scene(random: np.random.Generator) -> Scene:
+FEW_LOOKS, MANY_LOOKS = (0.4, 0.4, 0.2), (0.0, 0.2, 0.8)  # how often a scene has none, one or two
+
+
+def random_scene(random: np.random.Generator, looks: tuple[float, ...] = FEW_LOOKS) -> Scene:
     """A scene of the world, with at most two looks, so that a caption stays short."""
     while True:
         colour, ground = str(random.choice(list(COLOURS))), str(random.choice(list(GROUNDS)))
@@ -88,8 +91,8 @@ def random_scene(random: np.random.Generator) -> Scene:
         scene = replace(scene, motion=str(random.choice(list(MOTIONS))))
     else:
         scene = replace(scene, camera=str(random.choice(list(CAMERAS))))
-    looks = random.permutation(list(LOOKS))[: random.choice([0, 1, 2], p=[0.4, 0.4, 0.2])]
-    for name in looks:
+    chosen = random.permutation(list(LOOKS))[: random.choice([0, 1, 2], p=looks)]
+    for name in chosen:
         scene = replace(scene, **{str(name): str(random.choice(LOOKS[str(name)][1:]))})
     return placed(scene, random)
 
