@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -61,16 +62,23 @@ def subject(scene: Scene, frame: Frame, stride: int) -> Tensor:
 
 
 class RandomClips:
-    """Fresh clips for the autoencoders: (generator, frames) -> [3, frames, H, W], a part of a film."""
+    """Fresh clips for the autoencoders: (generator, frames) -> [3, frames, H, W], a part of a film.
 
-    def __init__(self, frame: Frame, looks: tuple[float, ...] = FEW_LOOKS):
-        self.frame, self.looks = frame, looks
+    Args:
+        looks: see ``random_scene``.
+        vivid: how often the colours are saturated whatever else the scene is.
+    """
+
+    def __init__(self, frame: Frame, looks: tuple[float, ...] = FEW_LOOKS, vivid: float = 0.0):
+        self.frame, self.looks, self.vivid = frame, looks, vivid
 
     def __call__(self, generator: torch.Generator, frames: int) -> Tensor:
         random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         scene = random_scene(random, self.looks)
         while held_out(scene):
             scene = random_scene(random, self.looks)
+        if self.vivid and random.random() < self.vivid:
+            scene = replace(scene, tone="saturated")
         whole = film_part(scene, self.frame, frames, random)
         return to_tensor(whole)
 

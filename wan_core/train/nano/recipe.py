@@ -65,7 +65,7 @@ class Settings:
 
 
 # The stages whose results are published, where those are not the first of their names.
-LAST = {"vae16": "vae16_looks", "vae48": "vae48_looks", "ti2v": "ti2v_fine"}
+LAST = {"vae16": "vae16_vivid", "vae48": "vae48_vivid", "ti2v": "ti2v_fine"}
 REPOSITORY = Path(__file__).resolve().parents[3] / "nano"
 
 
@@ -212,7 +212,7 @@ def vae(family: Family, stage: str, kind: VAEKind, channels: int, full_steps: in
 
 def vae_decoder(
     family: Family, stage: str, start: str, kind: VAEKind, channels: int, full: int,
-    looks: tuple[float, ...] = FEW_LOOKS,
+    looks: tuple[float, ...] = FEW_LOOKS, vivid: float = 0.0,
 ) -> bool:
     """The decoder goes on alone: what transformers learnt of the latents stays true. Gates as of the whole."""
     settings, frame = family.settings, family.settings.frame
@@ -222,7 +222,7 @@ def vae_decoder(
     model.conv1.requires_grad_(False)
     steps = settings.steps(full)
     recipe = VAERecipe(curriculum(family, 0.5, 0.8), steps, precision=settings.precision)
-    task = VAETask(model, RandomClips(frame, looks), f"world {frame} {looks}", recipe)
+    task = VAETask(model, RandomClips(frame, looks, vivid), f"world {frame} {looks} {vivid}", recipe)
     plan = Plan(steps, 5e-4, seed=settings.seed + 1, optimiser="muon", weight_decay=0.0, ema=0.99)
     if not walk(family, stage, task, plan):
         return False
@@ -395,6 +395,10 @@ STAGES: dict[str, Callable[[Family], bool]] = {
         family, "vae16_looks", "vae16_decoder", "wan2.1", 16, 600, MANY_LOOKS),
     "vae48_looks": lambda family: vae_decoder(
         family, "vae48_looks", "vae48_decoder", "wan2.2", 48, 600, MANY_LOOKS),
+    "vae16_vivid": lambda family: vae_decoder(
+        family, "vae16_vivid", "vae16_looks", "wan2.1", 16, 400, MANY_LOOKS, 0.5),
+    "vae48_vivid": lambda family: vae_decoder(
+        family, "vae48_vivid", "vae48_looks", "wan2.2", 48, 400, MANY_LOOKS, 0.5),
     "place": lambda family: place(family, "place", T2V),
     "place48": lambda family: place(family, "place48", TI2V),
     "overfit": overfit,
