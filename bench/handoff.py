@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -32,7 +30,7 @@ from scripts.comfy_server import Client, Server, make_base
 from wan_core.config import TRAIN_STEPS, VARIANTS
 from wan_core.models.vae import LATENT_MEAN, LATENT_STD
 from wan_core.sampling.schedules import schedule
-from wan_core.train.nano.judge import held_out_prompts
+from wan_core.train.nano.judge import Mean, held_out_prompts
 
 from .cpu import machine
 
@@ -236,8 +234,8 @@ def change(node: str, sampler: str, steps: int) -> float:
 def read(server: Server, seed: int, name: str) -> Tensor:
     (file,) = Path(server.base, "output", str(seed)).glob(f"{name}_*.latent")
     raw = load_file(file)["latent_tensor"]
-    mean_, std = (raw.new_tensor(table[VARIANT.vae]).view(-1, 1, 1, 1) for table in (LATENT_MEAN, LATENT_STD))
-    return (raw - mean_) / std
+    mean, std = (raw.new_tensor(table[VARIANT.vae]).view(-1, 1, 1, 1) for table in (LATENT_MEAN, LATENT_STD))
+    return (raw - mean) / std
 
 
 def distance(x: Tensor, reference: Tensor) -> float:
@@ -257,11 +255,9 @@ def summarise(distances: dict[tuple[Case, str], list[float]]) -> list[dict[str, 
     return rows
 
 
-def _mean(values: Iterable[float]) -> dict[str, float]:
-    """With its standard error."""
-    values = list(values)
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return {"mean": round(mean(values), 6), "error": round(error, 6)}
+def _mean(values: Sequence[float]) -> dict[str, float]:
+    found = Mean.of(values)
+    return {"mean": round(found.value, 6), "error": round(found.error, 6)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
