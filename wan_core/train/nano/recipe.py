@@ -33,7 +33,7 @@ from ..sample import Sampling
 from ..vae import Phase, VAERecipe, VAETask, calibrate, new_vae, reconstruct
 from .dataset import RandomClips, scenes, subject, training_clips
 from .evaluate import Rate
-from .judge import ARRANGEMENTS, FILES, I2V, T2V, TI2V, VAE_STAGE, Judge, held_out_prompts
+from .judge import ARRANGEMENTS, I2V, T2V, TI2V, VAE_STAGE, Judge, held_out_prompts
 from .place import PlacedTask, PlaceTask
 from .text import ReaderTask, make_tokenizer, new_encoder, save_encoder, tokenizer_of
 from .world import FEW_LOOKS, MANY_LOOKS, Scene
@@ -66,7 +66,6 @@ class Settings:
 
 # The stages whose results are published, where those are not the first of their names.
 LAST = {"vae16": "vae16_vivid", "vae48": "vae48_vivid", "ti2v": "ti2v_fine"}
-REPOSITORY = Path(__file__).resolve().parents[3] / "nano"
 
 
 @dataclass(eq=False)
@@ -82,7 +81,7 @@ class Family:
         return self.work / stage / "model.safetensors"
 
     def done(self, stage: str) -> bool:
-        return self._found(stage) is not None
+        return self.file(stage).is_file()
 
     def need(self, stage: str) -> Path:
         """Where a finished stage's weights lie.
@@ -90,18 +89,9 @@ class Family:
         Raises:
             WanError: it is not finished.
         """
-        found = self._found(stage)
-        if found is None:
+        if not self.done(stage):
             raise WanError(f"Stage {stage} is not finished. Run it: python -m wan_core.train.nano --stages {stage}.")
-        return found
-
-    def _found(self, stage: str) -> Path | None:
-        """In the working folder; else, for a training with the settings of the repository's files, among those."""
-        places = [self.file(stage)]
-        published = next((name for name in FILES if stage in (name, LAST.get(name))), None)
-        if self.settings == Settings() and published:
-            places.append(REPOSITORY / FILES[published])
-        return next((place for place in places if place.is_file()), None)
+        return self.file(stage)
 
     @cached_property
     def texts(self) -> Texts:
@@ -164,9 +154,11 @@ class Family:
     def finish(self, stage: str, weights: dict[str, Tensor]) -> None:
         save_weights(weights, self.file(stage), "fp32", {})
 
-    def judge(self) -> Judge:
+    def judge(self, **stages: str) -> Judge:
+        """The judge of the published parts; ``stages`` stand in for some of them, as ``vae16="vae16_decoder"``."""
+        used = LAST | stages
         how = Sampling(shift=self.settings.shift, precision=resolve_precision(self.settings.precision, "cpu"))
-        return Judge(lambda stage: self.need(LAST.get(stage, stage)), self.settings.frame, how)
+        return Judge(lambda stage: self.need(used.get(stage, stage)), self.settings.frame, how)
 
 
 def text(family: Family) -> bool:
@@ -232,7 +224,7 @@ def vae_decoder(
 
 
 def vae_gate(family: Family, stage: str, kind: VAEKind, count: int = 40) -> None:
-    values, rates = family.judge().reconstruction(kind, count)
+    values, rates = family.judge(**{VAE_STAGE[kind]: stage}).reconstruction(kind, count)
     wanted = "30 / 24" if kind == "wan2.1" else "27 / 22"
     family.tell(f"{stage}: PSNR {sum(values) / count:.1f} dB, worst {min(values):.1f} (gate {wanted}); of the "
                 f"reconstructions {_rates(rates)} (gate: shape 0.9)")  # fmt: skip
@@ -246,10 +238,8 @@ def _vae_samples(family: Family, task: VAETask, step: int, folder: Path) -> None
 
 def overfit(family: Family) -> bool:
     """Gate: a dense model learns 16 clips with the right motion."""
-    clips = [clip for clip, (scene, _) in zip(family.clips, scenes(family.settings.seed, test=False), strict=False)
-             if scene.camera == "fixed"][:16]  # fmt: skip
-    wanted = [(scene, words) for _, (scene, words) in
-              zip(range(200), scenes(family.settings.seed, test=False), strict=False) if scene.camera == "fixed"][:16]
+    clips = [clip for clip in family.clips if family.scenes[clip.key].camera == "fixed"][:16]
+    wanted = [(family.scenes[clip.key], clip.prompt) for clip in clips]
     model = family.dit("place", T2V)
     recipe = DiTRecipe(T2V, NoiseRange(0, 1, family.settings.shift), batch=16, caption_dropout=0.1,
                        precision=family.settings.precision)  # fmt: skip
@@ -379,6 +369,7 @@ def ti2v_gate(family: Family, count: int = 60) -> None:
 
 
 GATES = {"t2v": t2v_gate, "i2v": i2v_gate, "ti2v": ti2v_gate}
+
 
 def ti2v_fine(family: Family) -> bool:
     """More of the lower noise levels, where shapes form, and of clips from text alone."""
