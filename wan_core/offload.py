@@ -1,6 +1,6 @@
 """Block swap: some blocks keep their weights in the mapped file and stream through the device, one way only.
 
-    mapped file --reader thread--> staging ring (pinned) --copy stream--> device slots --> the block's modules
+    file --reader thread--> staging ring (pinned) --copy stream--> device slots --> the block's modules
 
 While a block computes, the next ones are read and copied; behind the last comes the first again, for the other half
 of the guidance or the next step. Nothing is written back and nothing is allocated once the ring stands.
@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from .checkpoint.mapped import read_into
 from .errors import WanError
 
 log = logging.getLogger(__name__)
@@ -119,9 +120,8 @@ class Load:
         return self.cargo[-1].end if self.cargo else 0
 
     def read_into(self, buffer: torch.Tensor) -> None:
-        """Copy from the mapped file, in the device's dtypes."""
-        for item in self.cargo:
-            item.view(buffer).copy_(item.stored)
+        """Read from the file, in the device's dtypes."""
+        read_into((item.stored, item.view(buffer)) for item in self.cargo)
 
     def put(self, buffer: torch.Tensor) -> None:
         for item in self.cargo:
@@ -258,7 +258,7 @@ LANES: dict[str, Callable[[torch.device, int, int, int], Lane]] = {"cuda": CudaL
 
 
 class Conveyor:
-    """Blocks on their way from the file to the device, read by a thread so that page faults stall nobody else."""
+    """Blocks on their way from the file to the device, read by a thread so that the disk stalls nobody else."""
 
     def __init__(self, loads: dict[int, Load], lane: Lane, ring: Ring, check: Callable[[], None]):
         self.loads, self.lane, self.ring, self.check = loads, lane, ring, check

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import pickle
 import struct
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -22,6 +20,7 @@ import torch
 from ..errors import WanError
 from ..quant.base import Packed
 from . import read_gguf
+from .mapped import MappedFile
 from .marks import TensorInfo, understand
 
 _HEADER_LIMIT = 100 * 1024 * 1024  # safetensors' own limit
@@ -121,30 +120,19 @@ class _SafetensorsFile(Mapping):
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             self.entries = json.loads(stream.read(length))
-            self.data = mmap.mmap(stream.fileno(), 0, **_COPY_ON_WRITE)
         self.entries.pop("__metadata__", None)
         self.begin = 8 + length
+        self.data = MappedFile(file)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         entry = self.entries[key]
-        dtype, shape = _dtype(entry["dtype"]), entry["shape"]
-        count, offset = math.prod(shape), self.begin + entry["data_offsets"][0]
-        if not count:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self.data, dtype=dtype, count=count, offset=offset).view(shape)
+        return self.data.tensor(self.begin + entry["data_offsets"][0], entry["shape"], _dtype(entry["dtype"]))
 
     def __iter__(self):
         return iter(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
-
-
-_NO_RESERVE = 0x4000  # MAP_NORESERVE, which the module names from Python 3.13 on
-_COPY_ON_WRITE = (
-    {"flags": mmap.MAP_PRIVATE | _NO_RESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
-    if sys.platform == "linux" else {"access": mmap.ACCESS_COPY}
-)  # fmt: skip
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -17,6 +17,7 @@ import torch
 
 from ..errors import WanError
 from ..quant.gguf import BLOCK_TYPES, GGUF
+from .mapped import MappedFile
 from .marks import TensorInfo
 
 MAGIC = b"GGUF"
@@ -112,12 +113,12 @@ class GGUFFile(Mapping):
 
     def __init__(self, file: Path):
         self.entries = read_header(file).tensors
-        self.bytes = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+        self.data = MappedFile(file)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         entry = self.entries[key]
         shape, dtype = entry.stored
-        return self.bytes[entry.offset : entry.offset + entry.bytes].view(dtype).view(shape)
+        return self.data.tensor(entry.offset, shape, dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..errors import WanError
+from .mapped import changed
 from .read import Checkpoint
 
 
@@ -28,5 +28,4 @@ def check_unchanged(file: HeaderRead) -> None:
     except OSError:
         same = False
     if not same:
-        raise WanError(f"{file.checkpoint.path} was changed or removed after it was chosen. Load it again "
-                       "(ComfyUI: press R to refresh the node definitions, then queue).")
+        raise changed(file.checkpoint.path)

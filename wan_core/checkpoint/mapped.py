@@ -1,0 +1,141 @@
+"""Mapped files, and reading what lies behind a mapped tensor without touching the mapping.
+
+A mapped page that the disk cannot deliver any more (the file was truncated, the network share went away) is no error
+that a program could handle: the system ends the process. What streams for as long as a clip is made is therefore read
+by ordinary reads, which can fail. They also take several places of a disk at once, and count no memory as ours.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import sys
+import weakref
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from ..errors import WanError
+
+_READERS = 4  # reads under way at once: one alone reaches neither a disk's speed nor that of the memory
+_CHUNK = 16 * 1024**2  # bytes that wait for their conversion
+
+_NO_RESERVE = 0x4000  # MAP_NORESERVE, which the module names from Python 3.13 on
+_COPY_ON_WRITE = (
+    {"flags": mmap.MAP_PRIVATE | _NO_RESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+    if sys.platform == "linux" else {"access": mmap.ACCESS_COPY}
+)  # fmt: skip
+
+_pool = ThreadPoolExecutor(_READERS, thread_name_prefix="wan-read")
+_maps: weakref.WeakSet[MappedFile] = weakref.WeakSet()
+
+
+class MappedFile(mmap.mmap):
+    """A whole file, mapped privately; it lives as long as any tensor over it."""
+
+    def __new__(cls, file: Path) -> MappedFile:
+        with file.open("rb") as stream:
+            self = super().__new__(cls, stream.fileno(), 0, **_COPY_ON_WRITE)
+            self.file, self.state = file, _state(stream)
+        self.address = torch.frombuffer(self, dtype=torch.uint8, count=1).data_ptr()
+        _maps.add(self)
+        return self
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """What lies at a place of the file."""
+        count = math.prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+def changed(path: Path) -> WanError:
+    """What to say of a file that is not any more what its header said."""
+    return WanError(f"{path} was changed or removed after it was chosen. Load it again "
+                    "(ComfyUI: press R to refresh the node definitions, then queue).")  # fmt: skip
+
+
+def read_into(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy (tensor, place) pairs, as ``place.copy_(tensor)`` would; mapped tensors are read from their files.
+
+    Raises:
+        WanError: a file was changed, truncated or removed, or cannot be read any more. Nothing is being written to
+            the places when this returns or raises.
+    """
+    pairs = [(tensor, place, _behind(tensor)) for tensor, place in pairs]
+    as_they_are = [(place, source) for tensor, place, source in pairs if source and _is_copy(tensor, place)]
+    jobs = [_pool.submit(source.read, place) for place, source in as_they_are]
+    try:
+        for tensor, place, source in pairs:
+            if source is None:
+                place.copy_(tensor)
+            elif not _is_copy(tensor, place):
+                _convert(source, tensor.dtype, place)
+    finally:
+        wait(jobs)
+    for job in jobs:
+        job.result()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A place in a file, as it was when it was mapped."""
+
+    file: Path
+    state: tuple[int, int]
+    offset: int
+
+    def read(self, place: Tensor) -> None:
+        """Fill a contiguous tensor in the host's memory."""
+        try:
+            with self.file.open("rb", buffering=0) as stream:
+                if _state(stream) != self.state:
+                    raise changed(self.file)
+                stream.seek(self.offset)
+                rest = memoryview(place.view(-1).view(torch.uint8).numpy())
+                while rest:
+                    count = stream.readinto(rest)
+                    if not count:
+                        raise changed(self.file)
+                    rest = rest[count:]
+        except FileNotFoundError as error:
+            raise changed(self.file) from error
+        except OSError as error:
+            raise WanError(f"{self.file} cannot be read any more ({error}). Check the disk, or the network share it "
+                           "lies on, and load it again.") from error  # fmt: skip
+
+
+def _behind(tensor: Tensor) -> _Source | None:
+    """Where a tensor lies in a mapped file; None for any other and for views with gaps or another order."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
+        return None
+    address = tensor.data_ptr()
+    for mapped in list(_maps):
+        if mapped.address <= address < mapped.address + len(mapped):
+            return _Source(mapped.file, mapped.state, address - mapped.address)
+    return None
+
+
+def _is_copy(tensor: Tensor, place: Tensor) -> bool:
+    return place.device.type == "cpu" and place.dtype == tensor.dtype and place.is_contiguous()
+
+
+def _convert(source: _Source, dtype: torch.dtype, place: Tensor) -> None:
+    """Fill a contiguous tensor of another dtype or on another device, a part at a time."""
+    for part in place.view(-1).split(_CHUNK // dtype.itemsize):
+        stored = torch.empty(len(part), dtype=dtype)
+        source.read(stored)
+        part.copy_(stored)
+        source = replace(source, offset=source.offset + stored.nbytes)
+
+
+def _state(stream: IO) -> tuple[int, int]:
+    """Changes when the file does: its size and modification time."""
+    now = os.fstat(stream.fileno())
+    return now.st_size, now.st_mtime_ns
