@@ -28,7 +28,7 @@ from torch import Tensor
 
 from scripts.comfy_server import Client, Server, make_base
 from wan_core.config import TRAIN_STEPS, VARIANTS
-from wan_core.models.vae import LATENT_MEAN, LATENT_STD
+from wan_core.models.vae import normalise
 from wan_core.sampling.schedules import schedule
 from wan_core.train.nano.judge import Mean, held_out_prompts
 
@@ -234,8 +234,7 @@ def change(node: str, sampler: str, steps: int) -> float:
 def read(server: Server, seed: int, name: str) -> Tensor:
     (file,) = Path(server.base, "output", str(seed)).glob(f"{name}_*.latent")
     raw = load_file(file)["latent_tensor"]
-    mean, std = (raw.new_tensor(table[VARIANT.vae]).view(-1, 1, 1, 1) for table in (LATENT_MEAN, LATENT_STD))
-    return (raw - mean) / std
+    return normalise(raw, VARIANT.vae)
 
 
 def distance(x: Tensor, reference: Tensor) -> float:

@@ -11,9 +11,10 @@ from comfy_api.latest import io
 from ..wan_core import latents
 from ..wan_core.config import VAES, Variant
 from ..wan_core.errors import WanError
+from ..wan_core.models.vae import denormalise
 from ..wan_core.recipe import ModelRecipe
 from . import host
-from .spaces import check_vae, denormalise
+from .spaces import check_vae
 from .types import WanModel
 from .vae import WanVAE
 

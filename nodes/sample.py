@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..wan_core import latents
 from ..wan_core.config import PerExpert, Variant
 from ..wan_core.errors import WanError
+from ..wan_core.models.vae import denormalise, normalise
 from ..wan_core.plan import Plan
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.retry import denoise_in_memory
@@ -23,7 +24,7 @@ from . import host
 from .conditioning import condition
 from .graph import check_decoders
 from .preview import Steps
-from .spaces import denormalise, normalise, samples_for
+from .spaces import samples_for
 from .types import WanModel
 
 log = logging.getLogger(__name__)

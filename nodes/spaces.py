@@ -1,4 +1,4 @@
-"""ComfyUI's LATENT is in the VAE's raw space; wan_core works in the normalised one."""
+"""Whether a LATENT, which is in the VAE's raw space, and a VAE of ComfyUI fit a model."""
 
 from __future__ import annotations
 
@@ -6,23 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ..wan_core.config import VAES, VAEKind, Variant
+from ..wan_core.config import VAES, Variant
 from ..wan_core.errors import WanError
-from ..wan_core.models.vae import LATENT_MEAN, LATENT_STD
-
-
-def normalise(raw: torch.Tensor, kind: VAEKind) -> torch.Tensor:
-    """Raw latent [B,C,T,h,w] -> (raw - mean) / std, float32."""
-    return (raw.float() - _constant(LATENT_MEAN[kind], raw)) / _constant(LATENT_STD[kind], raw)
-
-
-def denormalise(latent: torch.Tensor, kind: VAEKind) -> torch.Tensor:
-    """The inverse of ``normalise``."""
-    return latent.float() * _constant(LATENT_STD[kind], latent) + _constant(LATENT_MEAN[kind], latent)
-
-
-def _constant(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, device=like.device).view(1, -1, 1, 1, 1)
 
 
 def samples_for(latent: Mapping, variant: Variant) -> torch.Tensor:

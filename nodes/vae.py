@@ -14,7 +14,7 @@ from ..wan_core.dtypes import resolve_dtype
 from ..wan_core.errors import WanError
 from ..wan_core.latents import latent_frames, pixel_frames
 from ..wan_core.models.load_vae import VAEFile, read_vae
-from ..wan_core.models.vae import VideoVAE
+from ..wan_core.models.vae import VideoVAE, denormalise, normalise
 from ..wan_core.models.vae_tiles import Tiles, cut, decoded_tiles, encode_tiled_chunks, fitting_tiles
 from . import host
 
@@ -95,7 +95,7 @@ class WanVAE:
         """A stream of [1,3,f,H,W] in -1..1 -> raw latent [1,C,T,h,w]."""
         vae = self._weights()
         encoded = list(vae.encode_chunks(chunks, bar or host.Chunks(latent_frames(frames)), total_frames=frames))
-        return vae.denormalise(torch.cat(encoded, dim=2)).to(host.storage_device())
+        return denormalise(torch.cat(encoded, dim=2), vae.config.kind).to(host.storage_device())
 
     def decode(self, samples_in: torch.Tensor, vae_options: dict | None = None) -> torch.Tensor:
         """Raw latent -> pixels [B,F,H,W,3], filled chunk by chunk; in tiles where the device has too little memory."""
@@ -111,7 +111,7 @@ class WanVAE:
         vae, tiles = self._weights(), _tiles(tile_y, tile_x, overlap, 1)
         bar = host.Chunks(len(videos) * latent_frames(videos.shape[1]) * self._tile_count(videos.shape[2:4], tiles))
         encoded = [torch.cat(list(encode_tiled_chunks(vae, _pieces(video), tiles, bar)), dim=2) for video in videos]
-        return vae.denormalise(torch.cat(encoded)).to(host.storage_device())
+        return denormalise(torch.cat(encoded), vae.config.kind).to(host.storage_device())
 
     def decode_tiled(
         self, samples: torch.Tensor, tile_x: int | None = None, tile_y: int | None = None, overlap: int | None = None,
@@ -128,7 +128,7 @@ class WanVAE:
         video = torch.zeros(size, device=host.storage_device())
         bar = host.Chunks(batch * frames * self._tile_count(size[2:4], tiles))
         for i in range(batch):
-            latent = vae.normalise(samples[i : i + 1])
+            latent = normalise(samples[i : i + 1], vae.config.kind)
             if tiles is None:
                 _fill(video[i], vae.decode_chunks(latent, bar))
             else:

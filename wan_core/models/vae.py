@@ -47,6 +47,20 @@ LATENT_STD: dict[VAEKind, tuple[float, ...]] = {
 }  # fmt: skip
 
 
+def normalise(raw: torch.Tensor, kind: VAEKind) -> torch.Tensor:
+    """Raw latent [..., C, T, h, w] -> (raw - mean) / std of each channel, float32: where diffusion works."""
+    return (raw.float() - _constant(LATENT_MEAN[kind], raw)) / _constant(LATENT_STD[kind], raw)
+
+
+def denormalise(latent: torch.Tensor, kind: VAEKind) -> torch.Tensor:
+    """The inverse of ``normalise``."""
+    return latent.float() * _constant(LATENT_STD[kind], latent) + _constant(LATENT_MEAN[kind], latent)
+
+
+def _constant(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, device=like.device).view(-1, 1, 1, 1)
+
+
 class VideoVAE(nn.Module):
     """A causal video autoencoder: one latent frame for the first frame of a video, then one for every four.
 
@@ -67,24 +81,6 @@ class VideoVAE(nn.Module):
     @property
     def spec(self) -> VAESpec:
         return VAES[self.config.kind]
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """[C, 1, 1, 1], float32."""
-        return torch.tensor(LATENT_MEAN[self.config.kind]).view(-1, 1, 1, 1)
-
-    @property
-    def std(self) -> torch.Tensor:
-        """[C, 1, 1, 1], float32."""
-        return torch.tensor(LATENT_STD[self.config.kind]).view(-1, 1, 1, 1)
-
-    def normalise(self, raw: torch.Tensor) -> torch.Tensor:
-        """Raw latent [..., C, T, h, w] -> the space that diffusion works in."""
-        return (raw.float() - self.mean.to(raw.device)) / self.std.to(raw.device)
-
-    def denormalise(self, latent: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``normalise``."""
-        return latent.float() * self.std.to(latent.device) + self.mean.to(latent.device)
 
     @torch.no_grad()
     def encode(self, video: torch.Tensor, on_chunk: OnChunk | None = None) -> torch.Tensor:
@@ -148,12 +144,12 @@ class VideoVAE(nn.Module):
         x = fold_pixels(video.to(weight.device, weight.dtype), self.fold)
         moments = self.conv1(self.encoder(x, cache))
         cache.first = False
-        return self.normalise(moments[:, : self.config.channels])
+        return normalise(moments[:, : self.config.channels], self.config.kind)
 
     def _decode_chunk(self, latent: torch.Tensor, cache: FrameCache) -> torch.Tensor:
         """[B, C, n, h, w] -> [B, 3, 4n, H, W], three frames fewer at the start of a video."""
         weight = self.conv2.weight
-        raw = self.denormalise(latent.to(weight.device)).to(weight.dtype)
+        raw = denormalise(latent.to(weight.device), self.config.kind).to(weight.dtype)
         pixels = self.decoder(self.conv2(raw.contiguous(memory_format=torch.channels_last_3d)), cache)
         cache.first = False
         return unfold_pixels(pixels, self.fold).float().clamp_(-1, 1)

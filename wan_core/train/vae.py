@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import VAEConfig
 from ..models.load_vae import VAE_CLASSES
-from ..models.vae import VideoVAE, fold_pixels, unfold_pixels
+from ..models.vae import LATENT_MEAN, LATENT_STD, VideoVAE, fold_pixels, unfold_pixels
 from ..models.vae_layers import AttentionBlock, CausalConv3d, FrameCache, ResidualBlock
 from .precision import autocast, resolve_precision
 
@@ -202,7 +202,7 @@ def calibrate(vae: VideoVAE, videos: Sequence[Tensor]) -> None:
     A linear change of the latent's channels, undone at the decoder's entrance: the whole stays the same.
     """
     raw = torch.cat([moments(vae, video)[0].movedim(1, 0).flatten(1) for video in videos], dim=1)
-    wanted_mean, wanted_std = vae.mean.flatten().to(raw), vae.std.flatten().to(raw)
+    wanted_mean, wanted_std = (raw.new_tensor(table[vae.config.kind]) for table in (LATENT_MEAN, LATENT_STD))
     scale = wanted_std / raw.std(dim=1).clamp(min=1e-4)
     shift = wanted_mean - scale * raw.mean(dim=1)
     channels = vae.config.channels
