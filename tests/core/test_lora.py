@@ -189,6 +189,29 @@ def test_a_file_that_changes_nothing_is_refused(base: Path, tmp_path: Path, key:
         read_lora(tmp_path / "other.safetensors", read_dit(base))
 
 
+Q = "diffusion_model.blocks.0.self_attn.q"
+BROKEN = {
+    "ranks": {"lora_A.weight": (8, 128), "lora_B.weight": (128, 4)},
+    "alpha": {"lora_A.weight": (4, 128), "lora_B.weight": (128, 4), "alpha": (3,)},
+    "dora": {"lora_A.weight": (4, 128), "lora_B.weight": (128, 4), "dora_scale": (7, 1)},
+    "loha": {"hada_w1_a": (128, 4), "hada_w1_b": (3, 128), "hada_w2_a": (128, 4), "hada_w2_b": (4, 128)},
+    "lokr": {"lokr_w1": (4, 4), "lokr_w2_a": (32, 4), "lokr_w2_b": (3, 32)},
+}
+
+
+@pytest.mark.parametrize("shapes", BROKEN.values(), ids=list(BROKEN))
+def test_tensors_that_contradict_each_other_are_refused_before_a_run(base: Path, tmp_path: Path, shapes: dict):
+    save_file({f"{Q}.{role}": torch.zeros(shape) for role, shape in shapes.items()}, tmp_path / "broken.safetensors")
+    with pytest.raises(WanError, match=r"broken: what it has for blocks\.0\.self_attn\.q.*Found diffusion_model"):
+        read_lora(tmp_path / "broken.safetensors", read_dit(base))
+
+
+def test_an_empty_file_is_refused(base: Path, tmp_path: Path):
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(WanError, match="is empty"):
+        read_lora(tmp_path / "empty.safetensors", read_dit(base))
+
+
 def test_a_lora_of_another_model_is_refused_by_its_shapes(base: Path, tmp_path: Path):
     wider = DiTConfig(16, 16, 3072, 3072, layers=1, text_dim=32, freq_dim=256, heads=24)
     with torch.device("meta"):

@@ -24,6 +24,7 @@ class Adapter(nn.Module):
     """An update of one weight. Its tensors are buffers under their roles, wherever and in whatever dtype they lie."""
 
     needs: tuple[frozenset[str], ...]  # sets of roles, one of which is the kind's
+    products: tuple[tuple[str, str], ...] = ()  # roles of matrices that are multiplied, where a file has them
 
     def __init__(self, parts: Mapping[str, Tensor], alpha: float | None):
         super().__init__()
@@ -50,6 +51,18 @@ class Adapter(nn.Module):
     def rank(cls, shapes: Shapes) -> int | None:
         """What alpha is divided by; None where it does not count."""
         return None
+
+    @classmethod
+    def coherent(cls, shapes: Shapes) -> bool:
+        """Whether the tensors of one weight go together."""
+        rows, columns = cls.size(shapes)
+        lengths = {role: math.prod(shapes[role]) for role in _BESIDE & shapes.keys()}
+        wanted = {"alpha": 1, "magnitude": rows}
+        if "dora" in lengths:
+            wanted["dora"] = columns if shapes["dora"][:1] == (1,) else rows
+        return all(lengths[role] == wanted[role] for role in lengths) and all(
+            math.prod(shapes[left][1:]) == shapes[right][0] for left, right in cls.products if left in shapes
+        )
 
     def delta(self, rows: slice, device: torch.device) -> Tensor:
         """What strength 1 adds to some rows of the weight, float32."""
@@ -94,6 +107,7 @@ class LowRank(Adapter):
     """LoRA (arXiv 2106.09685): up [rows, rank] times down [rank, columns]."""
 
     needs = (frozenset({"up", "down"}),)
+    products = (("up", "down"),)
 
     @classmethod
     def adds(cls, roles: Collection[str]) -> bool:
@@ -120,6 +134,7 @@ class Hadamard(Adapter):
     """LoHa (arXiv 2108.06098): the elementwise product of two low-rank matrices."""
 
     needs = (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),)
+    products = (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))
 
     @classmethod
     def size(cls, shapes: Shapes) -> tuple[int, int]:
@@ -144,10 +159,11 @@ class Kronecker(Adapter):
         for one in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
         for two in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
     )
+    products = (("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"))
 
     @classmethod
     def size(cls, shapes: Shapes) -> tuple[int, int]:
-        one, two = (shapes.get(name) or (shapes[f"{name}_a"][0], shapes[f"{name}_b"][1])
+        one, two = (shapes[name] if name in shapes else (shapes[f"{name}_a"][0], shapes[f"{name}_b"][1])
                     for name in ("lokr_w1", "lokr_w2"))  # fmt: skip
         return one[0] * two[0], math.prod(one[1:]) * math.prod(two[1:])
 

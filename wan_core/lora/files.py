@@ -69,7 +69,7 @@ def read_lora(path: str | Path, model: DiTFile, expert: str | None = None) -> Lo
     found = sort_keys(keys, model.names)
     unmatched, misfits, parts = list(found.unknown), [], {}
     for own, roles in found.targets.items():
-        fitting, other_shape, left = _fit(checkpoint, roles, _shape(model, own))
+        fitting, other_shape, left = _fit(checkpoint, own, roles, _shape(model, own))
         misfits += other_shape
         unmatched += left
         if fitting:
@@ -82,14 +82,20 @@ def read_lora(path: str | Path, model: DiTFile, expert: str | None = None) -> Lo
 
 
 def _fit(
-    checkpoint: Checkpoint, roles: Mapping[str, str], shape: tuple[int, ...]
+    checkpoint: Checkpoint, own: str, roles: Mapping[str, str], shape: tuple[int, ...]
 ) -> tuple[tuple[Part, ...], list[str], list[str]]:
-    """Adapters that fit a weight of this shape; keys of those that do not; keys that make no adapter."""
+    """Adapters that fit a weight of this shape; keys of those that do not; keys that make no adapter.
+
+    Raises:
+        WanError: the tensors of one contradict each other.
+    """
     parts, misfits, used = [], [], set()
     shapes = {role: checkpoint.tensors[key].shape for role, key in roles.items()}
     for kind, needed in kinds_of(tuple(roles)):
         used |= needed
         if _size(kind, shapes) == (shape[0], math.prod(shape[1:])):
+            if not kind.coherent({role: shapes[role] for role in needed}):
+                raise WanError(_broken(checkpoint, own, [roles[role] for role in sorted(needed)]))
             parts.append(Part(kind, {role: roles[role] for role in sorted(needed)}))
         else:
             misfits += [roles[role] for role in sorted(needed)]
@@ -101,6 +107,12 @@ def _size(kind: type[Adapter], shapes: Mapping[str, tuple[int, ...]]) -> tuple[i
         return kind.size(shapes)
     except IndexError:  # a number where a matrix belongs
         return None
+
+
+def _broken(checkpoint: Checkpoint, own: str, keys: list[str]) -> str:
+    found = ", ".join(f"{key} [{'x'.join(map(str, checkpoint.tensors[key].shape))}]" for key in keys)
+    return (f"{checkpoint.path} is broken: what it has for {own} does not go together. Found {found}; expected factors "
+            "of one rank and a single number as alpha. Download the file again, or have its maker save it again.")
 
 
 def _shape(model: DiTFile, own: str) -> tuple[int, ...]:
@@ -141,6 +153,8 @@ def _described(config: DiTConfig) -> str:
 
 
 def _nothing(checkpoint: Checkpoint, model: DiTFile) -> str:
+    if not checkpoint.tensors:
+        return f"{checkpoint.path} is empty: expected a LoRA for a Wan model. Download the file again."
     tops = Counter(key.split(".")[0] for key in checkpoint.tensors)
     begins = ", ".join(f"{name} ({count})" for name, count in tops.most_common(3))
     return (f"{checkpoint.path} changes nothing of {model.checkpoint.path.name}: none of its {len(checkpoint.tensors)} "
