@@ -26,8 +26,9 @@ Network = DiTFile | Foreign
 class ModelRecipe:
     """A dense model, or a pair of experts, and how to run it.
 
-    ``high`` alone is a dense model. ``dtype`` and ``attention`` may be "auto". ``notes`` are remarks for the user that
-    loading made (which file was taken for which expert, say).
+    ``high`` alone is a dense model; ``low`` is another object, even where both are of one file on disk. ``dtype`` and
+    ``attention`` may be "auto". ``notes`` are remarks for the user that loading made (which file was taken for which
+    expert, say).
 
     Block swap: ``swap_blocks`` of them stream; a ``vram_limit`` in GB, or "auto" for what is free, decides their number
     instead when the size of the video is known (``plan``). ``prefetch`` blocks are on the device before their turn.
@@ -51,7 +52,7 @@ class ModelRecipe:
 
     def loras_of(self, file: Network) -> tuple[LoraUse, ...]:
         """The LoRAs of one of the recipe's files that do something at some step."""
-        chain = self.loras.low if file is self.low and file is not self.high else self.loras.high
+        chain = self.loras.low if file is self.low else self.loras.high
         return tuple(use for use in chain if use.strength)
 
     @property
@@ -95,7 +96,8 @@ def pair(high: ModelRecipe, low: ModelRecipe, switch: Switch) -> ModelRecipe:
     notes = high.notes + low.notes + _pair_notes(high.high, low.high)
     loras, merge = Loras(high.loras.high, low.loras.high), high.merge_loras or low.merge_loras
     side = high if high.own else low
-    return replace(side, high=high.high, low=low.high, switch=switch, notes=notes, loras=loras, merge_loras=merge)
+    second = replace(low.high) if low.high is high.high else low.high  # see loras_of
+    return replace(side, high=high.high, low=second, switch=switch, notes=notes, loras=loras, merge_loras=merge)
 
 
 def _check_same_shapes(high: Network, low: Network) -> None:
@@ -119,7 +121,8 @@ def _kind(file: Network) -> str:
 def _pair_notes(first: Network, second: Network) -> tuple[str, ...]:
     high, low = first.path, second.path
     if _is_same(first, second):
-        return (f"Warning: both experts are the same file, {high.name}; it will run as if it were one dense model.",)
+        return (f"Warning: both experts are the same file, {high.name}: only guidance and LoRAs of their own tell them "
+                "apart.",)
     says_high, says_low = noise_level_of(high), noise_level_of(low)
     if says_high == "low" and says_low != "low" or says_low == "high" and says_high != "high":
         raise WanError(f"The experts seem to be swapped: {high.name} was given as high-noise, {low.name} as low-noise. "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.core.lora_files import DIALECTS_OF_LORA, STRENGTH, paths
@@ -19,6 +19,7 @@ from wan_core.config import PerExpert
 from wan_core.engine import Engine, dit_bytes
 from wan_core.errors import WanError
 from wan_core.lora.apply import adaptation_of
+from wan_core.lora.attach import with_lora
 from wan_core.lora.files import read_lora
 from wan_core.lora.use import Loras, LoraUse
 from wan_core.models.dit import WanDiT
@@ -210,6 +211,32 @@ def test_each_expert_has_its_own(files):
     assert [one.strength for one in both.loras.low] == [0.3]
     halfway = run(Engine(), high, end=2)
     assert torch.equal(run(Engine(), both), run(Engine(), low, start=2, x=halfway))
+
+
+def test_one_file_as_both_experts_has_each_sides_own(files):
+    """The weights are loaded once, and the LoRAs change with the expert; run again, from the first one's."""
+    first, second = (recipe_of(files, use(files, kind)) for kind in KINDS[:2])
+    both = pair(first, replace(second, high=first.high), Switch("step", 2))
+    expected = run(Engine(), second, start=2, x=run(Engine(), first, end=2))
+    engine = Engine()
+    assert torch.equal(run(engine, both), expected) and torch.equal(run(engine, both), expected)
+    assert engine.loads == 1
+
+
+def test_the_halves_of_one_lora_file_change_with_the_expert(files, tmp_path: Path):
+    """A file for both experts, on one model as both: its halves have the file's fingerprint in common."""
+    made = load_file(files[KINDS[0]])
+    halves = {f"{top}.{key.removeprefix('diffusion_model.')}": value * scale
+              for top, scale in (("transformer", 1), ("transformer_2", -1)) for key, value in made.items()}  # fmt: skip
+    save_file(halves, tmp_path / "both.safetensors")
+    plain = recipe_of(files)
+    model, _ = with_lora(pair(plain, plain, Switch("step", 1)), tmp_path / "both.safetensors", PerExpert(1, 1))
+    engine = Engine()
+    found = run(engine, model)
+    low = replace(plain, loras=Loras(high=model.loras.low))
+    high = replace(plain, loras=Loras(high=model.loras.high))
+    expected = run(Engine(), low, start=1, x=run(Engine(), high, end=1))
+    assert torch.equal(found, expected) and not close(found, run(engine, high), 1e-3)
 
 
 def test_a_lora_changed_on_disk_is_refused(files, tmp_path: Path):

@@ -108,7 +108,7 @@ class Adaptation:
         """
         for lora in loras:
             check_unchanged(lora)
-        same = [one.fingerprint for one in loras] == [one.fingerprint for one in self._loras] and merge == self._merge
+        same = [_meaning(one) for one in loras] == [_meaning(one) for one in self._loras] and merge == self._merge
         if same and list(strengths) == self._strengths:
             return
         self.revision += 1
@@ -235,6 +235,11 @@ def adaptation_of(model: WanDiT, file: DiTFile) -> Adaptation:
     if model.adaptation is None:
         model.adaptation = Adaptation(model, file)
     return model.adaptation
+
+
+def _meaning(lora: LoraFile) -> tuple:
+    """What two readings of a file have in common that change the same; one may be of its half for the other expert."""
+    return lora.fingerprint, lora.parts
 
 
 def _by_weight(loras: Sequence[LoraFile]) -> Mapping[str, list[tuple[int, LoraFile, Part]]]:
