@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -84,33 +84,67 @@ def read_table(table: Path) -> tuple[str, list[dict[str, str]]]:
         raise WanError(f"No {table}: the data folder needs a metadata.csv with the columns video,prompt.")
     try:
         with table.open(newline="", encoding="utf-8-sig") as text:
-            reader = csv.DictReader(text)
-            columns, rows = list(reader.fieldnames or []), list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
+            reader = csv.DictReader(text, strict=True)
+            columns, rows = list(reader.fieldnames or []), [(reader.line_num, row) for row in reader]
+    except UnicodeDecodeError as error:
         raise WanError(f"{table} is not a table in UTF-8 ({error}): save it as CSV UTF-8.") from error
+    except csv.Error as error:
+        raise WanError(f"{table} cannot be read ({error}): look for a quotation mark that is not closed, and write one "
+                       'within a prompt twice ("").') from error  # fmt: skip
     column = next((name for name in _FILE_COLUMNS if name in columns), None)
     if column is None or "prompt" not in columns:
         raise WanError(f"{table} has the columns {', '.join(columns) or '(none)'}; expected video,prompt.")
     if not rows:
         raise WanError(f"{table} has no rows: add one for each clip.")
-    return column, rows
+    for line, row in rows:
+        _check_row(f"{table}, line {line}", row, column)
+    return column, [row for _, row in rows]
+
+
+def _check_row(place: str, row: dict[str | None, str], column: str) -> None:
+    """A comma without quotes around the prompt would cut it short."""
+    if row[column] is None or row["prompt"] is None:
+        raise WanError(f"{place}: no prompt behind {row[column]!r}. Write clip.mp4,\"the prompt\".")
+    if beyond := "".join(row.get(None, ())).strip():
+        raise WanError(f"{place}: {beyond!r} stands beyond the last column. Put a prompt with commas in quotation "
+                       'marks: clip.mp4,"a red, round ball".')  # fmt: skip
 
 
 def _clip(folder: Path, row: dict[str, str], column: str, frame: Frame) -> Clip:
     file = folder / (row[column] or "")
     images = {place: folder / row[name] for name, place in (("start_image", 0), ("end_image", -1)) if row.get(name)}
+
+    def given() -> dict[int, Tensor]:
+        return {place: _picture(image, frame) for place, image in images.items()}
+
+    def check() -> None:
+        _check_file(file, frame)
+        given()
+
     return Clip(
-        name=row[column] or "(empty)", prompt=row["prompt"] or "", key=_key([file, *images.values()], frame),
+        name=row[column] or "(empty)", prompt=row["prompt"], key=_key(file, images, frame), check=check, given=given,
         pixels=lambda: read_pixels(file, frame),
-        given=lambda: {place: read_pixels(image, frame)[:, 0] for place, image in images.items()},
-        check=lambda: _check_files([file, *images.values()], frame),
     )  # fmt: skip
 
 
-def _key(files: Sequence[Path], frame: Frame) -> str:
-    """Of the content, not of names or dates: a moved data set needs no new latents."""
+def _picture(file: Path, frame: Frame) -> Tensor:
+    """A condition image, [3, H, W].
+
+    Raises:
+        ClipProblem: not there or not readable; says which file, which is not the clip's own.
+    """
+    try:
+        return read_pixels(file, replace(frame, frames=1))[:, 0]
+    except ClipProblem as problem:
+        raise ClipProblem(f"has the picture {file.name}: {problem}") from problem
+
+
+def _key(clip: Path, images: Mapping[int, Path], frame: Frame) -> str:
+    """Of the content and what it is for, not of names or dates: a moved data set needs no new latents."""
     digest = hashlib.sha256(repr(frame).encode())
-    for file in files:
+    for place, file in {None: clip, **images}.items():
+        if place is not None:
+            digest.update(f"{place}:".encode())
         if file.is_file():
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest() if hasattr(hashlib, "file_digest")
@@ -135,22 +169,21 @@ def read_pixels(file: Path, frame: Frame) -> Tensor:
     return torch.stack(pictures, dim=1)
 
 
-def _check_files(files: Sequence[Path], frame: Frame) -> None:
-    """Videos by their first frame and the length that they tell.
+def _check_file(file: Path, frame: Frame) -> None:
+    """A video by its first frame and the length that it tells.
 
     Raises:
         ClipProblem: not there, not readable, or too short.
     """
-    for file in files:
-        if not file.is_file():
-            raise ClipProblem("no such file")
-        if file.suffix.lower() in IMAGES:
-            _read_image(file)
-            continue
-        next(_read_frames(file, 1), None)
-        frames = _frames_told(file)
-        if 0 < frames < frame.frames:
-            raise ClipProblem(f"has {frames} frames, expected at least {frame.frames}")
+    if not file.is_file():
+        raise ClipProblem("no such file")
+    if file.suffix.lower() in IMAGES:
+        _read_image(file)
+        return
+    next(_read_frames(file, 1), None)
+    frames = _frames_told(file)
+    if 0 < frames < frame.frames:
+        raise ClipProblem(f"has {frames} frames, expected at least {frame.frames}")
 
 
 def _frames_told(file: Path) -> int:
@@ -162,21 +195,24 @@ def _frames_told(file: Path) -> int:
 
 
 def _read_image(file: Path) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
-        return image_tensor(Image.open(file))
-    except (UnidentifiedImageError, OSError) as error:
+        with Image.open(file) as picture:
+            return image_tensor(ImageOps.exif_transpose(picture))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ClipProblem(f"is not a readable image ({error})") from error
 
 
 def _read_frames(file: Path, count: int) -> Iterator[np.ndarray]:
+    """[H, W, 3] bytes, upright: a telephone writes pictures as its sensor lies, and beside them how to turn them."""
     import av
 
     try:
         with av.open(str(file)) as container:
             for _, frame in zip(range(count), container.decode(video=0), strict=False):
-                yield frame.to_ndarray(format="rgb24")
+                quarters = round(getattr(frame, "rotation", 0) / 90)  # to the left; older PyAV does not tell
+                yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise ClipProblem(f"is not a readable video ({error})") from error
 
