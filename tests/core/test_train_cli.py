@@ -197,6 +197,57 @@ def test_mistakes_are_told_before_anything_is_loaded(
             run(request, parts)
 
 
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"batch_size": 0}, "batch is 0: expected 1 or more"),
+        ({"dataset_repeat": 0}, "repeat is 0"),
+        ({"learning_rate": -1}, "learning_rate is -1.0: expected a number above 0"),
+        ({"caption_dropout": 2}, "caption_dropout is 2.0"),
+        ({"shift": 0}, "shift is 0.0: expected a number above 0"),
+        ({"device": "cuda:99"}, "Device 'cuda:99' is not available"),
+        ({"cache_path": __file__}, "Cannot make the folder"),
+    ],
+)
+def test_numbers_and_places_that_cannot_be(
+    checkpoints: Path, clips: Path, tmp_path: Path, capsys, more: dict, expected: str
+):
+    assert main(flags(checkpoints, clips, tmp_path / "out", **more)) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_single_files_stand_in_for_a_folders(checkpoints: Path, clips: Path, tmp_path: Path, capsys):
+    """All three need no folder; one beside a folder needs of it what is left, and never the other expert."""
+    whole = files_in(checkpoints / "t2v-A14B", "t2v-A14B", "low")
+    rest = tmp_path / "rest"
+    rest.mkdir()
+    for name in (whole.vae.name, whole.text_encoder.name):
+        (rest / name).symlink_to((whole.vae.parent / name).absolute())
+    assert files_in(rest, "t2v-A14B", "low", dit=whole.dit).vae == rest / whole.vae.name
+    (rest / "low_noise_model").symlink_to(whole.dit.absolute())
+    assert files_in(rest, "t2v-A14B", "low").dit == rest / "low_noise_model"
+
+    words = flags(checkpoints, clips, tmp_path / "out", lora_target_modules="q, k")
+    place = words.index("--ckpt_dir")
+    del words[place : place + 2]
+    assert main(words) == 2
+    assert "Give --ckpt_dir, or all of --dit, --vae and --text_encoder" in capsys.readouterr().err
+    parts = {"dit": whole.dit, "vae": whole.vae, "text_encoder": whole.text_encoder, "tokenizer": whole.tokenizer}
+    words += [str(word) for name, file in parts.items() if file for word in (f"--{name}", file)]
+    assert main(words) == 0
+    assert load_file(tmp_path / "out/lora.safetensors")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_base_weights_of_every_format(checkpoints: Path, clips: Path, tmp_path: Path, dtype: str, precision: str):
+    """The 5B, whose first frame has a timestep of its own, has the most to mix."""
+    files = files_in(checkpoints / "ti2v-5B", "ti2v-5B", "only")
+    request = replace(a_request(clips, tmp_path), task="ti2v-5B", expert="only", dtype=dtype, precision=precision)
+    run(request, files)
+    assert all(float(row["loss"]) < 10 for row in read_log(tmp_path / "log.csv"))
+
+
 def test_other_base_weights_and_other_lora_layers_are_refused(checkpoints: Path, clips: Path, tmp_path: Path):
     files, request = files_in(checkpoints / "t2v-A14B", "t2v-A14B", "low"), a_request(clips, tmp_path)
     run(request, files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +37,11 @@ class Parts:
     tokenizer: Path | None
 
 
-def find_parts(folder: str | Path, variant: Variant) -> Parts:
-    """The parts of a variant's model.
+WHOLE = ("high", "low", "vae", "text_encoder")
+
+
+def find_parts(folder: str | Path, variant: Variant, wanted: Collection[str] = WHOLE) -> Parts:
+    """The parts of a variant's model, of which those that are wanted must be there.
 
     Raises:
         WanError: there is no such folder, or a part is missing; says which names were looked for.
@@ -47,7 +51,7 @@ def find_parts(folder: str | Path, variant: Variant) -> Parts:
         raise WanError(f"No such folder: {folder}. --ckpt_dir is the folder of a downloaded checkpoint.")
     missing = []
     for layout in (_official(folder, variant), _comfyui(folder, variant), _diffusers(folder, variant)):
-        paths = (layout.high, layout.low, layout.vae, layout.text_encoder)
+        paths = [getattr(layout, part) for part in wanted]
         absent = [path for path in paths if path and not path.exists()]
         if not absent:
             return layout

@@ -13,7 +13,12 @@ _TARGETS = "q,k,v,o,ffn.0,ffn.2"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=list(VARIANTS), required=True)
-    parser.add_argument("--ckpt_dir", type=Path, required=True, help="the checkpoint, as downloaded")
+    parser.add_argument("--ckpt_dir", type=Path, default=None, help="folder of the checkpoint, as downloaded")
+    parser.add_argument("--dit", type=Path, default=None, help="file of the expert, not quantised, instead of the "
+                        "folder's; also --vae and --text_encoder; with all three no --ckpt_dir is needed")
+    parser.add_argument("--vae", type=Path, default=None)
+    parser.add_argument("--text_encoder", type=Path, default=None)
+    parser.add_argument("--tokenizer", type=Path, default=None, help="where the text encoder's file has none inside")
     parser.add_argument("--expert", choices=["high", "low", "only"], default=None, help="which of the two to train")
     parser.add_argument("--dataset_base_path", type=Path, required=True, help="folder with metadata.csv (video,prompt)")
     parser.add_argument("--dataset_metadata_path", type=Path, default=None, help="the table, if it lies elsewhere")
@@ -52,8 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
-
+    from ..devices import resolve_device
     from ..train.data import Frame
     from ..train.parallel import Processes
     from ..train.run import Hooks, Request, experts_of, files_in
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     request = Request(
         task=args.task, expert=expert, clips=args.dataset_base_path, metadata=args.dataset_metadata_path,
         out=args.output_path, frame=Frame(args.width, args.height, args.num_frames), repeat=args.dataset_repeat,
-        rank=args.lora_rank, alpha=args.lora_alpha, targets=args.lora_target_modules.split(","),
+        rank=args.lora_rank, alpha=args.lora_alpha, targets=_names(args.lora_target_modules),
         boundaries=_boundaries(args), shift=args.shift, steps=args.max_steps, epochs=args.num_epochs,
         batch=args.batch_size, accumulate=args.gradient_accumulation_steps, learning_rate=args.learning_rate,
         weight_decay=args.weight_decay, ema=args.ema, caption_dropout=args.caption_dropout, seed=args.seed,
@@ -72,8 +76,9 @@ def run(args: argparse.Namespace) -> None:
         save_every=args.save_steps, sample_every=args.sample_every, sample_prompts=args.sample_prompt,
         sample_steps=args.sample_steps, cache=args.cache_path,
     )  # fmt: skip
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    files = files_in(args.ckpt_dir, args.task, expert)
+    device = resolve_device(args.device)
+    files = files_in(args.ckpt_dir, args.task, expert, dit=args.dit, vae=args.vae, text_encoder=args.text_encoder,
+                     tokenizer=args.tokenizer)  # fmt: skip
     first = Processes.current(device).first
     with _Bar() as bar:
         hooks = Hooks(on_step=bar) if first else Hooks(tell=lambda text: None)
@@ -87,6 +92,10 @@ def _only_expert(experts: tuple[str, ...]) -> str:
     if len(experts) > 1:
         raise WanError("This model has two experts: say which to train, --expert high or --expert low.")
     return experts[0]
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _boundaries(args: argparse.Namespace) -> tuple[float, float] | None:

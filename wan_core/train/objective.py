@@ -52,7 +52,7 @@ def expert_range(variant: Variant, expert: str, shift: float | None = None) -> N
     """The official part of an expert: "high" from the boundary up, "low" below it, "only" everything."""
     bounds = {"high": (variant.boundary, 1.0), "low": (0.0, variant.boundary), "only": (0.0, 1.0)}
     low, high = bounds[expert]
-    return NoiseRange(low, high, shift or variant.shift)
+    return NoiseRange(low, high, variant.shift if shift is None else shift)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,7 @@ from .lora import TARGETS, AdaptedLinear, add_lora, find_targets
 from .model import TrainedDiT, checkpoint_blocks, load_trained
 from .objective import NoiseRange, expert_range
 from .parallel import Processes
+from .precision import resolve_precision
 from .sample import Grids, Sampling, Wish
 
 
@@ -89,24 +90,44 @@ class Request:
     restart: bool = False
     cache: Path | None = None
 
+    def __post_init__(self):
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise WanError(f"{name} is {getattr(self, name)}: expected {least} or more.")
+        if not self.learning_rate > 0:
+            raise WanError(f"learning_rate is {self.learning_rate}: expected a number above 0, say 1e-4.")
+        if not 0 <= self.caption_dropout <= 1:
+            raise WanError(f"caption_dropout is {self.caption_dropout}: expected a fraction of the captions, 0 to 1.")
+
+
+_LEAST = {"rank": 0, "repeat": 1, "steps": 0, "epochs": 1, "batch": 1, "accumulate": 1, "weight_decay": 0,
+          "save_every": 0, "sample_every": 0, "sample_steps": 1}  # fmt: skip
+
 
 def experts_of(variant: Variant) -> tuple[str, ...]:
     return ("only",) if variant.boundary is None else ("high", "low")
 
 
-def files_in(folder: Path, task: str, expert: str) -> TrainFiles:
-    """The parts of a checkpoint folder, the wanted expert among them.
+def files_in(folder: Path | None, task: str, expert: str, **own: Path | None) -> TrainFiles:
+    """The parts of a checkpoint folder, the wanted expert among them; ``own`` are files in place of the folder's.
 
     Raises:
         WanError: a part is missing; no such expert.
     """
-    variant = VARIANTS[task]
+    variant, own = VARIANTS[task], {part: file for part, file in own.items() if file}
     if expert not in experts_of(variant):
         raise WanError(f"{variant.display_name} has no expert {expert!r}: choose --expert "
                        f"{' or '.join(experts_of(variant))}.")
-    parts = find_parts(folder, variant)
-    dit = parts.low if expert == "low" else parts.high
-    return TrainFiles(dit, parts.vae, parts.text_encoder, parts.tokenizer)
+    dit = "low" if expert == "low" else "high"
+    wanted = [part for part in (dit, "vae", "text_encoder") if own.get("dit" if part == dit else part) is None]
+    if not wanted:
+        return TrainFiles(**own)
+    if folder is None:
+        raise WanError("Where are the weights? Give --ckpt_dir, or all of --dit, --vae and --text_encoder.")
+    parts = find_parts(folder, variant, wanted)
+    tokenizer = None if "text_encoder" in own else parts.tokenizer
+    found = {"dit": getattr(parts, dit), "vae": parts.vae, "text_encoder": parts.text_encoder, "tokenizer": tokenizer}
+    return TrainFiles(**found | own)
 
 
 @dataclass(frozen=True)
@@ -145,7 +166,8 @@ def run(
     processes = Processes.current(device)
     device = processes.device or torch.device(device)
     base, clips = check(request, files)
-    request.out.mkdir(parents=True, exist_ok=True)
+    for folder in (request.out, request.cache or request.out):
+        _make_folder(folder)
     check_writable(request.out / STATE)
     if request.restart and processes.first:
         forget(request.out)
@@ -164,6 +186,13 @@ def run(
         task.save(file)
     processes.wait()
     return file
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WanError(f"Cannot make the folder {folder} ({error.strerror}): choose another.") from error
 
 
 def check(request: Request, files: TrainFiles) -> tuple[DiTFile, list[Clip]]:
@@ -312,6 +341,8 @@ def _model(
     request: Request, base: DiTFile, device: torch.device
 ) -> tuple[TrainedDiT, dict[str, AdaptedLinear] | None]:
     dtype = resolve_dtype(request.dtype, device) if request.rank else torch.float32
+    if dtype is torch.float16 and resolve_precision(request.precision, device) == "bf16":
+        dtype = torch.bfloat16  # autocast computes in it, and does not take the other 16 bits
     model, adapted = load_trained(base, device=device, dtype=dtype), None
     if request.rank:
         adapted = add_lora(model, request.rank, request.targets, alpha=request.alpha, seed=request.seed)
