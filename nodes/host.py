@@ -96,10 +96,10 @@ def read_header(read: Callable[[Path], File], folder: str, name: str) -> File:
         WanError: as ``read``.
     """
     path = model_path(folder, name)
-    stamp = _stamp(path)
+    now = stamp(path)
     known = _headers.get((read, path))
-    if known is None or known[0] != stamp:
-        known = _headers[read, path] = stamp, read(path)
+    if known is None or known[0] != now:
+        known = _headers[read, path] = now, read(path)
     return known[1]
 
 
@@ -109,12 +109,13 @@ _headers: dict[tuple[Callable, Path], tuple[tuple, object]] = {}
 def fingerprint(folder: str, name: str) -> tuple:
     """Changes when the file is replaced on disk, so that ComfyUI runs the loader again."""
     try:
-        return _stamp(model_path(folder, name))
+        return stamp(model_path(folder, name))
     except (WanError, OSError) as error:
         return (str(error),)
 
 
-def _stamp(path: Path) -> tuple:
+def stamp(path: Path) -> tuple:
+    """Changes when a file, or a file of a folder, is replaced on disk."""
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 

@@ -11,6 +11,7 @@ from ..wan_core.checkpoint.read import open_checkpoint
 from ..wan_core.config import PerExpert
 from ..wan_core.errors import WanError
 from ..wan_core.lora.attach import AUTO, with_lora
+from ..wan_core.lora.twins import find_twin
 from ..wan_core.recipe import ModelRecipe
 from . import host
 from .types import WanModel
@@ -85,7 +86,8 @@ class Lora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, low_name: str, **_: object) -> tuple:
-        return tuple(host.fingerprint(FOLDER, name) for name in (lora_name, low_name) if name not in (AUTO, NONE))
+        named = tuple(host.fingerprint(FOLDER, name) for name in (lora_name, low_name) if name not in (AUTO, NONE))
+        return (*named, _fingerprint_of_twin(lora_name)) if low_name == AUTO else named
 
     @classmethod
     def execute(
@@ -99,6 +101,15 @@ class Lora(io.ComfyNode):
         log.info("Wan LoRA: %s", report.replace("\n", "; "))
         host.show_text(cls.hidden.unique_id, report)
         return io.NodeOutput(changed, ui=ui.PreviewText(report))
+
+
+def _fingerprint_of_twin(name: str) -> tuple:
+    """Changes also when a twin comes or goes."""
+    try:
+        twin = find_twin(host.model_path(FOLDER, name))
+        return host.stamp(twin) if twin else ()
+    except (WanError, OSError) as error:
+        return (str(error),)
 
 
 def _low(name: str) -> Path | str | None:

@@ -88,6 +88,24 @@ def test_a_pair_is_found_placed_and_told(client: Client, server: Server, loras: 
     assert "twin" in report and report.count("keys matched") == 2
 
 
+def test_a_twin_that_changes_or_goes_is_noticed(client: Client, server: Server, loras: Path):
+    """The node names one file of the pair; the other is not among its inputs."""
+    pair = [loras / f"test_passing_{level}_noise.safetensors" for level in ("high", "low")]
+    for file in pair:
+        file.write_bytes((loras / file.name.replace("passing", "pair")).read_bytes())
+    g = Graph()
+    both = wan.model(g, "t2v")
+    node = lora(g, both, lora_name=pair[0].name)
+    wan.save_latent(g, ours(g, node, wan.empty(g, both), wan.prompts(g)), "lora_passing")
+    assert client.run(g.nodes).ok and client.run(g.nodes).executed == []
+    pair[1].write_bytes(pair[0].read_bytes())
+    run = client.run(g.nodes)
+    assert run.ok and node.node in run.executed, run.error
+    pair[1].unlink()
+    run = client.run(g.nodes)
+    assert run.ok and "no twin" in run.history["outputs"][node.node]["text"][0], run.error
+
+
 def test_native_samplers_see_it_at_its_steps(client: Client, server: Server, loras: Path):
     """Through Wan as ComfyUI MODEL and KSampler, to 1e-4, with a LoRA that begins at the second step."""
     g = Graph()
