@@ -31,6 +31,9 @@ from wan_core.tiny import TinySizes, make_tiny
     ("high/lora", "low/lora"),
     ("Style/high_noise_model", "Style/low_noise_model"),
     ("wan_high/style_high", "wan_low/style_low"),
+    ("low_poly_high_noise", "low_poly_low_noise"),
+    ("styleI2vHIGH", "styleI2vLOW"),
+    ("W22_HIGHv2", "W22_LOWv2"),
 ])  # fmt: skip
 def test_twins_are_found_by_name(tmp_path: Path, high: str, low: str):
     files = [tmp_path / f"{name}.safetensors" for name in (high, low)]

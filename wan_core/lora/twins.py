@@ -10,10 +10,11 @@ from ..checkpoint.read import open_checkpoint
 from ..config import VARIANTS
 from ..errors import WanError
 
-# "high" in high_noise, HighNoise, T2V-HIGH-14B; not in highlight. "h" and "hn" only between separators.
+# "high" in high_noise, HighNoise, T2V-HIGH-14B, i2vHIGH, HIGHv2; not in highlight. "h", "hn" only between separators.
 _LEVEL = re.compile(
-    r"(?<![A-Za-z])(?:(?:high|low)(?=noise|[^A-Za-z]|$)|(?:hn|ln|h|l)(?=[^A-Za-z]|$))"
-    r"|(?-i:(?<=[A-Za-z0-9])(?:High|Low)(?=[^a-z]|noise|$))",
+    r"(?<![A-Za-z])(?:(?:high|low)(?=noise|v\d|[^A-Za-z]|$)|(?:hn|ln|h|l)(?=[^A-Za-z]|$))"
+    r"|(?-i:(?<=[A-Za-z0-9])(?:High|Low)(?=[^a-z]|noise|$))"
+    r"|(?-i:(?<=[a-z0-9])(?:HIGH|LOW)(?=[^A-Za-z]|$))",
     re.IGNORECASE,
 )
 _OTHER = {"high": "low", "low": "high", "hn": "ln", "ln": "hn", "h": "l", "l": "h"}
@@ -36,7 +37,7 @@ def find_twin(path: Path) -> Path | None:
 
 def _twin_by_name(path: Path) -> Path | None:
     for folder in dict.fromkeys((path.parent, path.parent.parent / _swapped(path.parent.name))):
-        for name in dict.fromkeys((_swapped(path.stem), path.stem)):
+        for name in dict.fromkeys((_swapped(path.stem), _last_swapped(path.stem), path.stem)):
             twin = _existing(folder, name + path.suffix)
             if twin and twin != path and (folder, name) != (path.parent, path.stem):
                 return twin
@@ -44,7 +45,18 @@ def _twin_by_name(path: Path) -> Path | None:
 
 
 def _swapped(name: str) -> str:
-    return _LEVEL.sub(lambda match: _in_case_of(match[0], _OTHER[match[0].lower()]), name)
+    return _LEVEL.sub(_other, name)
+
+
+def _last_swapped(name: str) -> str:
+    """With the word that decides the level swapped alone: that of low_poly_high_noise is low_poly_low_noise."""
+    found = list(_LEVEL.finditer(name))
+    whole = [match for match in found if match[0].lower() not in _SHORT] or found
+    return name[: whole[-1].start()] + _other(whole[-1]) + name[whole[-1].end() :] if whole else name
+
+
+def _other(match: re.Match) -> str:
+    return _in_case_of(match[0], _OTHER[match[0].lower()])
 
 
 def _in_case_of(pattern: str, word: str) -> str:
