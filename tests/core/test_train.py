@@ -37,8 +37,8 @@ from wan_core.train.objective import (
     with_clean_first_frame,
     with_subject,
 )
-from wan_core.train.optim import orthogonal
-from wan_core.train.report import read_log
+from wan_core.train.optim import make_optimiser, orthogonal
+from wan_core.train.report import Log, read_log
 from wan_core.train.run import Request, files_in, run
 from wan_core.train.sample import Sampling, sample
 from wan_core.video import save_video
@@ -281,6 +281,49 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path, optimis
     losses = [[row["loss"] for row in read_log(tmp_path / name / "log.csv")] for name in ("whole", "parts")]
     assert losses[0] == losses[1] and len(losses[0]) == 7
     assert Image.open(tmp_path / "parts" / "loss.png").size == (800, 400)
+
+
+@pytest.mark.parametrize("part", ["_average", "make_optimiser"])
+def test_cancelled_in_the_midst_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str):
+    """After the weights have changed, but not the step's number or the average: that is no state to go on from."""
+    plan, calls = Plan(5, 1e-2, warmup=2, ema=0.9, save_every=1), []
+    whole = a_task()
+    assert train(whole, plan, tmp_path / "whole")
+
+    def cancelled(*_: object) -> None:
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    def optimiser(*arguments: object) -> torch.optim.Optimizer:
+        made = make_optimiser(*arguments)
+        made.register_step_post_hook(cancelled)
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"wan_core.train.loop.{part}", cancelled if part == "_average" else optimiser)
+        with pytest.raises(KeyboardInterrupt):
+            train(a_task(), plan, tmp_path / "parts")
+    parts = a_task()
+    assert train(parts, plan, tmp_path / "parts")
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
+
+
+def test_the_seed_decides_the_order(tmp_path: Path):
+    orders = []
+    for seed in (0, 0, 1):
+        task = DiTTask(random_dit(), random_data(), Recipe(T2V, NoiseRange(0, 1, 5.0), seed=seed))
+        orders.append([task._clips(batch) for batch in range(12)])
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_a_log_is_cut_back_at_once(tmp_path: Path):
+    """Going on from step 2 drops what came later, and half a row; the file is replaced, never empty in between."""
+    file = tmp_path / "log.csv"
+    file.write_text("step,loss\n1,0.5\n2,0.4\n3,0.3\n4")
+    before = file.stat().st_ino
+    Log(file, 2).write({"step": 3, "loss": 0.2})
+    assert file.read_text().split() == ["step,loss", "1,0.5", "2,0.4", "3,0.2"] and file.stat().st_ino != before
 
 
 _KILLABLE = """

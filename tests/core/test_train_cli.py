@@ -170,6 +170,15 @@ def test_hooks_hear_of_clips_and_steps(checkpoints: Path, clips: Path, tmp_path:
     assert heard[:3] == [(1, 3), (2, 3), (3, 3)] and heard[3].startswith("3 clips are ready") and heard[4:] == [1, 2]
 
 
+def test_a_clip_in_two_rows_is_made_ready_once(checkpoints: Path, clips: Path, tmp_path: Path):
+    heard, rows = [], [["video", "prompt"], ["a.mp4", "a"], ["a.mp4", "b"], ["b.mp4", "b"]]
+    with (tmp_path / "twice.csv").open("w", newline="") as out:
+        csv.writer(out).writerows(rows)
+    request = replace(a_request(clips, tmp_path / "out"), metadata=tmp_path / "twice.csv")
+    run(request, files_in(checkpoints / "t2v-A14B", "t2v-A14B", "low"), hooks=Hooks(on_clip=lambda *n: heard.append(n)))
+    assert heard == [(1, 2), (1, 2), (2, 2)]
+
+
 def test_mistakes_are_told_before_anything_is_loaded(
     checkpoints: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

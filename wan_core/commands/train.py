@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import VARIANTS
 from ..errors import WanError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from ..train.loop import StepReport
 
 _TARGETS = "q,k,v,o,ffn.0,ffn.2"
 
@@ -81,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
                      tokenizer=args.tokenizer)  # fmt: skip
     first = Processes.current(device).first
     with _Bar() as bar:
-        hooks = Hooks(on_step=bar) if first else Hooks(tell=lambda text: None)
+        hooks = Hooks(on_step=bar.on_step, on_clip=bar.on_clip) if first else Hooks(tell=lambda text: None)
         file = train(request, files, device=device, text_device="cpu" if args.t5_cpu else device, hooks=hooks)
     Processes.leave()
     if first:
@@ -106,7 +112,7 @@ def _boundaries(args: argparse.Namespace) -> tuple[float, float] | None:
 
 
 class _Bar:
-    """A tqdm bar over steps, with the loss."""
+    """tqdm bars over the clips that are made ready and over steps, with the loss."""
 
     def __init__(self):
         self.bar = None
@@ -115,13 +121,31 @@ class _Bar:
         return self
 
     def __exit__(self, *error) -> None:
-        if self.bar:
-            self.bar.close()
+        self._end()
 
-    def __call__(self, report) -> None:
-        from tqdm import tqdm
+    def on_clip(self, done: int, total: int) -> None:
+        self.bar = self.bar or _tqdm(total=total, desc="encoding", unit="clip")
+        self.bar.update(done - self.bar.n)
+        if done == total:
+            self._end()
 
-        if self.bar is None:
-            self.bar = tqdm(total=report.steps, initial=report.step - 1, desc="training", unit="step")
+    def on_step(self, report: StepReport) -> None:
+        if self.bar is None or self.bar.desc != _STEPS:
+            self._end()
+            self.bar = _tqdm(total=report.steps, initial=report.step - 1, desc=_STEPS, unit="step")
         self.bar.set_postfix_str(f"loss {report.loss:.4f}")
         self.bar.update()
+
+    def _end(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
+
+
+_STEPS = "training"
+
+
+def _tqdm(**options: object) -> tqdm:
+    from tqdm import tqdm
+
+    return tqdm(**options)

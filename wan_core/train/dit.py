@@ -62,6 +62,7 @@ class Recipe:
     image_dropout: float = 0.3
     emphasis: float = 0.0
     precision: str = "auto"
+    seed: int = 0  # of the order of the clips
     base: str = ""  # of the weights that a run began with, for refusing to go on from others
 
 
@@ -155,7 +156,7 @@ class DiTTask:
         """Every epoch has as many batches: it depends on how many clips there are of each shape alone."""
         if epoch not in self._epochs:
             self._epochs = {0: self._epochs[0]} if 0 in self._epochs else {}
-            self._epochs[epoch] = batches_of(self.data.shapes, self.recipe.batch, 0, epoch)
+            self._epochs[epoch] = batches_of(self.data.shapes, self.recipe.batch, self.recipe.seed, epoch)
         return self._epochs[epoch]
 
 

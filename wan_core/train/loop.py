@@ -88,6 +88,7 @@ class _State:
     step: int
     optimiser: torch.optim.Optimizer
     average: dict[str, Tensor] | None
+    whole: bool = True  # not in the midst of a step, whose parts must not be saved apart
 
 
 def train(
@@ -132,7 +133,8 @@ def train(
             if seconds is not None and processes.any(time.monotonic() - begun > seconds):
                 break
     finally:
-        _save(task, plan, state, parameters, folder, processes)
+        if state.whole:
+            _save(task, plan, state, parameters, folder, processes)
     if state.step < plan.steps:
         return False
     if state.average:
@@ -166,9 +168,11 @@ def _step(
     if not (total == total and norm < float("inf")):
         raise WanError(f"Step {state.step + 1}: the loss is {total} and its gradient {norm}. Lower the learning rate "
                        f"(now {rate:g}), or train in fp32; the state before this step is kept.")
+    state.whole = False
     state.optimiser.step()
     state.step += 1
     _average(state.average, parameters, plan.ema, state.step)
+    state.whole = True
     spent = time.monotonic() - began
     return {"step": state.step, "loss": total, "learning_rate": rate, "gradient": norm, "seconds": spent, **figures}
 
@@ -194,8 +198,8 @@ def averaged(parameters: Mapping[str, nn.Parameter], average: Mapping[str, Tenso
         yield
         return
     own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    _copy(parameters, average)
     try:
+        _copy(parameters, average)
         yield
     finally:
         _copy(parameters, own)

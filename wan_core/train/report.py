@@ -26,9 +26,13 @@ class Log:
         self.file = file
         kept = [row for row in read_log(file) if int(row["step"]) <= resumed_at]
         self.fields = list(kept[0]) if kept else []
-        file.unlink(missing_ok=True)
-        for row in kept:
-            self.write(row)
+        if not kept:
+            file.unlink(missing_ok=True)
+            return
+        with unfinished(file) as partial, partial.open("w", newline="", encoding="utf-8") as out:
+            writer = csv.DictWriter(out, self.fields)
+            writer.writeheader()
+            writer.writerows(kept)
 
     def write(self, row: Mapping[str, object]) -> None:
         fresh = not self.file.exists()

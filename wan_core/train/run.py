@@ -176,7 +176,8 @@ def run(
     data, wishes = prepare(request, clips, files, variant, device, torch.device(text_device), hooks)
     model, adapted = _model(request, base, device)
     recipe = Recipe(variant, _noise(request, variant), request.batch, request.caption_dropout,
-                    precision=request.precision, base=digest(*map(file_key, base.checkpoint.files)))  # fmt: skip
+                    precision=request.precision, seed=request.seed,
+                    base=digest(*map(file_key, base.checkpoint.files)))  # fmt: skip
     task = DiTTask(model, data, recipe, adapted=adapted, on_block=hooks.check)
     if wishes:
         task.sampler = _grids(request, task, wishes, files.vae)
@@ -272,12 +273,13 @@ def prepare(
         file_key(files.text_encoder), hooks.check,
     )  # fmt: skip
     shapes: dict[str, tuple] = {}
+    wanted = len({clip.key for clip in clips})
 
     def ready(clip: Clip) -> None:
         hooks.check()
         shapes[clip.key] = tuple(latents(clip).latent.shape)
         texts(clip.prompt)
-        hooks.on_clip(len(shapes), len(clips))
+        hooks.on_clip(len(shapes), wanted)
 
     _share(clips, ready)
     clips = usable(clips, ready, skip_bad=request.skip_bad_clips)
