@@ -9,6 +9,7 @@ Written for and tested with ComfyUI 0.3.75.
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import NoReturn
 
 import torch
 from comfy_api.latest import io
@@ -24,6 +25,7 @@ from ..wan_core.sampling.schedules import Schedule, from_sigmas
 from . import host
 from .types import WanModel
 
+_OTHERWISE = "Remove that node, or load the model with ComfyUI's Load Diffusion Model."
 _KEPT_TEXTS = 4  # prompts whose embeddings are recognised from one step to the next
 
 
@@ -72,9 +74,13 @@ def _patcher(recipe: ModelRecipe, shift: float, engine: Engine, device: torch.de
     class WanPatcher(ModelPatcher):
         """There is nothing to load, to move or to patch: the engine's own entry tells ComfyUI what its weights take."""
 
-        def add_patches(self, patches: dict, *strengths: float, **options: object) -> list:
-            raise WanError("ComfyUI's LoRA nodes cannot reach a model from Wan as ComfyUI MODEL: its weights stay in "
-                           "the Wan engine. Put Wan LoRA before that node.")
+        add_patches = add_hook_patches = get_key_patches = _refuse_weights
+
+        def get_model_object(self, name: str) -> object:
+            if name.startswith("diffusion_model"):
+                raise WanError("A node wants to compile or change ComfyUI's own Wan network (torch.compile, a patch of "
+                               f"{name}), but Wan as ComfyUI MODEL runs another. {_OTHERWISE}")
+            return super().get_model_object(name)
 
         def model_size(self) -> int:
             return 0
@@ -90,6 +96,7 @@ def _patcher(recipe: ModelRecipe, shift: float, engine: Engine, device: torch.de
     base = model_base.WAN22 if dense else model_base.WAN21
     model = base(config, image_to_video=recipe.variant.image != "none", device=device)
     model.diffusion_model = WanAsNetwork(recipe, engine, device)
+    model.state_dict_for_saving = _refuse_weights
     return WanPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
@@ -161,6 +168,13 @@ class WanAsNetwork(nn.Module):
         return self._texts[-1]
 
 
+def _refuse_weights(*_: object, **__: object) -> NoReturn:
+    """In place of what LoRA, hook, merge and save nodes call: they would find no weights, and go on without a word."""
+    raise WanError("ComfyUI's LoRA, merge and save nodes cannot reach the weights behind Wan as ComfyUI MODEL: they "
+                   "stay in the Wan engine. For a LoRA put Wan LoRA before that node. To merge or save, load the model "
+                   "with ComfyUI's Load Diffusion Model.")
+
+
 def _refuse_patches(options: dict) -> None:
     """What nodes want done inside ComfyUI's own network; other kernels for attention change nothing and are let be."""
     blocks = [name for keyed in options.get("patches_replace", {}).values() for name in keyed]
@@ -169,7 +183,7 @@ def _refuse_patches(options: dict) -> None:
     named = [meaning for meaning, asked in found if asked]
     if named:
         raise WanError(f"A node changes {' and '.join(named)} of ComfyUI's own Wan network, but Wan as ComfyUI MODEL "
-                       "runs another. Remove that node, or load the model with ComfyUI's Load Diffusion Model.")
+                       f"runs another. {_OTHERWISE}")
 
 
 def _refuse_extras(extras: dict[str, object]) -> None:

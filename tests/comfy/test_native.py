@@ -186,6 +186,7 @@ def defaults(client: Client, node: str) -> dict[str, object]:
     ("SkipLayerGuidanceDiT", {"double_layers": "1", "start_percent": 0.0, "end_percent": 1.0}, "skip-layer guidance"),
     ("SkipLayerGuidanceDiTSimple", {"double_layers": "1"}, "skip-layer guidance"),
     ("ScaleROPE", {"scale_x": 2.0}, "positions"),
+    ("TorchCompileModel", {}, "torch.compile"),
 ])  # fmt: skip
 def test_patches_of_the_network_are_refused(client: Client, node: str, settings: dict, named: str) -> None:
     g = Graph()
@@ -224,7 +225,37 @@ def test_patches_and_caches_of_comfyui_work(client: Client, server: Server) -> N
     assert torch.isfinite(skipped).all() and (skipped - made[0]).abs().max() > 1e-4
 
 
-def test_native_lora_nodes_are_told_where_to_go(client: Client, server: Server) -> None:
+def _merged(g: Graph, first: Out, second: Out, sides: dict[str, Out], latent: Out) -> Out:
+    return theirs(g, g.add("ModelMergeSimple", model1=first, model2=second, ratio=0.5), sides, latent)
+
+
+def _with_lora(g: Graph, ours: Out, native: Out, sides: dict[str, Out], latent: Out) -> Out:
+    patched = g.add("LoraLoaderModelOnly", model=ours, lora_name="nothing.safetensors", strength_model=1.0)
+    return theirs(g, patched, sides, latent)
+
+
+def _with_hook(g: Graph, ours: Out, native: Out, sides: dict[str, Out], latent: Out) -> Out:
+    hook = g.add("CreateHookLoraModelOnly", lora_name="nothing.safetensors", strength_model=1.0)
+    hooked = g.add("ConditioningSetProperties", cond_NEW=sides["positive"], strength=1.0, set_cond_area="default",
+                   hooks=hook)  # fmt: skip
+    return theirs(g, ours, sides | {"positive": hooked}, latent)
+
+
+def _saved(g: Graph, ours: Out, native: Out, sides: dict[str, Out], latent: Out) -> Out:
+    g.add("ModelSave", model=ours, filename_prefix="models/tomodel_no")
+    return latent
+
+
+NEED_WEIGHTS = {
+    "lora": _with_lora, "hook": _with_hook, "save": _saved, "merged into": _merged,
+    "merged from": lambda g, ours, native, *rest: _merged(g, native, ours, *rest),
+    "merged with its like": lambda g, ours, native, *rest: _merged(g, ours, ours, *rest),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NEED_WEIGHTS)
+def test_nodes_that_need_weights_are_refused(client: Client, server: Server, kind: str) -> None:
+    """They would find none: LoRAs without effect, models merged with nothing, empty files."""
     folder = server.base / "models/loras"
     folder.mkdir(exist_ok=True)
     layer = "diffusion_model.blocks.0.self_attn.q"
@@ -232,7 +263,8 @@ def test_native_lora_nodes_are_told_where_to_go(client: Client, server: Server) 
     save_file(weights, folder / "nothing.safetensors")
     g = Graph()
     m = wan.model(g, "t2v")
-    patched = g.add("LoraLoaderModelOnly", model=to_model(g, m), lora_name="nothing.safetensors", strength_model=1.0)
-    wan.save_latent(g, theirs(g, patched, wan.prompts(g), wan.empty(g, m)), "tomodel_lora")
+    made = NEED_WEIGHTS[kind](g, to_model(g, m), native(g, wan.expert("t2v", "high")), wan.prompts(g), wan.empty(g, m))
+    wan.save_latent(g, made, "tomodel_refused")
     run = client.run(g.nodes)
-    assert not run.ok and "Wan LoRA" in str(run.error)
+    assert not run.ok and "put Wan LoRA" in str(run.error)
+    assert not list(server.base.glob("output/models/tomodel_no*"))
