@@ -141,6 +141,8 @@ DIALECTS_OF_LORA = {
         lambda w: low_rank(w, prefixed, ".lora_A.default.weight", ".lora_B.default.weight", alpha=False)),
     "peft_bare": Dialect(
         lambda w: low_rank(w, str, ".lora_A.default.weight", ".lora_B.default.weight", alpha=False), False),
+    "peft_named": Dialect(
+        lambda w: low_rank(w, str, ".lora_A.my-style.weight", ".lora_B.my-style.weight", alpha=False), False),
     "peft_wrapped": Dialect(lambda w: low_rank(
         w, lambda path: f"base_model.model.{path}", ".lora_A.weight", ".lora_B.weight", alpha=False), False),
     "onetrainer": Dialect(lambda w: low_rank(

@@ -17,7 +17,7 @@ _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", 
              "transformer.", "transformer_2.", "unet.", "model.")  # fmt: skip
 _FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 
-_ADAPTER = r"(?:(?:\.\w+)?\.weight)?"  # PEFT writes the adapter's name between: lora_A.default.weight
+_ADAPTER = r"(?:(?:\.[\w-]+)?\.weight)?"  # PEFT writes the adapter's name between: lora_A.default.weight
 _ROLES: tuple[tuple[re.Pattern, str], ...] = tuple(
     (re.compile(pattern + "$"), role)
     for pattern, role in [
