@@ -262,8 +262,10 @@ def test_other_base_weights_and_other_lora_layers_are_refused(checkpoints: Path,
     run(request, files)
     high = files_in(checkpoints / "t2v-A14B", "t2v-A14B", "high")
     fewer, weaker = replace(request, targets=("q",)), replace(request, alpha=1.0)
-    for other, parts, expected in ((request, high, "base was"), (fewer, files, "lora_layers"),
-                                   (weaker, files, "lora_alpha was 2")):  # fmt: skip
+    smaller = replace(request, frame=Frame(16, 32, 5))
+    for other, parts, expected in ((request, high, "the model's weights are others"), (fewer, files, "lora_layers"),
+                                   (weaker, files, "lora_alpha was 2"),
+                                   (smaller, files, "the clips, their prompts, size or number")):  # fmt: skip
         with pytest.raises(WanError, match=expected):
             run(other, parts)
 

@@ -279,8 +279,11 @@ def forget(folder: Path) -> None:
 
 
 def _check_same(file: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    changed = [f"{key} was {saved.get(key)}, now {now.get(key)}"
+    changed = [_DIGESTS.get(key) or f"{key} was {saved.get(key)}, now {now.get(key)}"
                for key in sorted({*saved, *now}) if saved.get(key) != now.get(key)]  # fmt: skip
     if changed:
         raise WanError(f"{file} is the state of another run: {'; '.join(changed)}. Give a new output folder, or "
                        "the old options to go on.")
+
+
+_DIGESTS = {"data": "the clips, their prompts, size or number are others", "base": "the model's weights are others"}
