@@ -182,6 +182,7 @@ def test_setting_the_same_again_does_nothing(base: Path, lora: Path):
 @pytest.mark.parametrize("key, tensor, said", [
     ("lora_unet_down_blocks_0_attn.lora_up.weight", torch.zeros(4, 4), "changes nothing"),
     ("diffusion_model.blocks.0.ffn.0.lora_B.weight", torch.zeros(128, 4), "changes nothing"),  # without its A
+    ("diffusion_model.patch_embedding.diff", torch.zeros(128, 36, 1, 2, 2), "and 1 are of another shape"),
 ])  # fmt: skip
 def test_a_file_that_changes_nothing_is_refused(base: Path, tmp_path: Path, key: str, tensor: Tensor, said: str):
     save_file({key: tensor}, tmp_path / "other.safetensors")

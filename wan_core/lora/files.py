@@ -76,7 +76,7 @@ def read_lora(path: str | Path, model: DiTFile, expert: str | None = None) -> Lo
             parts[own] = fitting
     _refuse_other_models(checkpoint, found.targets, misfits, model)
     if not parts:
-        raise WanError(_nothing(checkpoint, model))
+        raise WanError(_nothing(checkpoint, misfits, model))
     matched = len(keys) - len(unmatched) - len(misfits)
     return LoraFile(checkpoint, parts, matched, tuple(unmatched), tuple(misfits), checkpoint.fingerprint)
 
@@ -152,11 +152,11 @@ def _described(config: DiTConfig) -> str:
     return f"{' or '.join(names)}, {config.dim} wide, {config.layers} blocks"
 
 
-def _nothing(checkpoint: Checkpoint, model: DiTFile) -> str:
-    if not checkpoint.tensors:
+def _nothing(checkpoint: Checkpoint, misfits: list[str], model: DiTFile) -> str:
+    keys = checkpoint.tensors
+    if not keys:
         return f"{checkpoint.path} is empty: expected a LoRA for a Wan model. Download the file again."
-    tops = Counter(key.split(".")[0] for key in checkpoint.tensors)
-    begins = ", ".join(f"{name} ({count})" for name, count in tops.most_common(3))
-    return (f"{checkpoint.path} changes nothing of {model.checkpoint.path.name}: none of its {len(checkpoint.tensors)} "
-            f"keys is known (they begin with {begins}; for example {_some(sorted(checkpoint.tensors))}). "
-            "Is it a LoRA for a Wan model?")
+    begins = ", ".join(f"{name} ({count})" for name, count in Counter(key.split(".")[0] for key in keys).most_common(3))
+    shapes = f", and {len(misfits)} are of another shape" if misfits else ""
+    return (f"{checkpoint.path} changes nothing of {model.checkpoint.path.name}: it takes none of the {len(keys)} keys"
+            f"{shapes} (they begin with {begins}; for example {_some(sorted(keys))}). Is it a LoRA for a Wan model?")
