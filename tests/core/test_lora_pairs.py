@@ -113,6 +113,17 @@ def test_an_expert_on_its_own_takes_what_is_meant_for_it(folder: Path, side: int
     assert [(use.file.path.name, use.strength) for use in model.loras_of(model.high)] == [expected]
 
 
+def test_which_expert_one_on_its_own_is_taken_for_is_told(folder: Path):
+    """By its name, however it is written; by the high-noise expert's rules where it says nothing."""
+    for name, level, file in (("t2vLOW", "low", "lora_low"), ("W22LowNoise", "low", "lora_low"),
+                              ("merged", "high", "lora_high")):  # fmt: skip
+        model = folder / f"{name}.safetensors"
+        model.write_bytes((folder / "model_low_noise.safetensors").read_bytes())
+        made, report = with_lora(ModelRecipe(read_dit(model)), folder / "lora_high.safetensors", PerExpert(1, 1))
+        assert [use.file.path.stem for use in made.loras.high] == [file]
+        assert f"Model, taken for the {level}-noise expert: strength 1" in report
+
+
 def test_impossible_steps_are_refused(folder: Path):
     with pytest.raises(WanError, match="steps are 3 to 1"):
         with_lora(recipes(folder)[0], folder / "lora_high.safetensors", PerExpert(1, 1), first_step=3, last_step=1)

@@ -74,12 +74,14 @@ def with_lora(
     sides = _sides(recipe, placed, strength)
     uses, lines = {}, [placed.note] if placed.note else []
     for name, (model, path, value, level) in sides.items():
+        alone = name == "only" and recipe.variant.experts == 2
+        title = f"Model, taken for the {level}-noise expert" if alone else _TITLES[name]
         if path is None:
-            lines.append(f"{_TITLES[name]}: no LoRA")
+            lines.append(f"{title}: no LoRA")
             continue
         use = LoraUse(read_lora(path, model, level), value, first_step, last_step)
         uses[name] = (use,) if value else ()
-        lines.append(f"{_TITLES[name]}: strength {value:g}{_steps(use)}, {use.file.report()}")
+        lines.append(f"{title}: strength {value:g}{_steps(use)}, {use.file.report()}")
     loras = Loras(recipe.loras.high + uses.get("high", ()) + uses.get("only", ()),
                   recipe.loras.low + uses.get("low", ()))  # fmt: skip
     return replace(recipe, loras=loras, merge_loras=recipe.merge_loras or merge), "\n".join(lines)
@@ -95,7 +97,8 @@ def _sides(
     if recipe.low:
         return {"high": (recipe.high, placed.high, strength.high, "high"),
                 "low": (recipe.low, placed.low, strength.low, "low")}  # fmt: skip
-    if recipe.variant.experts == 2 and noise_level_of(recipe.high.checkpoint.path) == "low":
+    own = recipe.high.checkpoint.path
+    if recipe.variant.experts == 2 and (noise_level_of(own) or level_of(own)) == "low":
         return {"only": (recipe.high, placed.low or placed.high, strength.low, "low")}
     return {"only": (recipe.high, placed.high or placed.low, strength.high, "high")}
 
