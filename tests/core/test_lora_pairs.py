@@ -124,6 +124,15 @@ def test_which_expert_one_on_its_own_is_taken_for_is_told(folder: Path):
         assert f"Model, taken for the {level}-noise expert: strength 1" in report
 
 
+@pytest.mark.parametrize("low, warnings", [("auto", 0), ("lora_high.safetensors", 2), (None, 1)])
+def test_files_chosen_against_their_names_are_a_warning(folder: Path, low: str | None, warnings: int):
+    chosen = folder / low if low and low != "auto" else low
+    both = PerExpert(low=1.0, high=1.0)
+    _, report = with_lora(pair(*recipes(folder), Switch()), folder / "lora_low.safetensors", both, low=chosen)
+    assert report.count("Warning: by its name") == warnings
+    assert not warnings or "lora_low.safetensors is for the low-noise expert" in report
+
+
 def test_impossible_steps_are_refused(folder: Path):
     with pytest.raises(WanError, match="steps are 3 to 1"):
         with_lora(recipes(folder)[0], folder / "lora_high.safetensors", PerExpert(1, 1), first_step=3, last_step=1)

@@ -82,6 +82,8 @@ def with_lora(
         use = LoraUse(read_lora(path, model, level), value, first_step, last_step)
         uses[name] = (use,) if value else ()
         lines.append(f"{title}: strength {value:g}{_steps(use)}, {use.file.report()}")
+        if recipe.variant.experts == 2 and (named := level_of(path)) not in (None, level):
+            lines.append(f"Warning: by its name {path.name} is for the {named}-noise expert")
     loras = Loras(recipe.loras.high + uses.get("high", ()) + uses.get("only", ()),
                   recipe.loras.low + uses.get("low", ()))  # fmt: skip
     return replace(recipe, loras=loras, merge_loras=recipe.merge_loras or merge), "\n".join(lines)
