@@ -61,6 +61,8 @@ def test_twins_are_found_by_what_the_trainer_wrote(tmp_path: Path):
     first, second, other = (tmp_path / f"{name}.safetensors" for name in ranges)
     assert [level_of(file) for file in (first, second, other)] == ["high", "low", None]
     assert [find_twin(file) for file in (first, second, other)] == [second, first, None]
+    save_file({"x": torch.zeros(2)}, second)
+    assert find_twin(first) is None
 
 
 def test_each_file_goes_on_its_expert(tmp_path: Path):

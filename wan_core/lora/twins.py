@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from ..checkpoint.read import open_checkpoint
@@ -108,7 +109,20 @@ def _safetensors_beside(path: Path) -> Iterator[Path]:
 def _training(path: Path) -> tuple[str | None, tuple[float, float]]:
     """The task, and the noise levels trained, that this project's trainer writes down."""
     try:
+        found = path.stat()
+    except OSError:
+        return _NOTHING_SAID
+    return _said(path, found.st_size, found.st_mtime_ns)
+
+
+_NOTHING_SAID = None, (0.0, 1.0)
+
+
+@lru_cache(maxsize=4096)
+def _said(path: Path, size: int, changed: int) -> tuple[str | None, tuple[float, float]]:
+    """Kept, because a twin is looked for whenever a graph is queued, among all files of a folder."""
+    try:
         said = open_checkpoint(path).metadata
-        return (said["wan_task"], (float(said["noise_from"]), float(said["noise_to"])))
+        return said["wan_task"], (float(said["noise_from"]), float(said["noise_to"]))
     except (WanError, OSError, KeyError, ValueError):
-        return None, (0.0, 1.0)
+        return _NOTHING_SAID
