@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -143,11 +144,12 @@ class TrainLora(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, dataset: str | None = None, **_: object) -> tuple:
         """Changes when a clip or the table does."""
+        from ..wan_core.train.data import files_of
+
         try:
-            files = sorted((file, file.stat()) for file in dataset_folder(dataset or "").iterdir())
+            return tuple(_stamp(file) for file in files_of(dataset_folder(dataset or "")))
         except (OSError, WanError) as error:
             return (str(error),)
-        return tuple((file.name, stat.st_size, stat.st_mtime_ns) for file, stat in files)
 
     @classmethod
     def execute(cls, model: ModelRecipe, vae: object, clip: object, **settings: object) -> io.NodeOutput:
@@ -286,6 +288,13 @@ def find_table(name: str) -> None:
         raise WanError(f"There is no folder {folder}. Put the clips and their {TABLE} there, or choose one of "
                        f"{', '.join(datasets()) or '(none found)'}.")
     read_table(folder / TABLE)
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    with suppress(OSError):
+        stat = file.stat()
+        return stat.st_size, stat.st_mtime_ns
+    return None
 
 
 def lora_file(name: str) -> Path:

@@ -147,6 +147,22 @@ def test_cancelled_and_queued_again_it_goes_on_to_the_same_lora(client: Client, 
     assert len(read_log(server.base / "output/wan_training/parts/log.csv")) == 2
 
 
+def test_a_clip_below_the_folder_that_changes_is_seen(client: Client, server: Server, dataset: str) -> None:
+    folder = server.base / "input" / dataset
+    (folder / "more").mkdir()
+    shutil.copy(folder / "a.mp4", folder / "more/a.mp4")
+    write_table(server.base / "input/below", ["video", "prompt"], ["../shapes/more/a.mp4", "a"])
+    g = Graph()
+    node = train(g, "below", "below", steps=2)
+    for expected in ([node.node], []):
+        run = client.run(g.nodes)
+        assert run.ok and [name for name in run.executed if name == node.node] == expected
+    shutil.copy(folder / "b.mp4", folder / "more/a.mp4")
+    run = client.run(g.nodes)
+    assert "the clips, their prompts, size or number are others" in (run.error or "")
+    shutil.rmtree(server.base / "input/below")
+
+
 @pytest.mark.parametrize(("task", "noise"), [("i2v", ("0.9", "1.0")), ("ti2v", ("0.0", "1.0"))])
 def test_every_variant_trains_on_its_own_noise(
     client: Client, server: Server, dataset: str, task: str, noise: tuple[str, str]

@@ -25,6 +25,7 @@ from ..latents import image_tensor, latent_frames
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".avi", ".mov", ".wmv", ".mkv", ".flv", ".webm")
 _FILE_COLUMNS = ("video", "image", "file_name")
+_IMAGE_COLUMNS = {"start_image": 0, "end_image": -1}  # and the frame that each is
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +111,21 @@ def _check_row(place: str, row: dict[str | None, str], column: str) -> None:
                        'marks: clip.mp4,"a red, round ball".')  # fmt: skip
 
 
+def files_of(folder: Path) -> list[Path]:
+    """A data set's table, and all that its rows name.
+
+    Raises:
+        WanError: see ``read_table``.
+    """
+    table = folder / "metadata.csv"
+    column, rows = read_table(table)
+    named = {row[name] for row in rows for name in (column, *_IMAGE_COLUMNS) if row.get(name)}
+    return [table, *(folder / name for name in sorted(named))]
+
+
 def _clip(folder: Path, row: dict[str, str], column: str, frame: Frame) -> Clip:
     file = folder / (row[column] or "")
-    images = {place: folder / row[name] for name, place in (("start_image", 0), ("end_image", -1)) if row.get(name)}
+    images = {place: folder / row[name] for name, place in _IMAGE_COLUMNS.items() if row.get(name)}
 
     def given() -> dict[int, Tensor]:
         return {place: _picture(image, frame) for place, image in images.items()}
