@@ -265,6 +265,7 @@ def test_other_base_weights_and_other_lora_layers_are_refused(checkpoints: Path,
     smaller = replace(request, frame=Frame(16, 32, 5))
     for other, parts, expected in ((request, high, "the model's weights are others"), (fewer, files, "lora_layers"),
                                    (weaker, files, "lora_alpha was 2"),
+                                   (replace(request, dtype="float16"), files, "base_dtype was"),
                                    (smaller, files, "the clips, their prompts, size or number")):  # fmt: skip
         with pytest.raises(WanError, match=expected):
             run(other, parts)

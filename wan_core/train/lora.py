@@ -83,7 +83,8 @@ def describe(adapted: Mapping[str, AdaptedLinear]) -> dict[str, object]:
     """What a run that is gone on with must share."""
     one = next(iter(adapted.values()))
     layers = sorted({name.split(".", 2)[2] for name in adapted})  # the same in each block
-    return {"lora_rank": len(one.lora_A), "lora_alpha": one.scale * len(one.lora_A), "lora_layers": layers}
+    return {"lora_rank": len(one.lora_A), "lora_alpha": one.scale * len(one.lora_A), "lora_layers": layers,
+            "base_dtype": one.base.weight.dtype}  # fmt: skip
 
 
 def lora_tensors(adapted: Mapping[str, AdaptedLinear], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
