@@ -8,6 +8,7 @@ Written for and tested with ComfyUI 0.3.75.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NoReturn
 
@@ -97,7 +98,14 @@ def _patcher(recipe: ModelRecipe, shift: float, engine: Engine, device: torch.de
     model = base(config, image_to_video=recipe.variant.image != "none", device=device)
     model.diffusion_model = WanAsNetwork(recipe, engine, device)
     model.state_dict_for_saving = _refuse_weights
+    model.memory_required = _with_weights(model.memory_required, model.diffusion_model)
     return WanPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+
+
+def _with_weights(required: Callable[..., float], network: WanAsNetwork) -> Callable[..., float]:
+    """What a call takes, and the weights that come with the first one: else ComfyUI sees an empty card then, and puts
+    both halves of the guidance into one call that does not fit beside the weights."""
+    return lambda *shapes, **options: required(*shapes, **options) + network.missing_bytes()
 
 
 class WanAsNetwork(nn.Module):
@@ -132,7 +140,15 @@ class WanAsNetwork(nn.Module):
     ) -> Tensor:  # fmt: skip
         _refuse_extras({"time_dim_concat": time_dim_concat, **kwargs})
         _refuse_patches(transformer_options or {})
-        expert = self._expert(x, float(timestep.max()), transformer_options or {})
+        options = transformer_options or {}
+        parts = len(options.get("cond_or_uncond", ())) if self.recipe.vram_limit is not None else 1
+        if parts > 1:  # the limit is kept for one at a time
+            each = zip(x.chunk(parts), timestep.chunk(parts), context.chunk(parts), strict=True)
+            return torch.cat([self._computed(*part, options) for part in each])
+        return self._computed(x, timestep, context, options)
+
+    def _computed(self, x: Tensor, timestep: Tensor, context: Tensor, options: dict) -> Tensor:
+        expert = self._expert(x, float(timestep.max()), options)
         return expert.model(x, timestep, self._condition(context), on_block=host.check_cancelled).to(x)
 
     def _expert(self, x: Tensor, timestep: float, options: dict) -> Expert:
@@ -150,6 +166,10 @@ class WanAsNetwork(nn.Module):
         expert = experts.at(step, schedule)
         expert.begin(step)
         return expert
+
+    def missing_bytes(self) -> int:
+        """Weights that are still to come; with a memory limit they are fitted into what is there."""
+        return self.engine.missing_bytes(self.recipe, self.device) if self.recipe.vram_limit is None else 0
 
     def _fitted(self, x: Tensor) -> Experts:
         """The experts, laid out for this size; made once for each."""

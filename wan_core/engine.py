@@ -146,6 +146,13 @@ class Engine:
             prefetch=recipe.prefetch,
         ), alone=recipe.vram_limit is not None)  # fmt: skip
 
+    def missing_bytes(self, recipe: ModelRecipe, device: torch.device | str) -> int:
+        """What the first call of a recipe will load; 0 as soon as one of its experts is there: they take turns."""
+        kept = {key[:3] for key in self._loaded}  # with however many blocks
+        if any(_dit_key(file, recipe, device)[:3] in kept for file in recipe.own):
+            return 0
+        return max((dit_bytes(file, recipe, device) for file in recipe.own), default=0)
+
     def _resize(self, key: Hashable, size: int) -> None:
         """A loaded part is about to take more or less than it did, with other LoRAs."""
         entry = self._loaded.get(key)

@@ -1,0 +1,39 @@
+"""What Wan as ComfyUI MODEL tells ComfyUI of its memory, and how it keeps a limit. See native_cases.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wan_core.tiny import write_tiny
+
+CASES = Path(__file__).with_name("native_cases.py")
+
+
+@pytest.fixture(scope="module")
+def outcomes(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Case -> traceback."""
+    folder = tmp_path_factory.mktemp("pair")
+    write_tiny(folder, "t2v-A14B", layout="comfyui")
+    done = subprocess.run(
+        [sys.executable, CASES, folder / "diffusion_models", "--cpu"], cwd=comfyui_path,
+        env=dict(os.environ, PYTHONPATH=str(comfyui_path)), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "a_memory_limit_is_kept_for_one_prompt_at_a_time", "room_is_asked_for_the_weights_until_they_are_there",
+        "with_a_memory_limit_the_plan_makes_room",
+    ],
+)  # fmt: skip
+def test_native_model(outcomes: dict[str, str], case: str) -> None:
+    assert outcomes[case] == "", outcomes[case]
