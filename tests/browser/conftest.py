@@ -129,17 +129,30 @@ class App:
         assert kind == "execution_success", f"{kind}: {json.dumps(detail, indent=1)[:3000]}"
         return detail
 
+    def fit(self) -> None:
+        """The whole graph on the screen. The view moves there in an animation, and nodes may still be laid out."""
+        self.command("Comfy.Canvas.FitView")
+        self.page.evaluate("window.__still = [null, 0]")
+        self.page.wait_for_function(_STILL, polling="raf", timeout=60_000)
+
     def screenshot(self, name: str) -> Path:
         """A picture of the whole graph under .cache/screenshots, on a screen large enough to read it."""
         self.page.set_viewport_size({"width": 2560, "height": 1440})
-        self.command("Comfy.Canvas.FitView")
-        self.page.wait_for_timeout(700)  # the view moves there in an animation
+        self.fit()
         path = SCREENSHOTS / f"{name}-{self.frontend}-{'nodes2' if self.nodes2 else 'nodes1'}.png"
         self.page.screenshot(path=path)
         self.page.set_viewport_size(SCREEN)
         return path
 
 
+# True once neither the view nor a node has moved for 30 frames.
+_STILL = """() => {
+    const boxes = [...document.querySelectorAll('[data-node-id]')].map(element => element.getBoundingClientRect())
+    const now = JSON.stringify([app.canvas.ds.scale, [...app.canvas.ds.offset], boxes])
+    const [before, frames] = window.__still
+    window.__still = [now, now === before ? frames + 1 : 0]
+    return window.__still[1] >= 30
+}"""
 _DROP = """([name, type, data]) => {
     const file = new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], name, {type})
     const dataTransfer = new DataTransfer()

@@ -25,15 +25,10 @@ def test_as_the_editor_reads_it(app, workflow: Path) -> None:
     twin = json.loads((workflow.parent / "api" / workflow.name).read_text(encoding="utf-8"))
     assert bare(sent) == bare(twin)
 
-    fit(app)
+    app.fit()
     boxes = app.page.evaluate(_DOM_BOXES if app.nodes2 else _BOXES)
     assert len(boxes) == len(json.loads(workflow.read_text(encoding="utf-8"))["nodes"])
     assert [(a[0], b[0]) for a, b in combinations(boxes, 2) if overlap(a[1:], b[1:])] == []
-
-
-def fit(app) -> None:
-    app.command("Comfy.Canvas.FitView")
-    app.page.wait_for_timeout(700)  # the view moves there in an animation
 
 
 def bare(graph: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +84,7 @@ def boundary(app) -> list[Any]:
 )
 def test_presets_beside_the_selected_node(app, node: str, path: list[str], expected: dict[str, Any]) -> None:
     app.drop(ROOT / "workflows/wan22_t2v_a14b.json")
-    fit(app)
+    app.fit()
     app.page.evaluate(_SELECT, node)
     app.page.locator("button:has(.pi-sliders-h)").first.click()
     for entry in path:

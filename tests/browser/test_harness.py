@@ -61,5 +61,5 @@ def test_missing_node_is_seen(app, tmp_path: Path) -> None:
 
 def test_nodes2_is_what_the_setting_says(app, blur: Path) -> None:
     app.drop(blur)
-    app.page.wait_for_timeout(500)
+    app.fit()
     assert app.shown_nodes() == (3 if app.nodes2 else 0)

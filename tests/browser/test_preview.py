@@ -26,8 +26,7 @@ def test_preview_moves(app, tmp_path: Path) -> None:
     assert app.page.evaluate(_HEIGHT) > 60
 
     app.screenshot("preview")
-    app.command("Comfy.Canvas.FitView")  # the screen is small again
-    app.page.wait_for_timeout(700)
+    app.fit()  # the screen is small again
     first = look(picture, tmp_path / "first.png", app)
     assert min(first.size) >= 60
     looks = (look(picture, tmp_path / f"{number}.png", app) for number in range(40))  # a busy browser draws seldom
