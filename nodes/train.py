@@ -52,8 +52,8 @@ class TrainLora(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 WanModel.Input(
-                    "model", tooltip="From Load Wan Model, in bfloat16, float16 or float32: quantised weights cannot "
-                    "be trained on. T2V and I2V have two experts, each of which gets a LoRA of its own.",
+                    "model", tooltip="From Load Wan Model; a quantised file is dequantised. "
+                    "T2V and I2V have two experts, each of which gets a LoRA of its own.",
                 ),
                 io.Vae.Input("vae", tooltip="From Load Wan VAE. Encodes each clip once."),
                 io.Clip.Input("clip", tooltip="From Load Wan Text Encoder. Encodes each prompt once."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from .objective import NoiseRange, expert_range
 from .parallel import Processes
 from .precision import resolve_precision
 from .sample import Grids, Sampling, Wish
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,7 @@ def check(request: Request, files: TrainFiles) -> tuple[DiTFile, list[Clip]]:
     """
     variant = VARIANTS[request.task]
     base = check_files(files, variant)
+    check_trainable(base, whole=not request.rank)
     check_frame(request.frame, variant.size_multiple)
     _noise(request, variant)
     if request.rank:
@@ -221,10 +225,9 @@ def check(request: Request, files: TrainFiles) -> tuple[DiTFile, list[Clip]]:
 def check_files(files: TrainFiles, variant: Variant) -> DiTFile:
     """
     Raises:
-        WanError: parts of different models, or weights that cannot be trained on.
+        WanError: parts of different models.
     """
     base, vae, text = read_dit(files.dit), read_vae(files.vae), read_text_encoder(files.text_encoder, files.tokenizer)
-    check_trainable(base)
     if base.config.in_channels != variant.in_channels:
         raise WanError(f"{files.dit} takes {base.config.in_channels} channels, but {variant.display_name} takes "
                        f"{variant.in_channels}: choose its --task.")
@@ -237,18 +240,20 @@ def check_files(files: TrainFiles, variant: Variant) -> DiTFile:
     return base
 
 
-def check_trainable(file: DiTFile) -> None:
-    """
+def check_trainable(file: DiTFile, *, whole: bool) -> None:
+    """Quantised weights are dequantised for a LoRA, which learns a little of how to mend their rounding.
+
     Raises:
-        WanError: quantised weights: they cannot carry gradients, and a LoRA would learn to mend their rounding.
+        WanError: quantised weights that are to be trained themselves.
     """
-    infos = [file.checkpoint.tensors[theirs] for theirs in file.names.values()]
-    if odd := sorted({str(info.dtype).removeprefix("torch.") for info in infos if info.dtype not in _WEIGHTS}):
-        raise WanError(f"{file.checkpoint.path} is quantised ({', '.join(odd)}): training needs the weights in "
-                       "bfloat16, float16 or float32. Choose such a file of the same model.")
-
-
-_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+    formats = sorted({info.format.name for info in file.checkpoint.tensors.values() if info.format})
+    if formats and whole:
+        raise WanError(f"{file.checkpoint.path} is quantised ({', '.join(formats)}): training a whole model needs the "
+                       "weights in bfloat16, float16 or float32. Choose such a file of the same model, or train a "
+                       "LoRA.")
+    if formats:
+        log.info("wan_core: %s is quantised (%s) and will be dequantised: the training takes as much memory as on "
+                 "bfloat16 weights, and the LoRA suits these weights best.", file.checkpoint.path, ", ".join(formats))
 
 
 def prepare(
