@@ -121,6 +121,13 @@ class WanAsNetwork(nn.Module):
         self._experts: tuple[tuple, Experts] | None = None
         self._texts: list[Condition] = []
 
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # still one, for whoever asks whether it is there
+            raise AttributeError(f"A node reaches for {name} of ComfyUI's own Wan network, but Wan as ComfyUI MODEL "
+                                 f"runs another. {_OTHERWISE}") from None
+
     def forward(
         self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None = None,
         time_dim_concat: Tensor | None = None, transformer_options: dict | None = None, **kwargs: object,

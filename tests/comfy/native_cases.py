@@ -1,4 +1,4 @@
-"""Cases of test_native_memory.py, run as a script by a Python that has ComfyUI: ``native_cases.py FOLDER --cpu``.
+"""Cases of test_native_model.py, run as a script by a Python that has ComfyUI: ``native_cases.py FOLDER --cpu``.
 
 FOLDER is a tiny pair in ComfyUI's layout. Prints one JSON object: case -> traceback, empty when it passed.
 """
@@ -98,9 +98,18 @@ def with_a_memory_limit_the_plan_makes_room() -> None:
     assert extra == dit_bytes(recipe().high, recipe(), CPU)
 
 
+def what_other_nodes_reach_for_in_vain_is_told() -> None:
+    network = native.to_model(recipe(), 5.0, Engine(), CPU).model.diffusion_model
+    assert not hasattr(network, "blocks")
+    try:
+        network.blocks  # noqa: B018
+    except AttributeError as error:
+        assert "reaches for blocks" in str(error) and "Load Diffusion Model" in str(error)
+
+
 CASES = (
     a_memory_limit_is_kept_for_one_prompt_at_a_time, room_is_asked_for_the_weights_until_they_are_there,
-    with_a_memory_limit_the_plan_makes_room,
+    with_a_memory_limit_the_plan_makes_room, what_other_nodes_reach_for_in_vain_is_told,
 )  # fmt: skip
 
 

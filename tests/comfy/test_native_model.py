@@ -1,4 +1,4 @@
-"""What Wan as ComfyUI MODEL tells ComfyUI of its memory, and how it keeps a limit. See native_cases.py."""
+"""What Wan as ComfyUI MODEL tells ComfyUI and its nodes, and how it keeps a memory limit. See native_cases.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def outcomes(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     "case",
     [
         "a_memory_limit_is_kept_for_one_prompt_at_a_time", "room_is_asked_for_the_weights_until_they_are_there",
-        "with_a_memory_limit_the_plan_makes_room",
+        "with_a_memory_limit_the_plan_makes_room", "what_other_nodes_reach_for_in_vain_is_told",
     ],
 )  # fmt: skip
 def test_native_model(outcomes: dict[str, str], case: str) -> None:
