@@ -1,16 +1,14 @@
-"""Cases of test_memory.py, run as a script by a Python that has ComfyUI: ``memory_cases.py MEMORY_PY --cpu``.
+"""Cases of test_memory.py, run as ``memory_cases.py MEMORY_PY --cpu`` (see cases.py).
 
 ComfyUI frees nothing on a CPU by itself, so the amounts are made up: 1000 bytes in all, of which the engine holds some.
-Prints one JSON object: case -> traceback, empty when it passed.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import logging
 import sys
-import traceback
+from collections.abc import Callable
+from functools import wraps
 
 memory_py = sys.argv.pop(1)
 
@@ -20,6 +18,7 @@ comfy.options.enable_args_parsing()
 
 import comfy.model_management as management  # noqa: E402, TID251
 import torch  # noqa: E402
+from cases import report  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402, TID251
 
 spec = importlib.util.spec_from_file_location("memory", memory_py)
@@ -123,24 +122,23 @@ CASES = (
 )  # fmt: skip
 
 
-def outcome(case) -> str:
-    management.current_loaded_models.clear()
-    for name, function in REAL.items():
-        setattr(management, name, function)
-    engine = Engine()
+def with_an_engine(case: Callable[[Engine], None]) -> Callable[[], None]:
+    @wraps(case)
+    def run() -> None:
+        management.current_loaded_models.clear()
+        for name, function in REAL.items():
+            setattr(management, name, function)
+        engine = Engine()
 
-    def free_bytes(device: torch.device | None = None, torch_free_too: bool = False) -> int | tuple[int, int]:
-        free = 1000 - engine.bytes_on(device)
-        return (free, 0) if torch_free_too else free
+        def free_bytes(device: torch.device | None = None, torch_free_too: bool = False) -> int | tuple[int, int]:
+            free = 1000 - engine.bytes_on(device)
+            return (free, 0) if torch_free_too else free
 
-    management.get_free_memory = free_bytes
-    try:
+        management.get_free_memory = free_bytes
         case(engine)
-    except Exception:
-        return traceback.format_exc()
-    return ""
+
+    return run
 
 
 if __name__ == "__main__":
-    logging.disable(logging.INFO)
-    print(json.dumps({case.__name__: outcome(case) for case in CASES}))
+    report(map(with_an_engine, CASES))

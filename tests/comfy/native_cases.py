@@ -1,16 +1,9 @@
-"""Cases of test_native_model.py, run as a script by a Python that has ComfyUI: ``native_cases.py FOLDER --cpu``.
-
-FOLDER is a tiny pair in ComfyUI's layout. Prints one JSON object: case -> traceback, empty when it passed.
-"""
+"""Cases of test_native_model.py, run as ``native_cases.py FOLDER --cpu`` (see cases.py), with a tiny pair in FOLDER."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import logging
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 folder = Path(sys.argv.pop(1))
@@ -24,17 +17,17 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def pack() -> object:
-    """The pack as ComfyUI imports it: its nodes share their name with a module of ComfyUI's."""
+def import_pack() -> None:
+    """As ComfyUI does it."""
     spec = importlib.util.spec_from_file_location(
         "wan_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
     sys.modules["wan_pack"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["wan_pack"])
-    return sys.modules["wan_pack"]
 
 
-pack()
+import_pack()
+from cases import report  # noqa: E402
 from wan_pack.nodes import native  # noqa: E402
 from wan_pack.wan_core.engine import Engine, dit_bytes  # noqa: E402
 from wan_pack.wan_core.models.dit import WanDiT  # noqa: E402
@@ -113,14 +106,5 @@ CASES = (
 )  # fmt: skip
 
 
-def outcome(case: Callable[[], None]) -> str:
-    try:
-        case()
-    except Exception:
-        return traceback.format_exc()
-    return ""
-
-
 if __name__ == "__main__":
-    logging.disable(logging.INFO)
-    print(json.dumps({case.__name__: outcome(case) for case in CASES}))
+    report(CASES)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.comfy import cases
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def outcomes(comfyui_path: Path) -> dict[str, str]:
-    """Case -> traceback. All run in one process, because ComfyUI and this pack both have a module named nodes."""
-    script = ROOT / "tests/comfy/memory_cases.py"
-    done = subprocess.run(
-        [sys.executable, script, ROOT / "nodes/memory.py", "--cpu"], cwd=comfyui_path,
-        env=dict(os.environ, PYTHONPATH=str(comfyui_path)), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    """Case -> traceback."""
+    return cases.outcomes("memory_cases.py", comfyui_path, ROOT / "nodes/memory.py")
 
 
 @pytest.mark.parametrize(

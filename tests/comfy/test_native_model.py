@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.comfy import cases
 from wan_core.tiny import write_tiny
-
-CASES = Path(__file__).with_name("native_cases.py")
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +15,7 @@ def outcomes(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     """Case -> traceback."""
     folder = tmp_path_factory.mktemp("pair")
     write_tiny(folder, "t2v-A14B", layout="comfyui")
-    done = subprocess.run(
-        [sys.executable, CASES, folder / "diffusion_models", "--cpu"], cwd=comfyui_path,
-        env=dict(os.environ, PYTHONPATH=str(comfyui_path)), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return cases.outcomes("native_cases.py", comfyui_path, folder / "diffusion_models")
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ _TARGETS = "q,k,v,o,ffn.0,ffn.2"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=list(VARIANTS), required=True)
     parser.add_argument("--ckpt_dir", type=Path, default=None, help="folder of the checkpoint, as downloaded")
-    parser.add_argument("--dit", type=Path, default=None, help="file of the expert, not quantised, instead of the "
-                        "folder's; also --vae and --text_encoder; with all three no --ckpt_dir is needed")
+    parser.add_argument("--dit", type=Path, default=None, help="file of the expert (for LoRAs also a quantised "
+                        "one) instead of the folder's; with --vae and --text_encoder too no --ckpt_dir is needed")
     parser.add_argument("--vae", type=Path, default=None)
     parser.add_argument("--text_encoder", type=Path, default=None)
     parser.add_argument("--tokenizer", type=Path, default=None, help="where the text encoder's file has none inside")
