@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import WanError
 
 _READERS = 4  # reads under way at once: one alone reaches neither a disk's speed nor that of the memory
-_CHUNK = 16 * 1024**2  # bytes that wait for their conversion
+_CHUNK = 4 * 1024**2  # bytes that wait for their conversion: few enough for a processor's cache
 
 _NO_RESERVE = 0x4000  # MAP_NORESERVE, which the module names from Python 3.13 on
 _COPY_ON_WRITE = (
@@ -128,11 +128,11 @@ def _is_copy(tensor: Tensor, place: Tensor) -> bool:
 
 def _convert(source: _Source, dtype: torch.dtype, place: Tensor) -> None:
     """Fill a contiguous tensor of another dtype or on another device, a part at a time."""
-    for part in place.view(-1).split(_CHUNK // dtype.itemsize):
-        stored = torch.empty(len(part), dtype=dtype)
-        source.read(stored)
-        part.copy_(stored)
-        source = replace(source, offset=source.offset + stored.nbytes)
+    stored = torch.empty(min(place.numel(), _CHUNK // dtype.itemsize), dtype=dtype)
+    for part in place.view(-1).split(len(stored)):
+        source.read(stored[: len(part)])
+        part.copy_(stored[: len(part)])
+        source = replace(source, offset=source.offset + part.numel() * dtype.itemsize)
 
 
 def _state(stream: IO) -> tuple[int, int]:
