@@ -65,7 +65,7 @@ class Settings:
 
 
 # The stages whose results are published, where those are not the first of their names.
-LAST = {"vae16": "vae16_vivid", "vae48": "vae48_vivid", "ti2v": "ti2v_fine"}
+LAST = {"vae16": "vae16_vivid", "vae48": "vae48_vivid", "ti2v": "ti2v_sharper"}
 
 
 @dataclass(eq=False)
@@ -371,9 +371,9 @@ def ti2v_gate(family: Family, count: int = 60) -> None:
 GATES = {"t2v": t2v_gate, "i2v": i2v_gate, "ti2v": ti2v_gate}
 
 
-def ti2v_fine(family: Family) -> bool:
+def ti2v_more(family: Family, stage: str, start: str, shift: float, steps: int) -> bool:
     """More of the lower noise levels, where shapes form, and of clips from text alone."""
-    return dit_stage(family, "ti2v_fine", TI2V, NoiseRange(0, 1, 2.0), 3000, "ti2v", image_dropout=0.6)
+    return dit_stage(family, stage, TI2V, NoiseRange(0, 1, shift), steps, start, image_dropout=0.6)
 
 
 STAGES: dict[str, Callable[[Family], bool]] = {
@@ -399,5 +399,7 @@ STAGES: dict[str, Callable[[Family], bool]] = {
     "i2v_high": _expert("i2v_high", I2V, "high", 600, "t2v_high"),
     "i2v_low": gated(_expert("i2v_low", I2V, "low", 1200, "t2v_low"), "i2v"),
     "ti2v": _expert("ti2v", TI2V, "only", 2500, "place48"),
-    "ti2v_fine": gated(ti2v_fine, "ti2v"),
+    "ti2v_fine": lambda family: ti2v_more(family, "ti2v_fine", "ti2v", 2.0, 3000),
+    "ti2v_sharp": lambda family: ti2v_more(family, "ti2v_sharp", "ti2v_fine", 1.0, 8000),
+    "ti2v_sharper": gated(lambda family: ti2v_more(family, "ti2v_sharper", "ti2v_sharp", 1.0, 8000), "ti2v"),
 }  # fmt: skip
