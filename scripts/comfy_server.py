@@ -157,9 +157,11 @@ class Client:
         timeout: float = 300,
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
         extra_data: dict[str, Any] | None = None,
+        until: Callable[[Run], bool] = lambda run: True,
     ) -> Run:
-        """Queue a prompt and listen until it ends, well or not; ``on_event`` hears each message as it comes."""
-        start = time.monotonic()
+        """Queue a prompt and listen until it ends, well or not, and longer until what may come late has come;
+        ``on_event`` hears each message as it comes."""
+        start, ended = time.monotonic(), False
         with contextlib.closing(WebSocket(f"{self.url}/ws?clientId={self.id}", self._alive)) as socket_:
             socket_.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
             run = Run(self.submit(graph, extra_data))
@@ -173,7 +175,8 @@ class Client:
                 run.events.append((kind, data))
                 if on_event:
                     on_event(kind, data)
-                if kind == "executing" and data["node"] is None:
+                ended = ended or (kind == "executing" and data["node"] is None)
+                if ended and until(run):
                     break
         run.history = self.get(f"/history/{run.id}").get(run.id, {})
         run.seconds = time.monotonic() - start

@@ -17,23 +17,25 @@ from tests.comfy import graphs as wan
 from tests.comfy.graphs import Graph
 from tests.core.test_preview import tiny_weights
 
-STEPS = 20  # enough for a picture to come before the end, after which the client no longer listens
+STEPS = 20
 
 
-def run(client: Client, task: str, frames: int = 9, **settings: object) -> tuple[Run, str]:
-    """A run and the sampler's id."""
+def run(client: Client, task: str, frames: int = 9, *, shown: bool = True, **settings: object) -> tuple[Run, str]:
+    """A run and the sampler's id. Where pictures are shown, the first may come when the run has ended."""
     g = Graph()
     m = wan.model(g, task)
     settings = {"steps": STEPS, "cfg_high": 1.0, "cfg_low": 1.0} | settings
     sampled = wan.sample(g, m, wan.prompts(g), wan.empty(g, m, frames=frames), **settings)
     wan.save_latent(g, sampled, "preview")
-    done = client.run(g.nodes)
+    done = client.run(g.nodes, until=lambda run: not shown or bool(pictures(run) or run.of("execution_error")))
     assert done.ok, done.error
     return done, sampled.node
 
 
 def news(run: Run) -> list[dict]:
-    return run.of("wan_core.preview")
+    """Of the run itself: the last picture of the one before may come within it, and the editor drops it."""
+    heard = run.of("wan_core.preview")
+    return [entry for entry in heard if entry["run"] == max(entry["run"] for entry in heard)]
 
 
 def pictures(run: Run) -> list[Image.Image]:
@@ -46,7 +48,6 @@ def test_a_run_is_told_to_the_editor(client: Client, task: str) -> None:
     done, sampler = run(client, task, seed=int(time.time()))
     lines = [entry["line"] for entry in news(done) if "line" in entry]
     assert {entry["node"] for entry in news(done)} == {sampler}
-    assert len({entry["run"] for entry in news(done)}) == 1
     assert (lines[0]["step"], lines[0]["steps"], lines[0]["left"]) == (0, STEPS, None)
     assert lines[0]["expert"] == ("only" if task == "ti2v" else "high")
     assert (lines[-1]["step"], lines[-1]["sigma"], lines[-1]["left"]) == (STEPS, 0, 0)
@@ -65,7 +66,7 @@ def silent(start_server) -> Server:
 
 def test_no_pictures_where_previews_are_off(silent: Server) -> None:
     client = Client(silent.url, silent.check)
-    done, sampler = run(client, "ti2v")
+    done, sampler = run(client, "ti2v", shown=False)
     assert not pictures(done) and not done.previews
     assert news(done)[-1]["line"]["step"] == STEPS
     assert done.progress(sampler)[-1] == (STEPS, STEPS)
@@ -89,7 +90,7 @@ def test_a_tiny_decoder_is_used_and_a_broken_one_passed_over(automatic: Server, 
     client = Client(automatic.url, automatic.check)
     save_file(tiny_weights(16, 1), decoders / "taew2_1.safetensors")
     (decoders / "taew2_2.safetensors").write_bytes(b"not a checkpoint")
-    done, _ = run(client, "t2v", steps=100)
+    done, _ = run(client, "t2v")
     assert pictures(done)[0].size == (64, 64)  # pixels, where the latent is 8 x 8
 
     for seed in (1, 2):
