@@ -130,8 +130,13 @@ class App:
         return detail
 
     def fit(self) -> None:
-        """The whole graph on the screen. The view moves there in an animation, and nodes may still be laid out."""
+        """The whole graph on the screen. The view moves there in an animation, and nodes may still be laid out; before
+        that the canvas may still have to follow a new size of the screen, for which it would be fitted."""
+        self.stand_still()
         self.command("Comfy.Canvas.FitView")
+        self.stand_still()
+
+    def stand_still(self) -> None:
         self.page.evaluate("window.__still = [null, 0]")
         self.page.wait_for_function(_STILL, polling="raf", timeout=60_000)
 
@@ -145,10 +150,11 @@ class App:
         return path
 
 
-# True once neither the view nor a node has moved for 30 frames.
+# True once neither canvas, view nor a node has changed for 30 frames.
 _STILL = """() => {
     const boxes = [...document.querySelectorAll('[data-node-id]')].map(element => element.getBoundingClientRect())
-    const now = JSON.stringify([app.canvas.ds.scale, [...app.canvas.ds.offset], boxes])
+    const {width, height} = app.canvas.canvas
+    const now = JSON.stringify([innerWidth, width, height, app.canvas.ds.scale, [...app.canvas.ds.offset], boxes])
     const [before, frames] = window.__still
     window.__still = [now, now === before ? frames + 1 : 0]
     return window.__still[1] >= 30
