@@ -146,8 +146,8 @@ class WanAsNetwork(nn.Module):
         time_dim_concat: Tensor | None = None, transformer_options: dict | None = None, **kwargs: object,
     ) -> Tensor:  # fmt: skip
         _refuse_extras({"time_dim_concat": time_dim_concat, **kwargs})
-        _refuse_patches(transformer_options or {})
         options = transformer_options or {}
+        _refuse_patches(options)
         parts = len(options.get("cond_or_uncond", ())) if self.recipe.vram_limit is not None else 1
         if parts > 1:  # the limit is kept for one at a time
             each = zip(x.chunk(parts), timestep.chunk(parts), context.chunk(parts), strict=True)

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -147,7 +146,8 @@ class TrainLora(io.ComfyNode):
         from ..wan_core.train.data import files_of
 
         try:
-            return tuple(_stamp(file) for file in files_of(dataset_folder(dataset or "")))
+            files = files_of(dataset_folder(dataset or ""))
+            return tuple(host.stamp(file) if file.is_file() else None for file in files)
         except (OSError, WanError) as error:
             return (str(error),)
 
@@ -288,13 +288,6 @@ def find_table(name: str) -> None:
         raise WanError(f"There is no folder {folder}. Put the clips and their {TABLE} there, or choose one of "
                        f"{', '.join(datasets()) or '(none found)'}.")
     read_table(folder / TABLE)
-
-
-def _stamp(file: Path) -> tuple[int, int] | None:
-    with suppress(OSError):
-        stat = file.stat()
-        return stat.st_size, stat.st_mtime_ns
-    return None
 
 
 def lora_file(name: str) -> Path:

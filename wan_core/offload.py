@@ -3,7 +3,8 @@
     file --reader thread--> staging ring (pinned) --copy stream--> device slots --> the block's modules
 
 While a block computes, the next ones are read and copied; behind the last comes the first again, for the other half
-of the guidance or the next step. Nothing is written back and nothing is allocated once the ring stands.
+of the guidance or the next step. Nothing is written back, and once the ring stands nothing is allocated but a small
+buffer where a dtype changes.
 """
 
 from __future__ import annotations

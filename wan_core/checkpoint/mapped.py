@@ -68,14 +68,15 @@ def read_into(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         WanError: a file was changed, truncated or removed, or cannot be read any more. Nothing is being written to
             the places when this returns or raises.
     """
-    pairs = [(tensor, place, _behind(tensor)) for tensor, place in pairs]
-    as_they_are = [(place, source) for tensor, place, source in pairs if source and _is_copy(tensor, place)]
-    jobs = [_pool.submit(source.read, place) for place, source in as_they_are]
+    jobs = []
     try:
-        for tensor, place, source in pairs:
+        for tensor, place in pairs:
+            source = _behind(tensor)
             if source is None:
                 place.copy_(tensor)
-            elif not _is_copy(tensor, place):
+            elif _is_copy(tensor, place):
+                jobs.append(_pool.submit(source.read, place))
+            else:
                 _convert(source, tensor.dtype, place)
     finally:
         wait(jobs)
