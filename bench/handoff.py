@@ -26,11 +26,11 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nano.judge import Mean, held_out_prompts
 from scripts.comfy_server import Client, Server, make_base
 from wan_core.config import TRAIN_STEPS, VARIANTS
-from wan_core.models.vae import normalise
+from wan_core.models.vae.vae import normalise
 from wan_core.sampling.schedules import schedule
-from wan_core.train.nano.judge import Mean, held_out_prompts
 
 from .cpu import machine
 

@@ -16,12 +16,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 
-from wan_core.checkpoint import text as text_keys
 from wan_core.config import VAES, VARIANTS, DiTConfig, TextConfig, VAEConfig
-from wan_core.models.dit import WanDiT
-from wan_core.models.load_vae import VAE_CLASSES
-from wan_core.models.umt5 import Umt5Encoder
-from wan_core.tiny import write_tiny
+from wan_core.layouts import text as text_keys
+from wan_core.loading.vae import VAE_CLASSES
+from wan_core.models.dit.dit import WanDiT
+from wan_core.models.text.umt5 import Umt5Encoder
+from wan_core.tools.tiny import write_tiny
 
 from .cpu import machine
 from .sparse import shapes_of, write_sparse

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from nano.evaluate import Rate, together
+from nano.judge import ARRANGEMENTS, FILES, I2V, T2V, TI2V, Judge, Mean, Words, held_out_prompts
 from wan_core.train.data import Frame
-from wan_core.train.nano.evaluate import Rate, together
-from wan_core.train.nano.judge import ARRANGEMENTS, FILES, I2V, T2V, TI2V, Judge, Mean, Words, held_out_prompts
 from wan_core.train.sample import Sampling
 
 from .cpu import machine

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from wan_core.checkpoint.dit import DIALECTS as DIT_DIALECTS
-from wan_core.checkpoint.dit import diffusers_config as dit_diffusers_config
-from wan_core.checkpoint.vae import DIALECTS as VAE_DIALECTS
-from wan_core.checkpoint.vae import diffusers_config as vae_diffusers_config
-from wan_core.checkpoint.vae import diffusers_dialect
 from wan_core.config import DiTConfig, VAEConfig
-from wan_core.models.dit import WanDiT
-from wan_core.models.load_vae import VAE_CLASSES
-from wan_core.models.vae import LATENT_MEAN, LATENT_STD
+from wan_core.layouts.dit import DIALECTS as DIT_DIALECTS
+from wan_core.layouts.dit import diffusers_config as dit_diffusers_config
+from wan_core.layouts.vae import DIALECTS as VAE_DIALECTS
+from wan_core.layouts.vae import diffusers_config as vae_diffusers_config
+from wan_core.layouts.vae import diffusers_dialect
+from wan_core.loading.vae import VAE_CLASSES
+from wan_core.models.dit.dit import WanDiT
+from wan_core.models.vae.vae import LATENT_MEAN, LATENT_STD
 
 Weights = Mapping[str, torch.Tensor]
 DiTCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

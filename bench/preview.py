@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wan_core.config import PATCH
-from wan_core.latents import noise, preview_rgb
-from wan_core.models.taehv import TinyConfig, TinyDecoder, load_tiny_decoder, published_key
-from wan_core.preview import PAUSE, SHARE, Painter, moving_picture, small_frames
+from wan_core.media.geometry import noise, preview_rgb
+from wan_core.media.preview import PAUSE, SHARE, Painter, moving_picture, small_frames
+from wan_core.models.vae.taehv import TinyConfig, TinyDecoder, load_tiny_decoder, published_key
 
 from .memory import CONFIGS
 

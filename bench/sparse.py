@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from wan_core.checkpoint.text import SPIECE_MODEL
+from wan_core.layouts.text import SPIECE_MODEL
 
 _NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
 

@@ -9,7 +9,7 @@ from comfy.utils import common_upscale
 
 from ..wan_core.config import Variant
 from ..wan_core.errors import WanError
-from ..wan_core.models.vae import normalise
+from ..wan_core.models.vae.vae import normalise
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling.guidance import Condition
 

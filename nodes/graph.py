@@ -8,7 +8,7 @@ import nodes as comfy_nodes
 
 from ..wan_core.config import Variant
 from ..wan_core.errors import WanError
-from ..wan_core.models.load_vae import VAEFile, read_vae
+from ..wan_core.loading.vae import VAEFile, read_vae
 from . import host
 from .spaces import wrong_vae
 

@@ -19,7 +19,7 @@ from ..wan_core.errors import WanError
 from ..wan_core.quant.registry import MADE_ON_LOAD
 
 if TYPE_CHECKING:
-    from ..wan_core.engine import Engine
+    from ..wan_core.memory.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ File = TypeVar("File")
 @cache
 def engine() -> Engine:
     """The process's one engine, known to ComfyUI's memory manager."""
-    from ..wan_core.engine import Engine
+    from ..wan_core.memory.engine import Engine
     from .memory import Residency
 
     engine = Engine()

@@ -8,10 +8,10 @@ import node_helpers
 import torch
 from comfy_api.latest import io
 
-from ..wan_core import latents
 from ..wan_core.config import VAES, Variant
 from ..wan_core.errors import WanError
-from ..wan_core.models.vae import denormalise
+from ..wan_core.media import geometry as latents
+from ..wan_core.models.vae.vae import denormalise
 from ..wan_core.recipe import ModelRecipe
 from . import host
 from .spaces import check_vae

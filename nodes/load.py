@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..wan_core.dtypes import resolve_dtype
-from ..wan_core.models.attention import BACKENDS, find_backend
-from ..wan_core.models.load_dit import DiTFile, quantised_note, read_dit
+from ..wan_core.loading.dit import DiTFile, quantised_note, read_dit
+from ..wan_core.models.dit.attention import BACKENDS, find_backend
 from ..wan_core.recipe import ModelRecipe
 from . import host
 from .types import WanModel

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..wan_core.checkpoint.read import open_checkpoint
 from ..wan_core.config import PerExpert
 from ..wan_core.errors import WanError
+from ..wan_core.files.checkpoint import open_checkpoint
 from ..wan_core.lora.attach import AUTO, with_lora
 from ..wan_core.lora.twins import find_twin
 from ..wan_core.recipe import ModelRecipe

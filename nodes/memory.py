@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 if TYPE_CHECKING:
-    from ..wan_core.engine import Engine
+    from ..wan_core.memory.engine import Engine
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from comfy_api.latest import io
 from torch import Tensor, nn
 
 from ..wan_core.config import PerExpert
-from ..wan_core.engine import Engine
 from ..wan_core.errors import WanError
+from ..wan_core.memory.engine import Engine
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling.experts import Expert, Experts
 from ..wan_core.sampling.guidance import Condition

@@ -19,9 +19,9 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..wan_core.config import VARIANTS, DiTConfig
-from ..wan_core.engine import pad_text
 from ..wan_core.errors import WanError
 from ..wan_core.foreign import Foreign
+from ..wan_core.memory.engine import pad_text
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling.guidance import Condition
 from .graph import model_file

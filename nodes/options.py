@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from comfy_api.latest import io, ui
 
-from ..wan_core import latents
-from ..wan_core.devices import available_bytes
 from ..wan_core.errors import WanError
 from ..wan_core.foreign import only_own
-from ..wan_core.offload import PREFETCH
-from ..wan_core.plan import AUTO, plan
+from ..wan_core.media import geometry as latents
+from ..wan_core.memory.devices import available_bytes
+from ..wan_core.memory.plan import AUTO, plan
+from ..wan_core.memory.stream import PREFETCH
 from ..wan_core.recipe import ModelRecipe
 from . import host
 from .types import WanModel

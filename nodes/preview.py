@@ -20,12 +20,12 @@ from comfy.utils import ProgressBar
 
 from ..wan_core.config import PerExpert
 from ..wan_core.errors import WanError
-from ..wan_core.preview import Pace, Painter, moving_picture
+from ..wan_core.media.preview import Pace, Painter, moving_picture
 from ..wan_core.sampling.experts import Expert, Experts
 from . import host
 
 if TYPE_CHECKING:
-    from ..wan_core.models.taehv import TinyDecoder
+    from ..wan_core.models.vae.taehv import TinyDecoder
     from ..wan_core.recipe import ModelRecipe
     from ..wan_core.sampling.denoise import StepReport
     from ..wan_core.sampling.schedules import Schedule
@@ -100,7 +100,7 @@ def still(x0: torch.Tensor) -> tuple:
     """A frame from the middle of the first video [B,C,T,h,w], as ComfyUI's progress bar takes it."""
     from PIL import Image
 
-    from ..wan_core.latents import preview_rgb
+    from ..wan_core.media.geometry import preview_rgb
 
     middle = x0.shape[2] // 2
     pixels = preview_rgb(x0[0, :, middle : middle + 1])[0]
@@ -180,7 +180,7 @@ def _tiny_decoder(latent: torch.Tensor) -> TinyDecoder | None:
 
 def _loaded(name: str, channels: int) -> TinyDecoder | None:
     """A decoder, or None for a file that is none; that is said once until the file changes."""
-    from ..wan_core.models.taehv import load_tiny_decoder
+    from ..wan_core.models.vae.taehv import load_tiny_decoder
 
     stamp = host.fingerprint("vae_approx", name)
     if stamp in _refused:

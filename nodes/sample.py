@@ -9,15 +9,15 @@ import torch
 from comfy.utils import reshape_mask
 from comfy_api.latest import io
 
-from ..wan_core import latents
 from ..wan_core.config import PerExpert, Variant
 from ..wan_core.errors import WanError
-from ..wan_core.models.vae import denormalise, normalise
-from ..wan_core.plan import Plan
+from ..wan_core.lookup import look_up
+from ..wan_core.media import geometry as latents
+from ..wan_core.memory.plan import Plan
+from ..wan_core.memory.run import denoise_in_memory
+from ..wan_core.models.vae.vae import denormalise, normalise
 from ..wan_core.recipe import ModelRecipe
-from ..wan_core.retry import denoise_in_memory
 from ..wan_core.sampling.denoise import Given, noised
-from ..wan_core.sampling.lookup import look_up
 from ..wan_core.sampling.schedules import AUTO, SCHEDULES, Schedule, from_sigmas, schedule, truncate
 from ..wan_core.sampling.solvers import SOLVERS
 from . import host

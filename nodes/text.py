@@ -10,11 +10,11 @@ import torch
 from comfy_api.latest import io
 
 from ..wan_core.dtypes import resolve_dtype
-from ..wan_core.models.text_encoder import TextFile, read_text_encoder
+from ..wan_core.loading.text import TextFile, read_text_encoder
 from . import host
 
 if TYPE_CHECKING:
-    from ..wan_core.models.tokenizer import Tokenizer
+    from ..wan_core.models.text.tokenizer import Tokenizer
 
 FOLDER = "text_encoders"
 Tokens = dict[str, list[list[tuple]]]
@@ -81,7 +81,7 @@ class WanCLIP:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        from ..wan_core.models.tokenizer import load_tokenizer
+        from ..wan_core.models.text.tokenizer import load_tokenizer
 
         return load_tokenizer(self.file.tokenizer)
 

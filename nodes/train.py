@@ -20,8 +20,8 @@ from comfy_api.latest import io, ui
 
 from ..wan_core.errors import WanError
 from ..wan_core.foreign import only_own
-from ..wan_core.latents import latent_frames
-from ..wan_core.models.load_dit import DiTFile
+from ..wan_core.loading.dit import DiTFile
+from ..wan_core.media.geometry import latent_frames
 from ..wan_core.recipe import ModelRecipe, noise_level_of
 from . import host
 from .text import WanCLIP
@@ -324,7 +324,7 @@ def _check_not_foreign(goal: Path, request: Request) -> None:
 
 
 def _copy(file: Path, goal: Path) -> None:
-    from ..wan_core.video import unfinished
+    from ..wan_core.media.video import unfinished
 
     with unfinished(goal) as partial:
         shutil.copyfile(file, partial)

@@ -9,13 +9,13 @@ import torch
 from comfy_api.latest import io
 
 from ..wan_core.config import TEMPORAL_STRIDE, VAES
-from ..wan_core.devices import available_bytes
 from ..wan_core.dtypes import resolve_dtype
 from ..wan_core.errors import WanError
-from ..wan_core.latents import latent_frames, pixel_frames
-from ..wan_core.models.load_vae import VAEFile, read_vae
-from ..wan_core.models.vae import VideoVAE, denormalise, normalise
-from ..wan_core.models.vae_tiles import Tiles, cut, decoded_tiles, encode_tiled_chunks, fitting_tiles
+from ..wan_core.loading.vae import VAEFile, read_vae
+from ..wan_core.media.geometry import latent_frames, pixel_frames
+from ..wan_core.memory.devices import available_bytes
+from ..wan_core.models.vae.tiles import Tiles, cut, decoded_tiles, encode_tiled_chunks, fitting_tiles
+from ..wan_core.models.vae.vae import VideoVAE, denormalise, normalise
 from . import host
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .models.load_dit import load_dit
-    from .models.load_vae import load_vae
-    from .models.text_encoder import load_text_encoder
+    from .loading.dit import load_dit
+    from .loading.text import load_text_encoder
+    from .loading.vae import load_vae
 
 __version__ = "0.1.0"
 __all__ = ["load_dit", "load_text_encoder", "load_vae"]

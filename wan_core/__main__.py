@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 
-from .commands import convert, generate, make_tiny, train
+from .cli import convert, generate, make_tiny, train
 from .errors import WanError
 
 COMMANDS = {

@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import latents
-from .checkpoint.folder import find_parts
 from .config import NEGATIVE_PROMPT, VAES, VARIANTS, PerExpert, Variant
-from .devices import available_bytes
 from .dtypes import resolve_dtype
-from .engine import Engine, largest_matrix, text_bytes
 from .errors import WanError
-from .models.load_dit import read_dit
-from .models.load_vae import VAEFile, read_vae
-from .models.text_encoder import TextFile, read_text_encoder
-from .models.vae_tiles import Tiles, decode_tiled_chunks, encode_tiled_chunks, fitting_tiles
-from .plan import AUTO, GB, MARGIN, decode_bytes, plan
+from .layouts.folder import find_parts
+from .loading.dit import read_dit
+from .loading.text import TextFile, read_text_encoder
+from .loading.vae import VAEFile, read_vae
+from .lookup import look_up
+from .media import geometry as latents
+from .memory.devices import available_bytes
+from .memory.engine import Engine, largest_matrix, text_bytes
+from .memory.plan import AUTO, GB, MARGIN, decode_bytes, plan
+from .memory.run import denoise_in_memory
+from .models.vae.tiles import Tiles, decode_tiled_chunks, encode_tiled_chunks, fitting_tiles
 from .recipe import ModelRecipe, pair
-from .retry import denoise_in_memory
 from .sampling.denoise import Given, StepReport
 from .sampling.experts import Switch
 from .sampling.guidance import Condition
-from .sampling.lookup import look_up
 from .sampling.schedules import Schedule, schedule
 from .sampling.solvers import SOLVERS
 

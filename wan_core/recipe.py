@@ -14,9 +14,9 @@ import torch
 from .config import Variant, variant_of
 from .errors import WanError
 from .foreign import Foreign
+from .loading.dit import DiTFile
 from .lora.use import Loras, LoraUse
-from .models.load_dit import DiTFile
-from .offload import PREFETCH
+from .memory.stream import PREFETCH
 from .sampling.experts import Switch
 
 Network = DiTFile | Foreign

@@ -17,7 +17,7 @@ from comfy_server import Client, PromptRejected, Server
 
 from tests.comfy import graphs as wan
 from tests.comfy.graphs import Graph, Out
-from wan_core.tiny import TinySizes, write_tiny
+from wan_core.tools.tiny import TinySizes, write_tiny
 
 SMALL = {"width": 64, "height": 64, "frames": 5}
 NATIVE = {"width": 64, "height": 64, "length": 5, "batch_size": 1}

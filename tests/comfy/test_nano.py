@@ -11,14 +11,14 @@ import torch
 from comfy_server import Client, Run, Server
 from PIL import Image
 
+from nano.evaluate import look_at
+from nano.world import Scene
 from tests.comfy import graphs as wan
 from tests.comfy.graphs import Graph, Out
 from tests.comfy.nano import EXPERTS, conditions, pair
 from tests.core.nano_night import IN_COMFYUI, write_as
-from wan_core.quant.convert import convert
 from wan_core.sampling.schedules import schedule
-from wan_core.train.nano.evaluate import look_at
-from wan_core.train.nano.world import Scene
+from wan_core.tools.convert import convert
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE, FRAMES, STEPS, SHIFT, GUIDANCE = 64, 17, 16, 5.0, 3.0

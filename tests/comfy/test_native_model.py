@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.comfy import cases
-from wan_core.tiny import write_tiny
+from wan_core.tools.tiny import write_tiny
 
 
 @pytest.fixture(scope="module")

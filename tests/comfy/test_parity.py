@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.comfy import graphs as wan
 from tests.comfy.graphs import Graph
 from wan_core.config import NEGATIVE_PROMPT
-from wan_core.models.vae import normalise
+from wan_core.models.vae.vae import normalise
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "A white cat on a surfboard"

@@ -11,7 +11,7 @@ from comfy_server import Client, Server
 
 from tests.comfy import graphs as wan
 from tests.comfy.graphs import Graph, Out
-from wan_core.quant.convert import convert
+from wan_core.tools.convert import convert
 
 MODEL, TEXT, SCALED = "wan-q8_0.gguf", "umt5-q8_0.gguf", "ti2v_fp8_scaled.safetensors"
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.comfy import graphs as wan
 from tests.comfy.graphs import Graph, Out
+from wan_core.media.video import save_video
 from wan_core.train.report import read_log
-from wan_core.video import save_video
 
 SIZE = (32, 32)
 STEPS = 20

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wan_core.checkpoint.dit import DIALECTS
+from wan_core.layouts.dit import DIALECTS
 
 RANK, ALPHA, STRENGTH = 4, 6.0, 0.7
 LAYERS = ("self_attn.q", "self_attn.o", "cross_attn.k", "cross_attn.v", "ffn.0", "ffn.2")

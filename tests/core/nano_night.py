@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nano.captions import caption
+from nano.judge import FILES, TI2V, Judge, held_out_prompts, plain
 from tests.core.lora_files import as_diffusers, flat, lycoris, prefixed
 from wan_core.train.cache import Entry
 from wan_core.train.data import Frame
 from wan_core.train.dit import Data, DiTTask, Recipe
 from wan_core.train.loop import Plan, train
 from wan_core.train.lora import add_lora
-from wan_core.train.nano.captions import caption
-from wan_core.train.nano.judge import FILES, TI2V, Judge, held_out_prompts, plain
 from wan_core.train.objective import expert_range
 from wan_core.train.sample import Sampling
 

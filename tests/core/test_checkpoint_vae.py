@@ -13,13 +13,13 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.torch import save_file
 
-from wan_core.checkpoint.read import open_checkpoint
-from wan_core.checkpoint.vae import DIALECTS, diffusers_config, diffusers_dialect, names, read_config, recognise
 from wan_core.config import VAEConfig
 from wan_core.errors import WanError
-from wan_core.models.load_vae import VAE_CLASSES, load_vae
-from wan_core.models.vae import VideoVAE, normalise
-from wan_core.tiny import _random_weights
+from wan_core.files.checkpoint import open_checkpoint
+from wan_core.layouts.vae import DIALECTS, diffusers_config, diffusers_dialect, names, read_config, recognise
+from wan_core.loading.vae import VAE_CLASSES, load_vae
+from wan_core.models.vae.vae import VideoVAE, normalise
+from wan_core.tools.tiny import _random_weights
 
 SMALL = {
     "wan2.1": VAEConfig("wan2.1", channels=16, encoder_dim=8, decoder_dim=8),

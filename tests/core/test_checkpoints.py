@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wan_core
-from wan_core.checkpoint.read import open_checkpoint
 from wan_core.config import VARIANTS, DiTConfig
 from wan_core.errors import WanError
-from wan_core.models.dit import WanDiT
-from wan_core.models.load_dit import read_dit
-from wan_core.tiny import LAYOUTS, TinySizes, make_tiny, write_tiny
+from wan_core.files.checkpoint import open_checkpoint
+from wan_core.loading.dit import read_dit
+from wan_core.models.dit.dit import WanDiT
+from wan_core.tools.tiny import LAYOUTS, TinySizes, make_tiny, write_tiny
 
 SIZES = TinySizes(dim=128, ffn_dim=128, layers=2, text_dim=64)
 

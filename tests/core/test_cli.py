@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from wan_core.__main__ import main
-from wan_core.tiny import TinySizes, write_tiny
+from wan_core.tools.tiny import TinySizes, write_tiny
 
 SIZES = TinySizes(dim=128, ffn_dim=128, layers=1, text_dim=64, text_layers=1)
 

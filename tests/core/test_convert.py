@@ -19,16 +19,16 @@ from torch import Tensor
 import wan_core
 from tests.core.test_checkpoints import write_sparse
 from wan_core.__main__ import main
-from wan_core.checkpoint.gguf_tokenizer import spiece_beside
-from wan_core.checkpoint.read import open_checkpoint
 from wan_core.config import DiTConfig
 from wan_core.errors import WanError
-from wan_core.models.dit import WanDiT
-from wan_core.quant import convert as conversion
+from wan_core.files.checkpoint import open_checkpoint
+from wan_core.layouts.gguf_tokenizer import spiece_beside
+from wan_core.models.dit.dit import WanDiT
 from wan_core.quant.base import Packed
-from wan_core.quant.convert import TARGETS, convert
 from wan_core.quant.linear import QuantLinear
-from wan_core.tiny import TinySizes, write_tiny
+from wan_core.tools import convert as conversion
+from wan_core.tools.convert import TARGETS, convert
+from wan_core.tools.tiny import TinySizes, write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = TinySizes(dim=256, ffn_dim=512, layers=2, text_dim=64, text_layers=2, text_attention=64, text_ffn=96)
@@ -217,7 +217,7 @@ def test_memory_stays_small(tmp_path: Path):
     write_sparse(tmp_path / "sparse.safetensors", shapes)
     code = f"""
 import threading, time
-from wan_core.quant.convert import convert
+from wan_core.tools.convert import convert
 def anonymous():
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) // 1024
 before, peak, done = anonymous(), 0, False

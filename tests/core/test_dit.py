@@ -7,12 +7,12 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from wan_core.checkpoint.dit import DIALECTS, diffusers_config
 from wan_core.config import DiTConfig
 from wan_core.errors import WanError
-from wan_core.models.attention import find_backend
-from wan_core.models.dit import WanDiT
-from wan_core.tiny import _random_weights
+from wan_core.layouts.dit import DIALECTS, diffusers_config
+from wan_core.models.dit.attention import find_backend
+from wan_core.models.dit.dit import WanDiT
+from wan_core.tools.tiny import _random_weights
 
 TOLERANCE = 2e-5  # of the largest reference value
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from wan_core.config import PerExpert
-from wan_core.engine import Engine
 from wan_core.errors import WanError
 from wan_core.foreign import Foreign
+from wan_core.loading.dit import DiTFile, read_dit
 from wan_core.lora.attach import with_lora
-from wan_core.models.load_dit import DiTFile, read_dit
+from wan_core.memory.engine import Engine
+from wan_core.memory.run import denoise_in_memory
 from wan_core.recipe import ModelRecipe, pair
-from wan_core.retry import denoise_in_memory
 from wan_core.sampling.experts import Switch
 from wan_core.sampling.guidance import Condition
 from wan_core.sampling.schedules import schedule
-from wan_core.tiny import TinySizes, write_tiny
+from wan_core.tools.tiny import TinySizes, write_tiny
 
 SHAPE = (1, 16, 1, 4, 4)
 ONE = PerExpert(1, 1)

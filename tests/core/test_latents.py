@@ -10,7 +10,7 @@ from torchvision.transforms import functional as transforms
 
 from wan_core.config import VAES, VARIANTS
 from wan_core.errors import WanError
-from wan_core.latents import (
+from wan_core.media.geometry import (
     condition_chunks,
     condition_video,
     given_mask,

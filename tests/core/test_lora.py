@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.core.lora_files import DIALECTS_OF_LORA, STRENGTH, Dialect, low_rank, prefixed
-from wan_core.checkpoint.dit import DIALECTS
 from wan_core.config import DiTConfig
 from wan_core.errors import WanError
+from wan_core.layouts.dit import DIALECTS
+from wan_core.loading.dit import build_dit, read_dit
 from wan_core.lora.apply import Adaptation, PatchedLinear, adaptation_of
 from wan_core.lora.files import read_lora
-from wan_core.models.dit import WanDiT
-from wan_core.models.load_dit import build_dit, read_dit
-from wan_core.tiny import TinySizes, _random_weights, make_tiny
+from wan_core.models.dit.dit import WanDiT
+from wan_core.tools.tiny import TinySizes, _random_weights, make_tiny
 
 DIFFUSERS = DIALECTS["diffusers"]
 CONFIG = DiTConfig(16, 16, 128, 256, layers=3, text_dim=32, freq_dim=256, heads=1)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.core.lora_files import DIALECTS_OF_LORA
 from wan_core.__main__ import main
-from wan_core.commands.loras import LoraOption, parse_lora
-from wan_core.tiny import TinySizes, make_tiny, write_tiny
+from wan_core.cli.loras import LoraOption, parse_lora
+from wan_core.tools.tiny import TinySizes, make_tiny, write_tiny
 
 SIZES = TinySizes(dim=128, ffn_dim=128, layers=1, text_dim=64, text_layers=1)
 

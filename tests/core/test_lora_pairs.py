@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from tests.core.lora_files import DIALECTS_OF_LORA
 from wan_core.config import PerExpert
 from wan_core.errors import WanError
+from wan_core.loading.dit import read_dit
 from wan_core.lora.attach import place, with_lora
 from wan_core.lora.twins import find_twin, level_of
-from wan_core.models.load_dit import read_dit
 from wan_core.recipe import ModelRecipe, pair
 from wan_core.sampling.experts import Switch
-from wan_core.tiny import TinySizes, make_tiny
+from wan_core.tools.tiny import TinySizes, make_tiny
 
 
 @pytest.mark.parametrize("high, low", [

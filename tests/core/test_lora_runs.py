@@ -14,17 +14,17 @@ from torch import Tensor
 from tests.core.lora_files import DIALECTS_OF_LORA, STRENGTH, paths
 from tests.core.quant_files import is_matrix, write_gguf
 from tests.core.test_lora import CONFIG, close, inputs, velocity, weights_of
-from wan_core import offload
 from wan_core.config import PerExpert
-from wan_core.engine import Engine, dit_bytes
 from wan_core.errors import WanError
+from wan_core.loading.dit import build_dit, read_dit
 from wan_core.lora.apply import adaptation_of
 from wan_core.lora.attach import with_lora
 from wan_core.lora.files import read_lora
 from wan_core.lora.use import Loras, LoraUse
-from wan_core.models.dit import WanDiT
-from wan_core.models.load_dit import build_dit, read_dit
-from wan_core.offload import HostLane
+from wan_core.memory import stream as offload
+from wan_core.memory.engine import Engine, dit_bytes
+from wan_core.memory.stream import HostLane
+from wan_core.models.dit.dit import WanDiT
 from wan_core.quant.fp8 import FP8
 from wan_core.quant.int8 import Int8
 from wan_core.quant.linear import QuantLinear
@@ -33,7 +33,7 @@ from wan_core.sampling.denoise import denoise
 from wan_core.sampling.experts import Switch
 from wan_core.sampling.guidance import Condition
 from wan_core.sampling.schedules import schedule
-from wan_core.tiny import _random_weights
+from wan_core.tools.tiny import _random_weights
 
 # One that is added, one that is merged each time, one that needs the whole matrix, one of vectors too.
 KINDS = ("A_B_alpha_everywhere", "lokr_two", "dora_columns", "differences")

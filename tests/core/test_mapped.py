@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from wan_core.checkpoint import mapped
-from wan_core.checkpoint.mapped import MappedFile, read_into
 from wan_core.errors import WanError
+from wan_core.files import mapped
+from wan_core.files.mapped import MappedFile, read_into
 
 COUNT = 1000
 

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from nano.captions import caption
+from nano.dataset import RandomClips, held_out, scenes, subject, to_tensor, training_clips
+from nano.evaluate import PAIRS, ceiling, look_at, score, score_pairs
+from nano.judge import T2V, Judge, held_out_prompts
+from nano.place import PlacedTask, PlaceTask
+from nano.text import WORDS, make_tokenizer, tokenizer_of
+from nano.world import CAMERAS, MOTIONS, SHAPES, Scene, film, placed, random_scene
 from wan_core.config import DiTConfig
 from wan_core.train.cache import Entry
 from wan_core.train.data import Frame
 from wan_core.train.dit import Data, DiTTask, Recipe
 from wan_core.train.loop import Plan, train
 from wan_core.train.model import new_dit
-from wan_core.train.nano.captions import caption
-from wan_core.train.nano.dataset import RandomClips, held_out, scenes, subject, to_tensor, training_clips
-from wan_core.train.nano.evaluate import PAIRS, ceiling, look_at, score, score_pairs
-from wan_core.train.nano.judge import T2V, Judge, held_out_prompts
-from wan_core.train.nano.place import PlacedTask, PlaceTask
-from wan_core.train.nano.text import WORDS, make_tokenizer, tokenizer_of
-from wan_core.train.nano.world import CAMERAS, MOTIONS, SHAPES, Scene, film, placed, random_scene
 from wan_core.train.objective import NoiseRange
 from wan_core.train.sample import Sampling
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from wan_core.__main__ import main
-from wan_core.tiny import TinySizes, write_tiny
+from wan_core.tools.tiny import TinySizes, write_tiny
 
 TOLERANCE = 1e-4  # relative, in the norm; 1e-6 was measured
 SIZES = TinySizes(dim=128, ffn_dim=256, layers=2, text_dim=4096, text_layers=2)

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wan_core import offload
 from wan_core.config import DiTConfig
 from wan_core.errors import WanError
-from wan_core.models import load_dit
-from wan_core.models.dit import WanDiT, keeps_float32
-from wan_core.models.load_dit import build_dit, read_dit
-from wan_core.offload import BlockSwap, HostLane, Ring, load_of, spread
-from wan_core.tiny import _random_weights
+from wan_core.loading import dit as load_dit
+from wan_core.loading.dit import build_dit, read_dit
+from wan_core.memory import stream as offload
+from wan_core.memory.stream import BlockSwap, HostLane, Ring, load_of, spread
+from wan_core.models.dit.dit import WanDiT, keeps_float32
+from wan_core.tools.tiny import _random_weights
 
 LAYERS = 5
 CONFIG = DiTConfig(16, 16, 128, 256, layers=LAYERS, text_dim=32, freq_dim=256, heads=1)

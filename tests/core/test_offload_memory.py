@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from bench.memory import Case, _warm_up, anonymous_peak, recipe, sparse_file
 from wan_core.config import PerExpert
-from wan_core.engine import Engine
-from wan_core.models.load_dit import read_dit
+from wan_core.memory.engine import Engine
+from wan_core.loading.dit import read_dit
 from wan_core.sampling.guidance import Condition
 torch.set_num_threads(1)
 _warm_up()
@@ -53,7 +53,7 @@ import torch
 from bench.memory import _anonymous
 from wan_core import offload
 from wan_core.config import PerExpert
-from wan_core.engine import Engine
+from wan_core.memory.engine import Engine
 from wan_core.pipeline import Request, generate, read_models
 torch.set_num_threads(1)
 offload.LANES["cpu"] = offload.HostLane  # the reader thread, the ring and the slots, as on CUDA
@@ -115,7 +115,7 @@ print(0)
 
 
 def test_fifty_runs_do_not_grow(tmp_path: Path) -> None:
-    from wan_core.tiny import TinySizes, write_tiny
+    from wan_core.tools.tiny import TinySizes, write_tiny
 
     write_tiny(tmp_path, "t2v-A14B", layout="diffusers", sizes=TinySizes(dim=256, ffn_dim=256, layers=4, text_dim=64))
     sizes = script(FIFTY_RUNS, tmp_path)

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from wan_core import engine as engines
 from wan_core.__main__ import main
 from wan_core.config import PerExpert
-from wan_core.engine import Engine
 from wan_core.errors import WanError
-from wan_core.models.dit import WanDiT
+from wan_core.memory import engine as engines
+from wan_core.memory.engine import Engine
+from wan_core.memory.readahead import ReadAhead
+from wan_core.models.dit.dit import WanDiT
 from wan_core.pipeline import Models, Request, generate, read_models
-from wan_core.readahead import ReadAhead
 from wan_core.sampling.denoise import StepReport
-from wan_core.tiny import TinySizes, write_tiny
+from wan_core.tools.tiny import TinySizes, write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -12,12 +12,12 @@ from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipel
 from PIL import Image
 from torch import Tensor
 
-from wan_core import latents
 from wan_core.config import VARIANTS, PerExpert
-from wan_core.engine import Engine
 from wan_core.errors import WanError
+from wan_core.media import geometry as latents
+from wan_core.memory.engine import Engine
 from wan_core.pipeline import Request, generate, read_models
-from wan_core.tiny import LAYOUTS, TinySizes, write_tiny
+from wan_core.tools.tiny import LAYOUTS, TinySizes, write_tiny
 
 TOLERANCE = 1e-3  # relative, in the norm
 SIZES = TinySizes(dim=256, ffn_dim=256, layers=2, text_dim=64)

@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wan_core.checkpoint.marks import TensorInfo
-from wan_core.checkpoint.read import Checkpoint
 from wan_core.config import TEXT_LENGTH, DiTConfig, VAEConfig
 from wan_core.errors import WanError
-from wan_core.models import dit
-from wan_core.models.dit import Block, TextStates, WanDiT, keeps_float32
-from wan_core.models.layers import Timed
-from wan_core.models.load_dit import DiTFile, build_dit, read_dit
-from wan_core.plan import activation_bytes, decode_bytes, plan, smaller, weights_of
+from wan_core.files.checkpoint import Checkpoint
+from wan_core.files.marks import TensorInfo
+from wan_core.loading.dit import DiTFile, build_dit, read_dit
+from wan_core.memory.plan import activation_bytes, decode_bytes, plan, smaller, weights_of
+from wan_core.memory.tracing import peak_bytes
+from wan_core.models.dit import dit
+from wan_core.models.dit.dit import Block, TextStates, WanDiT, keeps_float32
+from wan_core.models.dit.layers import Timed
 from wan_core.recipe import ModelRecipe
-from wan_core.tiny import _random_weights
-from wan_core.tracing import peak_bytes
+from wan_core.tools.tiny import _random_weights
 
 A14B = DiTConfig(16, 16, 5120, 13824, layers=40, text_dim=4096, freq_dim=256, heads=40)
 TI2V_5B = DiTConfig(48, 48, 3072, 14336, layers=30, text_dim=4096, freq_dim=256, heads=24)

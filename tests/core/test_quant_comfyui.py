@@ -17,10 +17,10 @@ from torch import Tensor
 
 import wan_core
 from tests.core.quant_files import fp8_scaled
-from wan_core.models.dit import WanDiT
+from wan_core.models.dit.dit import WanDiT
 from wan_core.quant.linear import QuantLinear
 from wan_core.quant.registry import MADE_ON_LOAD
-from wan_core.tiny import TinySizes, make_tiny
+from wan_core.tools.tiny import TinySizes, make_tiny
 
 SIZES = TinySizes(dim=256, ffn_dim=256, layers=2, text_dim=4096)  # ComfyUI takes the width of the text as given
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 import wan_core
 from tests.core.quant_files import fp8_scaled, is_matrix, random_blocks, write_gguf
-from wan_core.checkpoint.read import open_checkpoint
 from wan_core.errors import WanError
-from wan_core.models.dit import WanDiT
-from wan_core.models.load_dit import build_dit, quantised_note, read_dit
+from wan_core.files.checkpoint import open_checkpoint
+from wan_core.loading.dit import build_dit, quantised_note, read_dit
+from wan_core.models.dit.dit import WanDiT
 from wan_core.quant.gguf import BLOCK_TYPES
 from wan_core.quant.linear import QuantLinear
-from wan_core.tiny import TinySizes, make_tiny
+from wan_core.tools.tiny import TinySizes, make_tiny
 
 SIZES = TinySizes(dim=256, ffn_dim=512, layers=2, text_dim=64)
 QUANTISABLE = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # by the package gguf

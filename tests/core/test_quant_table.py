@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from wan_core.models.dit import WanDiT
-from wan_core.models.load_dit import build_dit, load_dit, read_dit
-from wan_core.quant.convert import convert
+from wan_core.loading.dit import build_dit, load_dit, read_dit
+from wan_core.models.dit.dit import WanDiT
 from wan_core.sampling.denoise import denoise
 from wan_core.sampling.experts import Experts
 from wan_core.sampling.guidance import Condition
 from wan_core.sampling.schedules import schedule
-from wan_core.tiny import TinySizes, write_tiny
+from wan_core.tools.convert import convert
+from wan_core.tools.tiny import TinySizes, write_tiny
 
 TABLE = Path(__file__).resolve().parents[2] / "docs/quantised.md"
 SIZES = TinySizes(dim=256, ffn_dim=512, layers=4, text_dim=64, text_layers=1)

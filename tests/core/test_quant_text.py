@@ -13,15 +13,15 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from tests.core.quant_files import fp8_scaled, write_gguf
-from wan_core.checkpoint.gguf_tokenizer import spiece_model
-from wan_core.checkpoint.text import DIALECTS
 from wan_core.config import NEGATIVE_PROMPT, TextConfig
 from wan_core.errors import WanError
-from wan_core.models.text_encoder import TextEncoder, load_text_encoder
-from wan_core.models.tokenizer import clean, load_tokenizer, train_tiny_tokenizer
-from wan_core.models.umt5 import Umt5Encoder
+from wan_core.layouts.gguf_tokenizer import spiece_model
+from wan_core.layouts.text import DIALECTS
+from wan_core.loading.text import TextEncoder, load_text_encoder
+from wan_core.models.text.tokenizer import clean, load_tokenizer, train_tiny_tokenizer
+from wan_core.models.text.umt5 import Umt5Encoder
 from wan_core.quant.linear import QuantEmbedding, QuantLinear
-from wan_core.tiny import _random_weights
+from wan_core.tools.tiny import _random_weights
 
 PROMPTS = ["a cat walks on the beach at sunset", "一只猫在海滩上散步", ""]
 TEXTS = [*PROMPTS[:2], NEGATIVE_PROMPT, "two dogs run through the rain at night", "夜晚"]

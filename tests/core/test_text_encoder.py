@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 import wan_core
-from wan_core.checkpoint import text as layout
-from wan_core.checkpoint.read import open_checkpoint
 from wan_core.config import TEXT_ENCODER_CHECKPOINT
 from wan_core.errors import WanError
-from wan_core.models.text_encoder import TextEncoder, load_text_encoder, read_text_encoder
-from wan_core.models.tokenizer import train_tiny_tokenizer, write_tokenizer_folder
-from wan_core.models.umt5 import clamp_float16, distance_buckets
+from wan_core.files.checkpoint import open_checkpoint
+from wan_core.layouts import text as layout
+from wan_core.loading.text import TextEncoder, load_text_encoder, read_text_encoder
+from wan_core.models.text.tokenizer import train_tiny_tokenizer, write_tokenizer_folder
+from wan_core.models.text.umt5 import clamp_float16, distance_buckets
 
 TOLERANCE = 2e-5  # of the largest number, in float32
 TEXTS = ["a cat walks on the beach at sunset", "two dogs run through the rain at night", "一只猫在海滩上散步", "夜晚"]

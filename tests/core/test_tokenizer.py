@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from wan_core.config import NEGATIVE_PROMPT
 from wan_core.errors import WanError
-from wan_core.models.tokenizer import (
+from wan_core.models.text.tokenizer import (
     Tokenizer,
     clean,
     find_tokenizer,

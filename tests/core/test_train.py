@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from wan_core.__main__ import main
 from wan_core.config import VARIANTS, DiTConfig
 from wan_core.errors import WanError
-from wan_core.models.load_dit import load_dit, read_dit
+from wan_core.loading.dit import load_dit, read_dit
+from wan_core.media.video import save_video
 from wan_core.sampling.schedules import schedule
-from wan_core.tiny import TinySizes, write_tiny
+from wan_core.tools.tiny import TinySizes, write_tiny
 from wan_core.train.cache import Entry, batches_of
 from wan_core.train.data import Frame, read_folder
 from wan_core.train.dit import Data, DiTTask, Recipe
@@ -41,7 +42,6 @@ from wan_core.train.optim import orthogonal
 from wan_core.train.report import Log, read_log
 from wan_core.train.run import Request, files_in, run
 from wan_core.train.sample import Sampling, sample
-from wan_core.video import save_video
 
 T2V, I2V, TI2V = (VARIANTS[task] for task in ("t2v-A14B", "i2v-A14B", "ti2v-5B"))
 CONFIG = DiTConfig(16, 16, dim=128, ffn_dim=64, layers=2, text_dim=32, freq_dim=256, heads=1)

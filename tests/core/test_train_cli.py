@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from wan_core.__main__ import main
 from wan_core.errors import WanError
-from wan_core.tiny import TinySizes, write_tiny
+from wan_core.media.video import save_video
+from wan_core.tools.tiny import TinySizes, write_tiny
 from wan_core.train.data import Frame
 from wan_core.train.report import read_log
 from wan_core.train.run import Hooks, Request, files_in, run
-from wan_core.video import save_video
 
 ROOT = Path(__file__).parents[2]
 SIZES = TinySizes(dim=128, ffn_dim=64, layers=1, text_dim=32, text_layers=1, vae_dim=4)

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from wan_core.errors import WanError
+from wan_core.media.video import save_video
 from wan_core.train.data import Frame, read_folder, read_pixels, usable
-from wan_core.video import save_video
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from nano.dataset import RandomClips
 from wan_core.config import VAEConfig
-from wan_core.models.load_vae import load_vae
-from wan_core.models.vae import denormalise
+from wan_core.loading.vae import load_vae
+from wan_core.models.vae.vae import denormalise
 from wan_core.train.data import Frame
 from wan_core.train.dit import save_weights
 from wan_core.train.loop import Plan, train
-from wan_core.train.nano.dataset import RandomClips
 from wan_core.train.report import read_log
 from wan_core.train.vae import Phase, VAERecipe, VAETask, calibrate, moments, new_vae, pixels, psnr
 

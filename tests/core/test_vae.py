@@ -9,13 +9,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from wan_core.checkpoint.vae import DIALECTS, diffusers_config, diffusers_dialect
 from wan_core.config import VAES, VAEConfig
 from wan_core.errors import WanError
-from wan_core.models.load_vae import VAE_CLASSES
-from wan_core.models.vae import LATENT_MEAN, LATENT_STD, VideoVAE, fold_pixels, unfold_pixels
-from wan_core.models.vae_layers import FrameCache
-from wan_core.tiny import _random_weights
+from wan_core.layouts.vae import DIALECTS, diffusers_config, diffusers_dialect
+from wan_core.loading.vae import VAE_CLASSES
+from wan_core.models.vae.layers import FrameCache
+from wan_core.models.vae.vae import LATENT_MEAN, LATENT_STD, VideoVAE, fold_pixels, unfold_pixels
+from wan_core.tools.tiny import _random_weights
 
 TOLERANCE = 1e-4  # of the issue; float32 differs by about 1e-6
 FRAMES = (1, 5, 17, 33)

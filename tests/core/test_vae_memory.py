@@ -18,8 +18,8 @@ import sys
 import torch
 torch.set_num_threads(1)
 from wan_core.config import VAEConfig
-from wan_core.models.load_vae import VAE_CLASSES
-from wan_core.tiny import _random_weights
+from wan_core.loading.vae import VAE_CLASSES
+from wan_core.tools.tiny import _random_weights
 kind, job, frames = sys.argv[1], sys.argv[2], int(sys.argv[3])
 config = VAEConfig(kind, {"wan2.1": 16, "wan2.2": 48}[kind], 8, 8)
 vae = VAE_CLASSES[kind](config)

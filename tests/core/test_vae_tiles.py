@@ -8,10 +8,10 @@ from torch import Tensor
 
 from wan_core.config import VAEConfig
 from wan_core.errors import WanError
-from wan_core.models.load_vae import VAE_CLASSES
-from wan_core.models.vae import VideoVAE
-from wan_core.models.vae_tiles import Tiles, cut, decode_tiled, decode_tiled_chunks, encode_tiled, encode_tiled_chunks
-from wan_core.tiny import _random_weights
+from wan_core.loading.vae import VAE_CLASSES
+from wan_core.models.vae.tiles import Tiles, cut, decode_tiled, decode_tiled_chunks, encode_tiled, encode_tiled_chunks
+from wan_core.models.vae.vae import VideoVAE
+from wan_core.tools.tiny import _random_weights
 
 CHANNELS = {"wan2.1": 16, "wan2.2": 48}
 REACH = {"wan2.1": 20, "wan2.2": 20}  # latent places that a pixel of the decoder, or a place of the encoder, sees far

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint.dit import packs
-from ..checkpoint.unchanged import check_unchanged
-from ..models.dit import WanDiT, keeps_float32
-from ..models.load_dit import DiTFile
+from ..files.unchanged import check_unchanged
+from ..layouts.dit import packs
+from ..loading.dit import DiTFile
+from ..models.dit.dit import WanDiT, keeps_float32
 from ..quant.linear import QuantLinear
 from ..quant.scratch import Scratch
 from .adapters import Adapter, merge_into

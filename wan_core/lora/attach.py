@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config import PerExpert
 from ..errors import WanError
 from ..foreign import only_own
-from ..models.load_dit import DiTFile
+from ..loading.dit import DiTFile
 from ..recipe import ModelRecipe, noise_level_of
 from .files import read_lora
 from .twins import find_twin, level_of

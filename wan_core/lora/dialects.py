@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..checkpoint.dit import DIALECTS
+from ..layouts.dit import DIALECTS
 
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "diffusion.model.", "pipe.dit.", "dit.",
              "transformer.", "transformer_2.", "unet.", "model.")  # fmt: skip

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.read import Checkpoint, _some, open_checkpoint
 from ..config import VARIANTS, DiTConfig
 from ..errors import WanError
-from ..models.load_dit import DiTFile
+from ..files.checkpoint import Checkpoint, _some, open_checkpoint
+from ..loading.dit import DiTFile
 from .adapters import Adapter, kinds_of
 from .dialects import keys_of_expert, sort_keys
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from ..checkpoint.read import open_checkpoint
 from ..config import VARIANTS
 from ..errors import WanError
+from ..files.checkpoint import open_checkpoint
 
 # "high" in high_noise, HighNoise, T2V-HIGH-14B, i2vHIGH, HIGHv2; not in highlight. "h", "hn" only between separators.
 _LEVEL = re.compile(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import WanError
+from ..lookup import look_up
 from .experts import Experts
 from .guidance import Condition, OnBlock, guided
-from .lookup import look_up
 from .schedules import Schedule
 from .solvers import SOLVERS, History
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import TRAIN_STEPS
 from ..errors import WanError
-from .lookup import look_up
+from ..lookup import look_up
 from .schedules import Schedule
 
 Model = Callable[..., Tensor]  # (x [B,C,T,h,w], t [B] or [B,T], condition, *, on_block) -> velocity [B,C,T,h,w]

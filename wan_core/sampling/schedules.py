@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import TRAIN_STEPS
 from ..errors import WanError
-from .lookup import look_up
+from ..lookup import look_up
 
 AUTO = "auto"
 _ONE = 0.9999  # ComfyUI's KSampler takes any denoise above this for the whole way

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import Variant
-from ..latents import condition_video, given_mask
-from ..models.text_encoder import OnBlock, TextEncoder
-from ..models.vae import OnChunk, VideoVAE
+from ..loading.text import OnBlock, TextEncoder
+from ..media.geometry import condition_video, given_mask
+from ..models.vae.vae import OnChunk, VideoVAE
 from .data import Clip, whole_chunks
 
 _BLOCK = 2**20

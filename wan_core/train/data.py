@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import TEMPORAL_STRIDE
 from ..errors import WanError
-from ..latents import image_tensor, latent_frames
+from ..media.geometry import image_tensor, latent_frames
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".avi", ".mov", ".wmv", ".mkv", ".flv", ".webm")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import Variant
 from ..dtypes import NAMES
 from ..errors import WanError
-from ..video import unfinished
+from ..media.video import unfinished
 from . import lora
 from .cache import Entry, batches_of
 from .model import TrainedDiT

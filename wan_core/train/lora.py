@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import WanError
-from ..video import unfinished
+from ..media.video import unfinished
 
 TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 PREFIX = "diffusion_model."

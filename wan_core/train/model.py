@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoint.build import load_strict
 from ..config import TEXT_LENGTH, DiTConfig
 from ..errors import WanError
-from ..models.dit import TextStates, WanDiT
-from ..models.load_dit import DiTFile
+from ..loading.build import load_strict
+from ..loading.dit import DiTFile
+from ..models.dit.dit import TextStates, WanDiT
 from .precision import full_precision
 
 

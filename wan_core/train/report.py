@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..video import to_bytes, unfinished
+from ..media.video import to_bytes, unfinished
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.folder import find_parts
 from ..config import VAES, VARIANTS, Variant
-from ..devices import empty_cache
 from ..dtypes import resolve_dtype
 from ..errors import WanError
-from ..models.dit import WanDiT
-from ..models.load_dit import DiTFile, read_dit
-from ..models.load_vae import load_vae, read_vae
-from ..models.text_encoder import load_text_encoder, read_text_encoder
-from ..video import check_writable
+from ..layouts.folder import find_parts
+from ..loading.dit import DiTFile, read_dit
+from ..loading.text import load_text_encoder, read_text_encoder
+from ..loading.vae import load_vae, read_vae
+from ..media.video import check_writable
+from ..memory.devices import empty_cache
+from ..models.dit.dit import WanDiT
 from .cache import Cache, Latents, Texts, digest, file_key
 from .data import Clip, ClipProblem, Frame, check_frame, read_folder, usable
 from .dit import Data, DiTTask, Recipe

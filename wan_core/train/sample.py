@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import Variant
-from ..latents import noise
+from ..media.geometry import noise
 from ..sampling.denoise import Given, denoise
 from ..sampling.experts import Expert, Experts
 from ..sampling.guidance import Condition, OnBlock

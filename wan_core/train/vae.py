@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import VAEConfig
-from ..models.load_vae import VAE_CLASSES
-from ..models.vae import LATENT_MEAN, LATENT_STD, VideoVAE, fold_pixels, unfold_pixels
-from ..models.vae_layers import AttentionBlock, CausalConv3d, FrameCache, ResidualBlock
+from ..loading.vae import VAE_CLASSES
+from ..models.vae.layers import AttentionBlock, CausalConv3d, FrameCache, ResidualBlock
+from ..models.vae.vae import LATENT_MEAN, LATENT_STD, VideoVAE, fold_pixels, unfold_pixels
 from .precision import autocast, resolve_precision
 
 

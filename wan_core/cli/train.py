@@ -1,0 +1,153 @@
+"""``train``: LoRA or full training of one expert on a folder of clips; started again, it goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import VARIANTS
+from ..errors import WanError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from ..train.loop import StepReport
+
+_TARGETS = "q,k,v,o,ffn.0,ffn.2"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", choices=list(VARIANTS), required=True)
+    parser.add_argument("--ckpt_dir", type=Path, default=None, help="folder of the checkpoint, as downloaded")
+    parser.add_argument("--dit", type=Path, default=None, help="file of the expert (for LoRAs also a quantised "
+                        "one) instead of the folder's; with --vae and --text_encoder too no --ckpt_dir is needed")
+    parser.add_argument("--vae", type=Path, default=None)
+    parser.add_argument("--text_encoder", type=Path, default=None)
+    parser.add_argument("--tokenizer", type=Path, default=None, help="where the text encoder's file has none inside")
+    parser.add_argument("--expert", choices=["high", "low", "only"], default=None, help="which of the two to train")
+    parser.add_argument("--dataset_base_path", type=Path, required=True, help="folder with metadata.csv: "
+                        "video,prompt, and for I2V perhaps start_image,end_image; images count as one frame")
+    parser.add_argument("--dataset_metadata_path", type=Path, default=None, help="the table, if it lies elsewhere")
+    parser.add_argument("--dataset_repeat", type=int, default=1, help="times that a clip counts in an epoch")
+    parser.add_argument("--skip_bad_clips", action="store_true", help="name short and unreadable clips and go on")
+    parser.add_argument("--width", type=int, default=832, help="clips are scaled to cover this and cut")
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--num_frames", type=int, default=49, help="from the beginning of each clip: 4n + 1")
+    parser.add_argument("--output_path", type=Path, required=True, help="folder of the result, its log and its state")
+    parser.add_argument("--lora_rank", type=int, default=32, help="0 trains all weights")
+    parser.add_argument("--lora_alpha", type=float, default=None, help="default: the rank")
+    parser.add_argument("--lora_target_modules", default=_TARGETS, help="layers of the blocks that the LoRA adapts")
+    parser.add_argument("--min_timestep_boundary", type=float, default=None, help="fraction; default: the expert's own")
+    parser.add_argument("--max_timestep_boundary", type=float, default=None, help="fraction; default: the expert's own")
+    parser.add_argument("--shift", type=float, default=None, help="default: the variant's own")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="rises for 20 steps, then a cosine")
+    parser.add_argument("--weight_decay", type=float, default=0.01)
+    parser.add_argument("--num_epochs", type=int, default=5)
+    parser.add_argument("--max_steps", type=int, default=0, help="instead of epochs")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument("--caption_dropout", type=float, default=0.1, help="share of steps without the caption")
+    parser.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights; 0 keeps none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+                        help="of matrix products; auto: bf16 where the device is fast in it")
+    parser.add_argument("--no_gradient_checkpointing", action="store_true", help="faster, with more memory")
+    parser.add_argument("--use_gradient_checkpointing_offload", action="store_true", help="slower, with less memory")
+    parser.add_argument("--save_steps", type=int, default=0, help="default: save every two minutes")
+    parser.add_argument("--t5_cpu", action="store_true", help="encode the prompts on the CPU")
+    parser.add_argument("--sample_every", type=int, default=0, help="steps between grids of samples, as PNG; 0: none")
+    parser.add_argument("--sample_prompt", action="append", default=[], metavar="TEXT",
+                        help="a row of the grids, may be given several times; default: prompts of the first clips")
+    parser.add_argument("--sample_steps", type=int, default=20)
+    parser.add_argument("--cache_path", type=Path, default=None, help="latents and embeddings; default: in the output")
+    parser.add_argument("--device", default=None, help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..memory.devices import resolve_device
+    from ..train.data import Frame
+    from ..train.parallel import Processes
+    from ..train.run import Hooks, Request, experts_of, files_in
+    from ..train.run import run as train
+
+    expert = args.expert or _only_expert(experts_of(VARIANTS[args.task]))
+    request = Request(
+        task=args.task, expert=expert, clips=args.dataset_base_path, metadata=args.dataset_metadata_path,
+        out=args.output_path, frame=Frame(args.width, args.height, args.num_frames), repeat=args.dataset_repeat,
+        rank=args.lora_rank, alpha=args.lora_alpha, targets=_names(args.lora_target_modules),
+        boundaries=_boundaries(args), shift=args.shift, steps=args.max_steps, epochs=args.num_epochs,
+        batch=args.batch_size, accumulate=args.gradient_accumulation_steps, learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay, ema=args.ema, caption_dropout=args.caption_dropout, seed=args.seed,
+        precision=args.precision, checkpointing=not args.no_gradient_checkpointing,
+        checkpoint_offload=args.use_gradient_checkpointing_offload, skip_bad_clips=args.skip_bad_clips,
+        save_every=args.save_steps, sample_every=args.sample_every, sample_prompts=args.sample_prompt,
+        sample_steps=args.sample_steps, cache=args.cache_path,
+    )  # fmt: skip
+    device = resolve_device(args.device)
+    files = files_in(args.ckpt_dir, args.task, expert, dit=args.dit, vae=args.vae, text_encoder=args.text_encoder,
+                     tokenizer=args.tokenizer)  # fmt: skip
+    first = Processes.current(device).first
+    with _Bar() as bar:
+        hooks = Hooks(on_step=bar.on_step, on_clip=bar.on_clip) if first else Hooks(tell=lambda text: None)
+        file = train(request, files, device=device, text_device="cpu" if args.t5_cpu else device, hooks=hooks)
+    Processes.leave()
+    if first:
+        print(f"Wrote {file}; log.csv and loss.png lie beside it.")
+
+
+def _only_expert(experts: tuple[str, ...]) -> str:
+    if len(experts) > 1:
+        raise WanError("This model has two experts: say which to train, --expert high or --expert low.")
+    return experts[0]
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _boundaries(args: argparse.Namespace) -> tuple[float, float] | None:
+    low, high = args.min_timestep_boundary, args.max_timestep_boundary
+    if (low is None) != (high is None):
+        raise WanError("Give both --min_timestep_boundary and --max_timestep_boundary, or neither.")
+    return None if low is None else (low, high)
+
+
+class _Bar:
+    """tqdm bars over the clips that are made ready and over steps, with the loss."""
+
+    def __init__(self):
+        self.bar = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._end()
+
+    def on_clip(self, done: int, total: int) -> None:
+        self.bar = self.bar or _tqdm(total=total, desc="encoding", unit="clip")
+        self.bar.update(done - self.bar.n)
+        if done == total:
+            self._end()
+
+    def on_step(self, report: StepReport) -> None:
+        if self.bar is None or self.bar.desc != _STEPS:
+            self._end()
+            self.bar = _tqdm(total=report.steps, initial=report.step - 1, desc=_STEPS, unit="step")
+        self.bar.set_postfix_str(f"loss {report.loss:.4f}")
+        self.bar.update()
+
+    def _end(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
+
+
+_STEPS = "training"
+
+
+def _tqdm(**options: object) -> tqdm:
+    from tqdm import tqdm
+
+    return tqdm(**options)

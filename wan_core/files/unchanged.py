@@ -1,0 +1,31 @@
+"""Whether files are still what their headers said: mapped weights of a replaced or truncated file are wrong or gone."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from .checkpoint import Checkpoint
+from .mapped import changed
+
+
+class HeaderRead(Protocol):
+    """What reading a header leaves behind."""
+
+    checkpoint: Checkpoint
+    fingerprint: tuple  # of the files when the header was read
+
+
+def check_unchanged(file: HeaderRead) -> None:
+    """Refuse a file that was replaced, truncated or removed after its header was read.
+
+    Reading a mapped page past the new end of a file would kill the process, so this is asked before every read.
+
+    Raises:
+        WanError: it was.
+    """
+    try:
+        same = file.checkpoint.fingerprint == file.fingerprint
+    except OSError:
+        same = False
+    if not same:
+        raise changed(file.checkpoint.path)

@@ -1,0 +1,140 @@
+"""The SentencePiece model of a GGUF text encoder, from the vocabulary in its header.
+
+llama.cpp writes a T5's pieces, scores and kinds into arrays under ``tokenizer.ggml``. From them the SentencePiece file
+is put together again, field by field (``sentencepiece_model.proto``), without the package protobuf.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import WanError
+from ..files.checkpoint import Checkpoint
+from ..files.gguf import Array, read_header
+from ..models.text.tokenizer import SPIECE_FILE, find_tokenizer
+from .text import SPIECE_MODEL
+
+_PREFIX = "tokenizer.ggml."
+# The header's name of a special token -> where the trainer's part of the file has its id, and the id by default.
+_IDS = {"unknown_token_id": (40, 0), "bos_token_id": (41, 1), "eos_token_id": (42, 2), "padding_token_id": (43, -1)}
+_UNIGRAM = 1
+_NORMAL, _UNKNOWN, _UNUSED = 1, 2, 5
+
+
+def spiece_model(file: Path) -> bytes | None:
+    """The SentencePiece model, or None where the file carries no T5 vocabulary."""
+    fields = {key.removeprefix(_PREFIX): value for key, value in read_header(file).fields.items()
+              if key.startswith(_PREFIX)}  # fmt: skip
+    arrays = [fields.get(name) for name in ("tokens", "scores", "token_type")]
+    if fields.get("model") != "t5" or not all(isinstance(array, Array) for array in arrays):
+        return None
+    tokens, scores, kinds = (array.read() for array in arrays)
+    used = max(i for i, kind in enumerate(kinds) if kind != _UNUSED) + 1  # the table's last rows have no piece
+    rows = list(zip(tokens[:used], scores[:used], kinds[:used], strict=True))
+    pieces = b"".join(_message(1, _piece(*row)) for row in rows)
+    return pieces + _message(2, _trainer(rows, fields)) + _message(3, _normaliser(fields))
+
+
+def gguf_vocabulary(spiece: bytes, rows: int) -> dict[str, Any]:
+    """A SentencePiece model as GGUF header fields, filled up with unused pieces to the rows of the embedding table."""
+    parts = list(_fields(spiece))
+    pieces = [dict(_fields(content)) for number, content in parts if number == 1]
+    trainer, normaliser = (dict(_fields(dict(parts).get(number, b""))) for number in (2, 3))
+    padding = range(len(pieces), rows)
+    values = {
+        "model": "t5",
+        "tokens": [piece[1] for piece in pieces] + [f"[PAD{i}]".encode() for i in padding],
+        "scores": [struct.unpack("<f", piece[2])[0] for piece in pieces] + [-10000.0 for _ in padding],
+        "token_type": [piece.get(3, _NORMAL) for piece in pieces] + [_UNUSED for _ in padding],
+        "add_space_prefix": bool(normaliser.get(3, True)),
+        "remove_extra_whitespaces": bool(normaliser.get(4, True)),
+        **{name: trainer.get(number, default) for name, (number, default) in _IDS.items()},
+    }
+    if normaliser.get(2):
+        values["precompiled_charsmap"] = list(struct.unpack(f"{len(normaliser[2])}b", normaliser[2]))
+    return {_PREFIX + name: value for name, value in values.items() if not (isinstance(value, int) and value >> 31)}
+
+
+def spiece_beside(checkpoint: Checkpoint) -> bytes | None:
+    """The SentencePiece model inside a text encoder's file or beside it, or None."""
+    if SPIECE_MODEL in checkpoint:
+        return checkpoint.tensor(SPIECE_MODEL).to(torch.uint8).numpy().tobytes()
+    if checkpoint.path.suffix == ".gguf" and (inside := spiece_model(checkpoint.path)):
+        return inside
+    try:
+        file = find_tokenizer(checkpoint.path).with_name(SPIECE_FILE)
+    except WanError:
+        return None
+    return file.read_bytes() if file.is_file() else None
+
+
+def _piece(text: str, score: float, kind: int) -> bytes:
+    return _message(1, text.encode()) + _float(2, score) + _integer(3, kind)
+
+
+def _trainer(rows: list[tuple[str, float, int]], fields: Mapping[str, Any]) -> bytes:
+    unknown = next((i for i, (_, _, kind) in enumerate(rows) if kind == _UNKNOWN), 0)
+    known = {"unknown_token_id": unknown, **fields}
+    special = [(number, known[name]) for name, (number, _) in _IDS.items() if name in known]
+    names = b"".join(_message(number + 5, rows[i][0].encode()) for number, i in special if i < len(rows))
+    numbers = b"".join(_integer(number, i) for number, i in special)
+    return _integer(3, _UNIGRAM) + _integer(4, len(rows)) + _integer(35, 1) + numbers + names
+
+
+def _normaliser(fields: Mapping[str, Any]) -> bytes:
+    chars = fields.get("precompiled_charsmap")
+    charsmap = bytes(value & 255 for value in chars.read()) if isinstance(chars, Array) else b""
+    dummy_prefix, spaces = fields.get("add_space_prefix", True), fields.get("remove_extra_whitespaces", False)
+    name = b"precompiled" if charsmap else b"identity"
+    return (_message(1, name) + _message(2, charsmap) + _integer(3, int(dummy_prefix)) + _integer(4, int(spaces)))
+
+
+def _message(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _integer(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value & (1 << 64) - 1)
+
+
+def _float(number: int, value: float) -> bytes:
+    return _varint(number << 3 | 5) + struct.pack("<f", value)
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and content of each field: integers, or bytes of everything else."""
+    at = 0
+    while at < len(data):
+        tag, at = _read_varint(data, at)
+        if tag & 7 == 0:
+            value, at = _read_varint(data, at)
+            yield tag >> 3, value
+            continue
+        size = {1: 8, 5: 4}.get(tag & 7)
+        if size is None:
+            size, at = _read_varint(data, at)
+        yield tag >> 3, data[at : at + size]
+        at += size
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+        if byte < 128:
+            return value, at
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

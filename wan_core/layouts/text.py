@@ -1,0 +1,126 @@
+"""Text encoder checkpoints: dialects, recognition and dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from ..config import TextConfig
+from ..errors import WanError
+from ..files.checkpoint import Checkpoint
+from .keys import IDENTITY, Renames
+
+TABLE = "token_embedding.weight"
+SPIECE_MODEL = "spiece_model"  # the SentencePiece model, as bytes, inside ComfyUI's files
+
+DIALECTS: dict[str, Renames] = {
+    "official": IDENTITY,
+    "huggingface": Renames([
+        ("shared", "token_embedding"),
+        ("encoder.embed_tokens", "token_embedding"),  # the same table under its second name
+        ("encoder.final_layer_norm", "norm"),
+        ("encoder.block.{a}.layer.0.layer_norm", "blocks.{a}.norm1"),
+        ("encoder.block.{a}.layer.0.SelfAttention.q", "blocks.{a}.attn.q"),
+        ("encoder.block.{a}.layer.0.SelfAttention.k", "blocks.{a}.attn.k"),
+        ("encoder.block.{a}.layer.0.SelfAttention.v", "blocks.{a}.attn.v"),
+        ("encoder.block.{a}.layer.0.SelfAttention.o", "blocks.{a}.attn.o"),
+        ("encoder.block.{a}.layer.0.SelfAttention.relative_attention_bias", "blocks.{a}.pos_embedding.embedding"),
+        ("encoder.block.{a}.layer.1.layer_norm", "blocks.{a}.norm2"),
+        ("encoder.block.{a}.layer.1.DenseReluDense.wi_0", "blocks.{a}.ffn.gate.0"),
+        ("encoder.block.{a}.layer.1.DenseReluDense.wi_1", "blocks.{a}.ffn.fc1"),
+        ("encoder.block.{a}.layer.1.DenseReluDense.wo", "blocks.{a}.ffn.fc2"),
+    ]),
+    "llama.cpp": Renames([
+        ("token_embd", "token_embedding"),
+        ("enc.output_norm", "norm"),
+        ("enc.blk.{a}.attn_norm", "blocks.{a}.norm1"),
+        ("enc.blk.{a}.attn_q", "blocks.{a}.attn.q"),
+        ("enc.blk.{a}.attn_k", "blocks.{a}.attn.k"),
+        ("enc.blk.{a}.attn_v", "blocks.{a}.attn.v"),
+        ("enc.blk.{a}.attn_o", "blocks.{a}.attn.o"),
+        ("enc.blk.{a}.attn_rel_b", "blocks.{a}.pos_embedding.embedding"),
+        ("enc.blk.{a}.ffn_norm", "blocks.{a}.norm2"),
+        ("enc.blk.{a}.ffn_gate", "blocks.{a}.ffn.gate.0"),
+        ("enc.blk.{a}.ffn_up", "blocks.{a}.ffn.fc1"),
+        ("enc.blk.{a}.ffn_down", "blocks.{a}.ffn.fc2"),
+    ]),
+}  # fmt: skip
+
+_MARKS = {
+    "official": "blocks.0.attn.q.weight",
+    "huggingface": "encoder.block.0.layer.0.SelfAttention.q.weight",
+    "llama.cpp": "enc.blk.0.attn_q.weight",
+}
+_EXTRAS = (SPIECE_MODEL,)
+# Of a whole sequence-to-sequence checkpoint only the encoder is of use.
+_SECOND_HALF = ("decoder.", "lm_head.", "dec.", "output.")
+
+
+def recognise(keys: Collection[str]) -> str | None:
+    """The dialect of a text encoder's keys, or None for another kind of file."""
+    keys = set(keys)
+    return next((dialect for dialect, mark in _MARKS.items() if mark in keys and _has_table(dialect, keys)), None)
+
+
+def names(checkpoint: Checkpoint, dialect: str) -> dict[str, str]:
+    """Our key -> the checkpoint's key, for every weight; unknown keys stand for themselves, so loading refuses them.
+    """
+    renames = DIALECTS[dialect]
+    found: dict[str, str] = {}
+    for key in sorted(checkpoint.tensors, key=lambda key: key.startswith("encoder.embed_tokens")):
+        if key not in _EXTRAS and not (dialect != "official" and key.startswith(_SECOND_HALF)):
+            found.setdefault(renames.to_own(key) or key, key)
+    return found
+
+
+def read_config(shapes: Mapping[str, tuple[int, ...]]) -> TextConfig:
+    """Every dimension from the shapes of our keys.
+
+    Raises:
+        WanError: a tensor is missing, or the shapes belong to T5 instead of umT5.
+    """
+    layers = sum(key.startswith("blocks.") and key.endswith(".attn.q.weight") for key in shapes)
+    biases = sum(key.startswith("blocks.") and key.endswith(".pos_embedding.embedding.weight") for key in shapes)
+    if biases == 1 and layers > 1:
+        raise WanError("This is a T5 text encoder (only its first layer has a position bias), but Wan needs umT5-XXL: "
+                       "use models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_fp16.safetensors.")
+    try:
+        return _config(shapes, layers)
+    except (KeyError, ValueError) as error:
+        raise WanError(f"The text encoder's dimensions cannot be read: {error} is missing or has another shape than "
+                       "expected. Is it a partial download?") from error
+
+
+def packs(key: str) -> bool:
+    """Whether a weight, by our key, may be in a quantised format in memory: the blocks' matrices and the table."""
+    return key == TABLE or is_matrix(key)
+
+
+def is_matrix(key: str) -> bool:
+    """A matrix of a block, but for the small one of position biases."""
+    return key.startswith("blocks.") and "norm" not in key and "pos_embedding" not in key
+
+
+def _config(shapes: Mapping[str, tuple[int, ...]], layers: int) -> TextConfig:
+    vocabulary, dim = shapes[TABLE]
+    attention_dim, _ = shapes["blocks.0.attn.q.weight"]
+    ffn_dim, _ = shapes["blocks.0.ffn.fc1.weight"]
+    buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+    if attention_dim % heads:
+        raise ValueError(f"attention of width {attention_dim} for {heads} heads")
+    return TextConfig(vocabulary, dim, attention_dim, ffn_dim, heads, layers, buckets)
+
+
+def huggingface_config(config: TextConfig) -> dict:
+    """The ``config.json`` of transformers' UMT5EncoderModel."""
+    return {
+        "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "vocab_size": config.vocabulary,
+        "d_model": config.dim, "d_kv": config.attention_dim // config.heads, "d_ff": config.ffn_dim,
+        "num_heads": config.heads, "num_layers": config.layers, "num_decoder_layers": config.layers,
+        "relative_attention_num_buckets": config.buckets, "relative_attention_max_distance": config.max_distance,
+        "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": config.eps, "is_encoder_decoder": True,
+        "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1, "dense_act_fn": "gelu_new",
+    }  # fmt: skip
+
+
+def _has_table(dialect: str, keys: Collection[str]) -> bool:
+    return any(DIALECTS[dialect].to_own(key) == TABLE for key in keys if "emb" in key or "shared" in key)

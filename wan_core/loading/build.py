@@ -1,0 +1,107 @@
+"""Modules from checkpoints: built on the meta device, then filled strictly, without a second copy of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from ..errors import WanError
+from ..files.checkpoint import Checkpoint, _some
+from ..quant.base import Packed
+from ..quant.linear import pack_layers
+from ..quant.scaled import Scaled
+from ..quant.scratch import Scratch
+
+
+def load_strict(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    keep_float32: Callable[[str], bool] = lambda key: False,
+    place: Callable[[str], bool] = lambda key: True,
+    packs: Callable[[str], bool] = lambda key: False,
+    make: Callable[[str], Scaled | None] = lambda key: None,
+) -> nn.Module:
+    """Fill a module that was made on the meta device.
+
+    Args:
+        module: its state dict names every tensor wanted, with the shape expected.
+        names: our key -> the checkpoint's key. Keys of the module that are missing here, and keys here that the module
+            does not know, are errors.
+        dtype: of floating-point tensors after loading; None keeps the file's.
+        keep_float32: our keys that stay float32 whatever ``dtype`` says.
+        place: False for keys that stay memory-mapped on the CPU in the file's dtype (streamed blocks).
+        packs: our keys of matrices that stay in their quantised format; all others are dequantised.
+        make: the format in which such a matrix is packed now if the file has it in none, or in another.
+
+    A tensor whose dtype and device already fit stays memory-mapped: loading a float32 file for float32 on the CPU
+    copies nothing.
+
+    Raises:
+        WanError: missing or unexpected keys, or other shapes than expected; all of them are listed.
+    """
+    wanted = dict(module.state_dict(keep_vars=True))
+    _check_names(wanted, names, checkpoint)
+    _check_shapes(wanted, names, checkpoint)
+    packed: dict[str, Packed] = {}
+    for key, slot in wanted.items():
+        if packs(key) and (make(key) or _is_packed(checkpoint, names[key])):
+            matrix = _packed(checkpoint, names[key], make(key), device)
+            packed[key] = matrix.to(device if place(key) else "cpu")
+            continue
+        tensor = checkpoint.tensor(names[key])
+        if place(key):
+            target = torch.float32 if keep_float32(key) else dtype
+            tensor = tensor.to(device=device, dtype=target if tensor.is_floating_point() else None)
+        assign(module, key, tensor, is_parameter=isinstance(slot, nn.Parameter))
+    pack_layers(module, packed, Scratch())
+    return module.eval().requires_grad_(False)
+
+
+def _packed(checkpoint: Checkpoint, key: str, make: Scaled | None, device: torch.device | str) -> Packed:
+    """A matrix as the file has it, mapped, or packed on the device."""
+    if _is_packed(checkpoint, key) and (make is None or checkpoint.tensors[key].format.name == make.name):
+        return checkpoint.packed(key)
+    return make.pack(checkpoint.tensor(key).to(device))
+
+
+def _is_packed(checkpoint: Checkpoint, key: str) -> bool:
+    """Whether a matrix lies packed in the file row by row (GGUF may have cut it into other rows)."""
+    info = checkpoint.tensors[key]
+    return info.format is not None and checkpoint.packed(key).shape == info.shape
+
+
+def assign(module: nn.Module, key: str, tensor: torch.Tensor, *, is_parameter: bool = True) -> None:
+    """Put a tensor in a module's slot by its dotted name, whatever was there."""
+    *path, name = key.split(".")
+    owner = module.get_submodule(".".join(path))
+    if is_parameter:
+        owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[name] = tensor
+
+
+def _check_names(wanted: Mapping, names: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    missing = sorted(set(wanted) - set(names))
+    unexpected = sorted(names[key] for key in set(names) - set(wanted))
+    if missing or unexpected:
+        raise WanError(
+            f"{checkpoint.path} does not fit the model that its shapes describe. "
+            f"Missing: {_some(missing) or 'nothing'}. Unexpected: {_some(unexpected) or 'nothing'}. "
+            "Is it a partial download, a LoRA, or a model that this version does not support?"
+        )
+
+
+def _check_shapes(wanted: Mapping, names: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    wrong = [
+        f"{names[key]} is {list(checkpoint.tensors[names[key]].shape)}, expected {list(slot.shape)}"
+        for key, slot in wanted.items()
+        if tuple(checkpoint.tensors[names[key]].shape) != tuple(slot.shape)
+    ]
+    if wrong:
+        raise WanError(f"{checkpoint.path} has tensors of other shapes than expected: {_some(wrong)}.")

@@ -1,0 +1,114 @@
+"""From a checkpoint on disk to a WanDiT."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import DiTConfig
+from ..dtypes import resolve_dtype
+from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..files.unchanged import check_unchanged
+from ..layouts import dit as keys
+from ..layouts.detect import expect
+from ..memory.stream import PREFETCH, BlockSwap
+from ..models.dit.attention import find_backend
+from ..models.dit.dit import WanDiT, keeps_float32
+from ..quant.registry import MADE_ON_LOAD
+from .build import load_strict
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class DiTFile:
+    """A DiT checkpoint whose header has been read and understood; its weights have not."""
+
+    checkpoint: Checkpoint
+    names: dict[str, str]  # our key -> the checkpoint's key
+    config: DiTConfig
+    fingerprint: tuple  # of the files when the header was read
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
+
+
+def read_dit(path: str | Path) -> DiTFile:
+    """Read a DiT's header: milliseconds for safetensors.
+
+    Raises:
+        WanError: not there, damaged, something else than a Wan DiT, or a relative that is not supported.
+    """
+    checkpoint = open_checkpoint(path)
+    dialect = expect("dit", checkpoint)
+    names = keys.names(checkpoint, dialect)
+    shapes = {own: checkpoint.tensors[theirs].shape for own, theirs in names.items()}
+    config = keys.read_config(shapes, keys.heads_beside(checkpoint.path))
+    return DiTFile(checkpoint, names, config, checkpoint.fingerprint)
+
+
+def build_dit(
+    file: DiTFile,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    attention: str = "auto",
+    swap_blocks: int = 0,
+    prefetch: int = PREFETCH,
+) -> WanDiT:
+    """The model with its weights on the device, but for ``swap_blocks`` blocks, which stream from the file.
+
+    Raises:
+        WanError: see ``load_strict``, ``find_backend`` and ``resolve_dtype``.
+    """
+    requested, make = dtype, MADE_ON_LOAD.get(dtype) if isinstance(dtype, str) else None
+    dtype = resolve_dtype(dtype, device, file.checkpoint.dtype)
+    backend = find_backend(attention, device, dtype)
+    if note := quantised_note(file, requested, device):
+        log.info("wan_core: %s", note)
+    with torch.device("meta"):
+        model = WanDiT(file.config)
+    swap = BlockSwap(model.blocks, swap_blocks, device=device, dtype=dtype, keep_float32=keeps_float32,
+                     prefetch=prefetch, check=lambda: check_unchanged(file))
+    load_strict(model, file.checkpoint, file.names, device=device, dtype=dtype, keep_float32=keeps_float32,
+                place=swap.places, packs=keys.packs, make=lambda key: make)  # fmt: skip
+    file.checkpoint.close()  # the recipe outlives the weights; the mapping must not outlive them too
+    model.attend = backend.run
+    model.swap = swap.adopt() if swap_blocks else None
+    return model
+
+
+def quantised_note(file: DiTFile, dtype: torch.dtype | str | None, device: torch.device | str) -> str | None:
+    """What the user should know of quantised weights on a device that cannot multiply them as they are."""
+    made = [MADE_ON_LOAD[dtype]] if isinstance(dtype, str) and dtype in MADE_ON_LOAD else []
+    infos = (file.checkpoint.tensors[theirs] for own, theirs in file.names.items() if keys.packs(own))
+    formats = made or [info.format for info in infos if info.format]
+    lacking = sorted({one.name for one in formats if one.lacks_arithmetic(torch.device(device))})
+    if not lacking:
+        return None
+    return (f"{file.checkpoint.path.name}: {device} has no {', '.join(lacking)} arithmetic, so each layer's weights "
+            "are dequantised when they are used. That saves the same memory, but no time.")
+
+
+def load_dit(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
+) -> WanDiT:
+    """Load a Wan DiT.
+
+    Args:
+        path: a file, a sharded folder, or an index json; official, prefixed, ComfyUI's or diffusers' keys.
+        dtype: of the computation; None means bfloat16 where the device is fast in it, else float32. A quantised file
+            stays as it is, whatever the computation. "fp8_e4m3fn" and "int8" quantise the matrices of the blocks while
+            they are loaded, and compute in the default dtype.
+
+    Returns:
+        ``dit(x [B,C_in,T,h,w], t [B] or [B,T] in 0..1000, context [B,L,D]) -> velocity [B,C_out,T,h,w]``, float32.
+
+    Raises:
+        WanError: the file is missing, damaged, or no Wan DiT.
+    """
+    return build_dit(read_dit(path), device=device, dtype=dtype)

@@ -1,0 +1,69 @@
+"""A VAE from a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import VAEConfig, VAEKind
+from ..dtypes import resolve_dtype
+from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..layouts import vae as vae_files
+from ..layouts.detect import expect
+from ..models.vae.vae import VideoVAE
+from ..models.vae.wan21 import Wan21VAE
+from ..models.vae.wan22 import Wan22VAE
+from .build import load_strict
+
+VAE_CLASSES: dict[VAEKind, type[VideoVAE]] = {"wan2.1": Wan21VAE, "wan2.2": Wan22VAE}
+
+
+@dataclass(frozen=True, eq=False)
+class VAEFile:
+    """A VAE checkpoint whose header has been read and understood; its weights have not."""
+
+    checkpoint: Checkpoint
+    names: dict[str, str]  # our key -> the checkpoint's key
+    config: VAEConfig
+    fingerprint: tuple  # of the files when the header was read
+
+
+def read_vae(path: str | Path) -> VAEFile:
+    """Read a VAE's header.
+
+    Raises:
+        WanError: not there, damaged, or something else than a Wan VAE.
+    """
+    checkpoint = open_checkpoint(path)
+    names = vae_files.names(checkpoint, expect("vae", checkpoint))
+    config = vae_files.read_config({own: checkpoint.tensors[theirs].shape for own, theirs in names.items()})
+    return VAEFile(checkpoint, names, config, checkpoint.fingerprint)
+
+
+def build_vae(
+    file: VAEFile, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
+) -> VideoVAE:
+    """The VAE with its weights on the device; arguments as in ``load_vae``."""
+    with torch.device("meta"):
+        vae = VAE_CLASSES[file.config.kind](file.config)
+    dtype = resolve_dtype(dtype, device, file.checkpoint.dtype)
+    load_strict(vae, file.checkpoint, file.names, device=device, dtype=dtype)
+    file.checkpoint.close()  # the tensors keep the mapping; it must not outlive them
+    return vae
+
+
+def load_vae(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
+) -> VideoVAE:
+    """Load the Wan2.1- or the Wan2.2-VAE, whichever the file holds, in any of its layouts.
+
+    Args:
+        path: ``Wan2.1_VAE.pth``, ``Wan2.2_VAE.pth``, a safetensors file of either, or diffusers' ``vae/`` folder.
+        dtype: to compute in; None means bfloat16 where the device is fast in it, else float32.
+
+    Raises:
+        WanError: no such file, a broken one, one without a Wan VAE, or one with missing or unexpected tensors.
+    """
+    return build_vae(read_vae(path), device=device, dtype=dtype)

@@ -1,0 +1,356 @@
+"""The one place where weights live: recipes in, models out, and everything given back on request.
+
+Nodes and the pipeline ask for a part when they are about to use it. What was loaded stays for the next run while
+there is room; the least recently used goes first. ``release`` drops all, and with the last tensor the mapped files.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import TEXT_LENGTH, PerExpert
+from ..dtypes import resolve_dtype
+from ..files.unchanged import check_unchanged
+from ..foreign import Foreign
+from ..layouts import text as text_layout
+from ..loading.dit import DiTFile, build_dit
+from ..loading.text import TextEncoder, TextFile, build_text_encoder
+from ..loading.vae import VAEFile, build_vae
+from ..lora.apply import adaptation_of
+from ..models.dit.dit import TextStates, WanDiT
+from ..models.vae.vae import VideoVAE
+from ..recipe import ModelRecipe, Network
+from ..sampling.experts import Expert, Experts, Model
+from ..sampling.guidance import Condition
+from .devices import available_bytes, empty_cache
+from .plan import AUTO, Plan, plan, smaller, weights_of
+from .readahead import ReadAhead
+from .stream import spread
+
+log = logging.getLogger(__name__)
+
+_MARGIN = 2 * 1024**3  # room left for activations
+
+
+@dataclass
+class _Loaded:
+    part: Any
+    bytes: int
+    device: torch.device
+    alone: bool  # on its device: a memory limit leaves no room for others
+
+
+def _no_room_made(needed: int, device: torch.device) -> None: ...
+
+
+@dataclass
+class Engine:
+    """Loads, keeps and releases models.
+
+    Args:
+        make_room: called with the bytes about to be loaded and the device, before each load, so that a host
+            (ComfyUI) can move its own models away.
+        keep_one: hold one model at a time on a device other than the CPU, whatever the room (``--offload_model``).
+    """
+
+    make_room: Callable[[int, torch.device], None] = _no_room_made
+    keep_one: bool = False
+    loads: int = 0  # how many models were read so far; a run that reloads nothing leaves it as it was
+    _loaded: OrderedDict[Hashable, _Loaded] = field(default_factory=OrderedDict)
+    _plans: dict[Hashable, Plan] = field(default_factory=dict)
+    _ahead: ReadAhead = field(default_factory=ReadAhead)
+
+    def get(
+        self, key: Hashable, size: int, device: torch.device | str, load: Callable[[], Any], *, alone: bool = False
+    ) -> Any:
+        """The part under this key, loaded now if it is not there yet.
+
+        Args:
+            size: bytes it takes on the device.
+            load: makes the part.
+            alone: every other part on the device makes way, as this one will for the next.
+        """
+        device = torch.device(device)
+        if key in self._loaded:
+            self._loaded.move_to_end(key)
+            return self._loaded[key].part
+        self.make_room(size, device)
+        self._evict_for(size, device, alone)
+        self.loads += 1
+        part = load()
+        log.info("wan_core: loaded %s on %s (%.2f GB)", key[0], device, size / 1e9)
+        self._loaded[key] = _Loaded(part, size, device, alone)
+        return part
+
+    def fit(
+        self, recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device | str, *, guided: bool = True
+    ) -> tuple[ModelRecipe, Plan]:
+        """A recipe with its memory limit turned into blocks that stream, for a latent [B, C, T, h, w]; and the plan.
+
+        What "auto" came to is kept for the next run of the same kind, so that it finds its weights where they are.
+
+        Raises:
+            WanError: see ``plan``.
+        """
+        device = torch.device(device)
+        key = (_identity(recipe), tuple(shape), str(device), guided)
+        if key not in self._plans:
+            if recipe.vram_limit == AUTO:
+                whole = replace(recipe, swap_blocks=0)
+                self.make_room(max(dit_bytes(file, whole, device) for file in recipe.own), device)
+            free = available_bytes(device) + self.bytes_on(device)
+            self._plans[key] = plan(recipe, shape, device, guided=guided, free=free)
+        found = self._plans[key]
+        return replace(recipe, swap_blocks=found.swapped, prefetch=found.prefetch), found
+
+    def fit_less(
+        self, used: Plan, recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device | str, *,
+        guided: bool = True,
+    ) -> tuple[ModelRecipe, Plan] | None:  # fmt: skip
+        """After what ``fit`` said was too much: all is released, and less is planned from now on.
+
+        None if there is no less, or if the weights are not the engine's.
+        """
+        device = torch.device(device)
+        key = (_identity(recipe), tuple(shape), str(device), guided)
+        less = smaller(used) if recipe.own else None
+        self.release()
+        if less is None:
+            return None
+        swapped, prefetch = less
+        tight = replace(recipe, swap_blocks=swapped, prefetch=prefetch, vram_limit=None)
+        self._plans[key] = plan(tight, shape, device, guided=guided)
+        return replace(tight, vram_limit=recipe.vram_limit or AUTO), self._plans[key]
+
+    def dit(self, file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> WanDiT:
+        """One expert's weights, as the recipe wants them.
+
+        Raises:
+            WanError: the file was changed since its header was read, or see ``build_dit``.
+        """
+        check_unchanged(file)
+        key, size = _dit_key(file, recipe, device), dit_bytes(file, recipe, device)
+        self._resize(key, size)
+        return self.get(key, size, device, lambda: build_dit(
+            file, device=device, dtype=recipe.dtype, attention=recipe.attention, swap_blocks=recipe.swap_blocks,
+            prefetch=recipe.prefetch,
+        ), alone=recipe.vram_limit is not None)  # fmt: skip
+
+    def missing_bytes(self, recipe: ModelRecipe, device: torch.device | str) -> int:
+        """What the first call of a recipe will load; 0 as soon as one of its experts is there: they take turns."""
+        kept = {key[:3] for key in self._loaded}  # with however many blocks
+        if any(_dit_key(file, recipe, device)[:3] in kept for file in recipe.own):
+            return 0
+        return max((dit_bytes(file, recipe, device) for file in recipe.own), default=0)
+
+    def _resize(self, key: Hashable, size: int) -> None:
+        """A loaded part is about to take more or less than it did, with other LoRAs."""
+        entry = self._loaded.get(key)
+        if entry and size > entry.bytes:
+            self.make_room(size - entry.bytes, entry.device)
+        if entry:
+            entry.bytes = size
+
+    def read_ahead(self, file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> None:
+        """Have a file read that will be needed soon, unless it is loaded: by the system, into no memory of ours."""
+        if _dit_key(file, recipe, device) not in self._loaded:
+            self._ahead.begin(file.checkpoint.files)
+
+    def experts(self, recipe: ModelRecipe, guidance: PerExpert, device: torch.device | str) -> Experts:
+        """A recipe's experts as ``denoise`` calls them; nothing is loaded before the first call."""
+        high = self._network(recipe.high, recipe, torch.device(device))
+        if recipe.low is None:
+            return Experts.dense(high, guidance.low)
+        low = self._network(recipe.low, recipe, torch.device(device))
+        return Experts(
+            high=Expert(high, guidance.high, "high"), low=Expert(low, guidance.low, "low"),
+            boundary=recipe.variant.boundary, switch=recipe.switch,
+        )  # fmt: skip
+
+    def _network(self, file: Network, recipe: ModelRecipe, device: torch.device) -> Model:
+        return file.connect(device) if isinstance(file, Foreign) else LazyDiT(self, file, recipe, device)
+
+    def text_encoder(
+        self, file: TextFile, device: torch.device | str, dtype: str | torch.dtype | None, *, resident: bool = True
+    ) -> TextEncoder:
+        """A text encoder with its weights; without ``resident`` they come to the device matrix by matrix.
+
+        Raises:
+            WanError: the file was changed since its header was read, or see ``build_text_encoder``.
+        """
+        check_unchanged(file)
+        key = ("text", file.fingerprint, str(device), str(dtype), resident)
+        size = text_bytes(file, device, dtype) if resident else largest_matrix(file, device, dtype)
+        return self.get(key, size, device, lambda: build_text_encoder(
+            file, device=device, dtype=dtype, resident=resident,
+        ))  # fmt: skip
+
+    def vae(self, file: VAEFile, device: torch.device | str, dtype: str | torch.dtype | None) -> VideoVAE:
+        """A VAE with its weights.
+
+        Raises:
+            WanError: the file was changed since its header was read, or see ``build_vae``.
+        """
+        check_unchanged(file)
+        key = ("vae", file.fingerprint, str(device), str(dtype))
+        return self.get(key, _bytes(file, device, dtype), device, lambda: build_vae(file, device=device, dtype=dtype))
+
+    def release(self, *kinds: str) -> None:
+        """Drop what is loaded; with kinds ("dit", "vae", "text"), only those."""
+        for key in [k for k in self._loaded if not kinds or k[0] in kinds]:
+            del self._loaded[key]
+        self._plans.clear()
+        self._ahead.stop()
+        gc.collect()
+        empty_cache()
+
+    def shrink(self, wanted: int, device: torch.device | str) -> int:
+        """Drop the least recently used parts on a device until ``wanted`` bytes are free; returns how many are."""
+        before = self.bytes_on(device)
+        for key in [k for k, entry in self._loaded.items() if entry.device == torch.device(device)]:
+            if before - self.bytes_on(device) >= wanted:
+                break
+            del self._loaded[key]
+        self._plans.clear()
+        gc.collect()
+        empty_cache()
+        return before - self.bytes_on(device)
+
+    def bytes_on(self, device: torch.device | str) -> int:
+        """Bytes of weights held for a device."""
+        return sum(entry.bytes for entry in self._loaded.values() if entry.device == torch.device(device))
+
+    def _evict_for(self, size: int, device: torch.device, alone: bool) -> None:
+        on_device = [key for key, entry in self._loaded.items() if entry.device == device]
+        for key in on_device:
+            must_go = device.type != "cpu" and (self.keep_one or alone or self._loaded[key].alone)
+            if not must_go and available_bytes(device) >= size + _MARGIN:
+                return
+            log.info("wan_core: releasing %s to make room", key[0])
+            del self._loaded[key]
+            gc.collect()
+            empty_cache()
+
+
+class LazyDiT:
+    """An expert that fetches its weights from the engine when it is called, and remembers each prompt's text states.
+
+    The weights are loaded without LoRAs, which are put to them here: other LoRAs or strengths load nothing again.
+    """
+
+    def __init__(self, engine: Engine, file: DiTFile, recipe: ModelRecipe, device: torch.device):
+        self.engine = engine
+        self.file = file
+        self.recipe = recipe
+        self.device = device
+        self._loras, self._step = recipe.loras_of(file), 0
+        self._revision = 0  # of the weights that the text states belong to
+        self._owner: weakref.ref[WanDiT] | None = None  # weak, so that the engine can release it during the run
+        self._texts: dict[int, tuple[Condition, TextStates]] = {}
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        on_block: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        dit = self.engine.dit(self.file, self.recipe, self.device)
+        self._adapt(dit)
+        x = self._with_channels(x.to(self.device), condition)
+        return dit(x, t, self._text(dit, condition, len(x)), on_block=on_block).to(torch.float32)
+
+    def begin(self, step: int) -> None:
+        """The calls that follow are of this step of the schedule."""
+        self._step = step
+
+    def _adapt(self, dit: WanDiT) -> None:
+        if not self._loras and dit.adaptation is None:
+            return
+        adaptation = adaptation_of(dit, self.file)
+        adaptation.set([use.file for use in self._loras], [use.at(self._step) for use in self._loras],
+                       merge=self.recipe.merge_loras)  # fmt: skip
+        if adaptation.revision != self._revision:
+            self._revision = adaptation.revision
+            self._texts.clear()
+
+    def prepare(self) -> None:
+        """Called while the step before the first of this expert is computed."""
+        self.engine.read_ahead(self.file, self.recipe, self.device)
+
+    def _with_channels(self, x: torch.Tensor, condition: Condition) -> torch.Tensor:
+        if condition.concat is None:
+            return x
+        extra = condition.concat.to(x)
+        return torch.cat([x, extra.expand(len(x), *extra.shape[1:])], dim=1)
+
+    def _text(self, dit: WanDiT, condition: Condition, batch: int) -> TextStates:
+        if self._owner is None or dit is not self._owner():  # loaded again: the old states belong to old weights
+            self._owner, self._texts = weakref.ref(dit, lambda _: self._texts.clear()), {}
+        if id(condition) not in self._texts:
+            text = pad_text(condition.text)
+            states = dit.text_states(text.expand(batch, *text.shape[1:]), keep=self.recipe.keeps_text)
+            self._texts[id(condition)] = condition, states
+        return self._texts[id(condition)][1]
+
+
+def pad_text(text: torch.Tensor) -> torch.Tensor:
+    """[B, L, D] -> at least 512 rows: cross-attention was trained to see the zeros after a prompt."""
+    missing = TEXT_LENGTH - text.shape[1]
+    return nn.functional.pad(text, (0, 0, 0, missing)) if missing > 0 else text
+
+
+def dit_bytes(file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> int:
+    """Bytes on the device of one expert: what stays there, and the slots that swapped blocks pass through."""
+    weights = weights_of(file, recipe.dtype, device, mapped_too=True, loras=recipe.loras_of(file))
+    swapped = spread(recipe.swap_blocks, file.config.layers)
+    slots = min(recipe.prefetch + 1, len(swapped)) * max(weights.blocks)
+    return weights.total + weights.scratch - sum(weights.blocks[i] for i in swapped) + slots
+
+
+def text_bytes(file: TextFile, device: torch.device | str, dtype: str | torch.dtype | None) -> int:
+    """Bytes on the device of a text encoder, whose table always stays in the file."""
+    return _bytes(file, device, dtype, skip=(text_layout.TABLE,))
+
+
+def largest_matrix(file: TextFile, device: torch.device | str, dtype: str | torch.dtype | None) -> int:
+    """Bytes on the device of a text encoder whose matrices pass through one buffer."""
+    width = resolve_dtype(dtype, device, file.checkpoint.dtype).itemsize
+    shapes = (file.checkpoint.tensors[theirs].shape for own, theirs in file.names.items() if own != text_layout.TABLE)
+    return max(math.prod(shape) for shape in shapes) * width
+
+
+def _dit_key(file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> Hashable:
+    return ("dit", file.fingerprint, str(device), recipe.dtype, recipe.attention, recipe.swap_blocks, recipe.prefetch)
+
+
+def _identity(recipe: ModelRecipe) -> Hashable:
+    """What decides a recipe's plan."""
+    files = tuple(file.fingerprint for file in recipe.files)
+    loras = tuple(use.file.fingerprint for use in recipe.loras if use.strength)
+    return files, loras, recipe.dtype, recipe.vram_limit, recipe.swap_blocks, recipe.prefetch
+
+
+def _bytes(
+    file: DiTFile | TextFile | VAEFile,
+    device: torch.device | str,
+    dtype: str | torch.dtype | None,
+    skip: tuple[str, ...] = (),
+) -> int:
+    """Bytes of a file's weights in the dtype of the computation, without those whose names begin with ``skip``."""
+    width = resolve_dtype(dtype, device, file.checkpoint.dtype).itemsize
+    kept = [theirs for own, theirs in file.names.items() if not own.startswith(skip)]
+    infos = ((key, file.checkpoint.tensors[key]) for key in kept)
+    return sum(
+        file.checkpoint.stored_bytes(key) if info.format else math.prod(info.shape) * width for key, info in infos
+    )

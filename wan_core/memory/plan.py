@@ -1,0 +1,299 @@
+"""What a run will need of a device, said from headers alone, before a weight is read; and how to fit a budget.
+
+What a plan says is the peak of tensors: a kernel's own workspace and the driver are not in it. The tests hold it
+against the real modules on the meta device (``tracing``) and against measured memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ..config import PATCH, TEXT_LENGTH, DiTConfig, VAEConfig
+from ..dtypes import resolve_dtype
+from ..errors import WanError
+from ..files.checkpoint import Checkpoint
+from ..layouts.dit import packs
+from ..lora.use import LoraUse, bytes_beside, merges
+from ..models.dit.dit import TOKENS_AT_ONCE, keeps_float32
+from ..models.dit.layers import SLICE
+from ..models.dit.rope import SLICE as ROTATED_AT_ONCE
+from ..quant.registry import MADE_ON_LOAD
+from .stream import LANES, STAGES, check_count, spread
+from .tracing import peak_bytes
+
+if TYPE_CHECKING:
+    from ..recipe import ModelRecipe
+
+GB = 1e9
+AUTO = "auto"
+MARGIN = 1.0 * GB  # left free by "auto": workspace of kernels, fragments, what other programs take meanwhile
+_LATENTS = 9  # copies of the latent that solver, guidance and previews hold at once, float32
+
+
+class DiTHeader(Protocol):
+    checkpoint: Checkpoint
+    names: dict[str, str]
+    config: DiTConfig
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of one expert's weights on a device; on a CPU only those that are not used as they lie in the file."""
+
+    outside: int  # of the blocks
+    blocks: tuple[int, ...]  # of each block
+    scratch: int  # one dequantised matrix, where any is packed
+
+    @property
+    def total(self) -> int:
+        return self.outside + sum(self.blocks)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is laid out, and what it needs: bytes on the device at the worst moment, by what they are for.
+
+    Attributes:
+        swapped, prefetch: blocks that stream, and how many of them are on the device before their turn.
+        weights: what stays on the device.
+        stream: the slots that swapped blocks pass through.
+        activations: what grows with the size of the video, and the prompts.
+        ram: host memory of the process's own beside that, such as the pinned staging ring; the mapped file is not.
+        moved: bytes copied to the device at each step.
+        limit: the budget that was asked for, or None.
+    """
+
+    device: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # of the latent [B, C, T, h, w]
+    layers: int
+    swapped: int
+    prefetch: int
+    weights: int
+    stream: int
+    activations: int
+    ram: int
+    moved: int
+    limit: float | None = None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.stream + self.activations
+
+    def __str__(self) -> str:
+        b, _, t, h, w = self.shape
+        budget = "" if self.limit is None else f" of {self.limit / GB:.1f} GB allowed"
+        lines = [
+            f"{self.total / GB:.2f} GB on {self.device}{budget} ({str(self.dtype).removeprefix('torch.')}, "
+            f"latent {w}x{h}x{t}{f', batch {b}' if b > 1 else ''})",
+            f"weights {self.weights / GB:.2f} GB, streaming {self.stream / GB:.2f} GB, "
+            f"activations {self.activations / GB:.2f} GB",
+            f"{self.layers - self.swapped} of {self.layers} blocks stay on the device, {self.swapped} stream "
+            f"(prefetch {self.prefetch})",
+        ]
+        if self.moved:
+            lines.append(f"{self.moved / GB:.1f} GB copied to the device each step, {self.ram / GB:.1f} GB of RAM")
+        return "\n".join(lines)
+
+
+def weights_of(
+    file: DiTHeader, dtype: str | torch.dtype | None, device: torch.device | str, *, mapped_too: bool = False,
+    loras: Sequence[LoraUse] = (),
+) -> Weights:  # fmt: skip
+    """An expert's weights from its header, with its LoRAs.
+
+    Args:
+        mapped_too: count also what a CPU uses as it lies in the file.
+    """
+    device = torch.device(device)
+    compute = resolve_dtype(dtype, device, file.checkpoint.dtype)
+    make = dtype in MADE_ON_LOAD if isinstance(dtype, str) else False
+    on_cpu = device.type == "cpu" and not mapped_too
+    outside, blocks, scratch = 0, [0] * file.config.layers, 0
+    for own, theirs in file.names.items():
+        info = file.checkpoint.tensors[theirs]
+        count = math.prod(info.shape)
+        packed = packs(own) and (info.format is not None or make)
+        target = torch.float32 if keeps_float32(own) else compute
+        if packed:
+            size = 0 if on_cpu and info.format else _packed_bytes(file.checkpoint, theirs)
+        else:
+            size = 0 if on_cpu and info.format is None and info.dtype == target else count * target.itemsize
+        beside = bytes_beside(loras, own, compute) if packs(own) else 0
+        size += beside
+        if packed or merges(loras, own):
+            scratch = max(scratch, count * compute.itemsize)
+        if own.startswith("blocks."):
+            blocks[int(own.split(".")[1])] += size
+        else:
+            outside += size
+    return Weights(outside, tuple(blocks), scratch)
+
+
+def _packed_bytes(checkpoint: Checkpoint, key: str) -> int:
+    """Of a packed matrix as it is stored, or as it will be after packing on load: a byte each, a scale each row."""
+    info = checkpoint.tensors[key]
+    return checkpoint.stored_bytes(key) if info.format else math.prod(info.shape) + 4 * info.shape[0]
+
+
+def activation_bytes(config: DiTConfig, batch: int, tokens: int, dtype: torch.dtype) -> int:
+    """The peak inside a block, the residual stream and the rotation table included.
+
+    Each line below is one hungry moment of ``models.dit.Block``: copies of the tokens, and pieces of them.
+    """
+    item, dim = dtype.itemsize, config.dim
+    wide = 0 if dtype == torch.float32 else 4  # bytes of a number in a float32 island
+
+    def piece(most: int, bytes_each: int, width: int = dim) -> int:
+        return batch * min(tokens, most) * width * bytes_each
+
+    x = batch * tokens * dim * item
+    part = piece(TOKENS_AT_ONCE, item)  # what a layer answers before it is written over its argument
+    given = part if batch > 1 and tokens > TOKENS_AT_ONCE else 0  # a part of several videos is gathered first
+    text = 2 * batch * TEXT_LENGTH * dim * item
+    whole = 0 if tokens > TOKENS_AT_ONCE else x  # a short video's answer is a copy of its own
+    moments = (
+        4 * x + part + given,  # tokens; queries, keys, values; a part of what is seen
+        4 * x + bool(wide) * piece(ROTATED_AT_ONCE, 2 * wide + item),  # rotating the keys
+        2 * x + 2 * whole + part + text,  # hearing the text
+        2 * x + piece(TOKENS_AT_ONCE, item, config.ffn_dim) + part + given,  # feed-forward
+        2 * x + whole + piece(SLICE, 3 * wide),  # adding with a gate
+        (3 * x if tokens > SLICE else x) + bool(wide) * piece(SLICE, 2 * wide + (tokens <= SLICE) * item),  # norm
+    )
+    table = tokens * config.dim // config.heads // 2 * 8  # complex64
+    return max(moments) + table
+
+
+def held_bytes(
+    config: DiTConfig, shape: tuple[int, ...], dtype: torch.dtype, *, guided: bool, keep_text: bool
+) -> int:
+    """What a run holds between calls: latents, and the prompts as the model sees them."""
+    b, _, t, h, w = shape
+    places = b * t * h * w * 4
+    latents = places * (_LATENTS * config.out_channels + 2 * config.in_channels)
+    embedded = TEXT_LENGTH * (config.text_dim * 4 + config.dim * dtype.itemsize)
+    states = config.layers * 2 * TEXT_LENGTH * config.dim * dtype.itemsize if keep_text else 0
+    return latents + (1 + guided) * (embedded + b * states)
+
+
+@lru_cache(maxsize=16)
+def decode_bytes(config: VAEConfig, height: int, width: int, dtype: torch.dtype = torch.float32) -> int:
+    """The peak of decoding frames of this size (pixels; or of one tile of it), weights included.
+
+    However long the video is: the third latent frame is as hungry as any later one.
+    """
+    from ..loading.vae import VAE_CLASSES
+
+    with torch.device("meta"):
+        vae = VAE_CLASSES[config.kind](config).to(dtype)
+        stride = vae.spec.spatial_stride
+        latent = torch.empty(1, config.channels, 3, height // stride, width // stride)
+        weights = sum(p.nbytes for p in vae.parameters())
+
+        def decode() -> None:
+            for _ in vae.decode_chunks(latent):
+                pass
+
+        return weights + peak_bytes(decode)
+
+
+def plan(
+    recipe: ModelRecipe,
+    shape: tuple[int, ...],
+    device: torch.device | str,
+    *,
+    guided: bool = True,
+    free: int | None = None,
+) -> Plan:
+    """The layout of a recipe's run.
+
+    Args:
+        shape: of the latent [B, C, T, h, w].
+        guided: whether both prompts are computed with.
+        free: bytes that the device has for us, for a recipe whose limit is "auto".
+
+    Raises:
+        WanError: a number of blocks that the model does not have, or a budget that is too small, with the smallest
+            that is not.
+    """
+    device = torch.device(device)
+    lay = _layout(recipe, tuple(shape), device, guided)
+    if recipe.vram_limit is None:
+        check_count(recipe.swap_blocks, recipe.high.config.layers)
+        return lay(recipe.swap_blocks, recipe.prefetch)
+    limit = _limit(recipe.vram_limit, free)
+    return replace(_largest_that_fits(lay, limit, recipe), limit=limit)
+
+
+def smaller(used: Plan) -> tuple[int, int] | None:
+    """Swapped blocks and prefetch for another try after this plan was too much; None when nothing is left to give."""
+    if used.swapped < used.layers:
+        resident = (used.layers - used.swapped) // 2
+        return used.layers - resident, used.prefetch
+    return (used.swapped, 0) if used.prefetch else None
+
+
+def _limit(asked: float | str, free: int | None) -> float:
+    if asked == AUTO:
+        return max(0.0, (free or 0) - MARGIN)
+    if not isinstance(asked, (int, float)) or not asked > 0:
+        raise WanError(f"The memory limit is {asked!r}: expected gigabytes, more than 0, or auto.")
+    return asked * GB
+
+
+def _layout(
+    recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device, guided: bool
+) -> Callable[[int, int], Plan]:
+    """Swapped blocks, prefetch -> plan. Both experts have the same shapes; of the engine's own the larger counts."""
+    config = recipe.high.config
+    dtype = resolve_dtype(recipe.dtype, device, recipe.stored)
+    each = [weights_of(file, recipe.dtype, device, loras=recipe.loras_of(file)) for file in recipe.own]
+    weights = max(each, key=lambda w: w.total, default=Weights(0, (0,) * config.layers, 0))
+    b, _, t, h, w = shape
+    tokens = t * math.ceil(h / PATCH[1]) * math.ceil(w / PATCH[2])
+    held = held_bytes(config, shape, dtype, guided=guided, keep_text=recipe.keeps_text)
+    activations = activation_bytes(config, b, tokens, dtype) + held
+    largest = max(weights.blocks)
+    streams = device.type in LANES
+
+    def lay(swapped: int, prefetch: int) -> Plan:
+        gone = spread(swapped, config.layers)
+        prefetch = min(prefetch, max(0, swapped - 1)) if streams else 0
+        moved = sum(weights.blocks[i] for i in gone)
+        return Plan(
+            device=str(device), dtype=dtype, shape=shape, layers=config.layers, swapped=swapped, prefetch=prefetch,
+            weights=weights.total - moved + weights.scratch, stream=(prefetch + 1) * largest if swapped else 0,
+            activations=activations, ram=STAGES * pinned_bytes(largest) if swapped and streams else 0,
+            moved=moved * (1 + guided),
+        )  # fmt: skip
+
+    return lay
+
+
+def pinned_bytes(size: int) -> int:
+    """What PyTorch takes for a pinned buffer: the next power of two."""
+    return 1 << math.ceil(math.log2(size)) if size else 0
+
+
+def _largest_that_fits(lay: Callable[[int, int], Plan], limit: float, recipe: ModelRecipe) -> Plan:
+    layers = recipe.high.config.layers
+    for prefetch in range(recipe.prefetch, -1, -1):
+        for swapped in range(layers + 1):
+            found = lay(swapped, prefetch)
+            if found.total <= limit:
+                return found
+    least = min((lay(swapped, 0) for swapped in range(layers + 1)), key=lambda p: p.total)
+    need = math.ceil(least.total / GB * 10) / 10
+    b, _, t, h, w = least.shape
+    raise WanError(
+        f"{recipe} at a latent of {w}x{h}x{t}{f', batch {b}' if b > 1 else ''} does not fit into {limit / GB:.1f} GB "
+        f"on {least.device}: with every block streamed it needs {need:.1f} GB, of which activations are "
+        f"{least.activations / GB:.1f} GB. Allow {need:.1f} GB, or choose a smaller size or fewer frames."
+    )
+

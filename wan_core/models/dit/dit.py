@@ -1,0 +1,354 @@
+"""The Wan diffusion transformer (official ``wan/modules/model.py``; arXiv 2503.20314).
+
+Module names are the official checkpoint's key names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from ...config import PATCH, DiTConfig
+from ...errors import WanError
+from .attention import Attend, sdpa
+from .layers import (
+    SLICE,
+    Modulation,
+    RMSNorm,
+    Timed,
+    add_gated,
+    layer_norm,
+    linear_float32,
+    modulate,
+    modulated_norm,
+    sinusoid,
+)
+from .rope import rope_table, rotate, rotate_
+
+Runs = list[tuple[int, int, Modulation]]
+TOKENS_AT_ONCE = 8192  # of a long video, where a whole second copy of the tokens would not fit
+
+
+def over(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """``layer(x)`` for x [B, L, ...]; of a long x in inference, written over x some tokens at a time."""
+    if torch.is_grad_enabled() or x.shape[1] <= TOKENS_AT_ONCE:
+        return layer(x)
+    for part in x.split(TOKENS_AT_ONCE, dim=1):
+        part.copy_(layer(part))
+    return x
+
+
+class TextStates:
+    """A prompt as one DiT sees it: the embedded text, and each block's keys and values, computed when first needed.
+
+    ``keep=False`` computes keys and values anew on every call, for devices where they do not fit.
+    """
+
+    def __init__(self, embedded: torch.Tensor, layers: int, *, keep: bool = True):
+        self.embedded = embedded  # [B, L, dim]
+        self.keep = keep
+        self._of_block: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * layers
+
+    def __len__(self) -> int:
+        return len(self.embedded)
+
+    def of_block(self, index: int, attention: CrossAttention) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._of_block[index] is not None:
+            return self._of_block[index]
+        states = attention.keys_values(self.embedded)
+        if self.keep:
+            self._of_block[index] = states
+        return states
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.heads = config.heads
+        for name in "qkvo":
+            setattr(self, name, nn.Linear(config.dim, config.dim))
+        self.norm_q = RMSNorm(config.dim, config.eps)
+        self.norm_k = RMSNorm(config.dim, config.eps)
+
+    def queries_keys_values(
+        self, x: torch.Tensor, rope: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens [B, L, dim] -> rotated queries, rotated keys and values, each [B, L, heads, head_dim].
+
+        May overwrite x, with the values.
+        """
+        q = self._rotated(self.norm_q, self.q(x), rope)
+        k = self._rotated(self.norm_k, self.k(x), rope)
+        return q, k, split_heads(over(self.v, x), self.heads)
+
+    def _rotated(self, norm: RMSNorm, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return rotate(split_heads(norm(x), self.heads), rope)
+        return rotate_(split_heads(norm.apply_(x), self.heads), rope)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.heads = config.heads
+        for name in "qkvo":
+            setattr(self, name, nn.Linear(config.dim, config.dim))
+        self.norm_q = RMSNorm(config.dim, config.eps)
+        self.norm_k = RMSNorm(config.dim, config.eps)
+
+    def keys_values(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text [B, L, dim] -> keys and values [B, L, heads, head_dim]."""
+        return split_heads(self.norm_k(self.k(text)), self.heads), split_heads(self.v(text), self.heads)
+
+    def forward(self, x: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
+        """Tokens [B, L, dim] -> what they hear of the text; may overwrite x."""
+        q = over(self.q, x)
+        q = self.norm_q(q) if torch.is_grad_enabled() else self.norm_q.apply_(q)
+        return over(self.o, over(lambda part: attend(part, *keys_values), split_heads(q, self.heads)).flatten(2))
+
+
+class AffineNorm(nn.Module):
+    """Layer norm with weight and bias, computed in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, self.eps, self.weight.float(), self.bias.float())
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU(tanh), linear; in inference a long x is overwritten bit by bit: the wide middle stays small."""
+
+    def __init__(self, dim: int, ffn_dim: int):
+        super().__init__(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        return over(lambda part: self[2](_gelu_(self[0](part))), x)
+
+
+def _gelu_(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.gelu_(x, approximate="tanh")
+
+
+class Block(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.self_attn = SelfAttention(config)
+        self.cross_attn = CrossAttention(config)
+        self.norm3 = AffineNorm(config.dim, config.eps)
+        self.ffn = FeedForward(config.dim, config.ffn_dim)
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
+
+    def forward(
+        self, x: torch.Tensor, timed: Timed, rope: torch.Tensor, text: TextStates, index: int, attend: Attend
+    ) -> torch.Tensor:
+        """Tokens [B, L, dim] -> the same; overwrites x when no gradients are wanted."""
+        attention, feed_forward = self._modulations(timed)
+        # The hungriest moment: tokens, queries, keys and values. What attention answers takes the queries' place.
+        q, k, v = self.self_attn.queries_keys_values(modulated_norm(x, attention, self.eps), rope)
+        seen = over(lambda part, k=k, v=v: attend(part, k, v), q).flatten(2)
+        del q, k, v
+        x = add_gated(x, self.self_attn.o(seen), attention)
+        del seen
+        heard = self.cross_attn(self.norm3(x), text.of_block(index, self.cross_attn), attend)
+        x = x + heard if torch.is_grad_enabled() else x.add_(heard)
+        del heard
+        return add_gated(x, self.ffn(modulated_norm(x, feed_forward, self.eps)), feed_forward)
+
+    def _modulations(self, timed: Timed) -> tuple[Runs, Runs]:
+        attention, feed_forward = [], []
+        for start, end, e in timed.runs():  # e [B, 6, dim]
+            six = (e + self.modulation.float()).chunk(6, dim=1)
+            attention.append((start, end, Modulation(*six[:3])))
+            feed_forward.append((start, end, Modulation(*six[3:])))
+        return attention, feed_forward
+
+
+class Head(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, config.out_channels * PATCH[0] * PATCH[1] * PATCH[2])
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+
+    def forward(self, x: torch.Tensor, timed: Timed) -> torch.Tensor:
+        """Tokens [B, L, dim] -> patches [B, L, channels * 4], float32."""
+        parts = []
+        for start, end, e in timed.runs():  # e [B, dim]
+            shift, scale = (e[:, None] + self.modulation.float()).chunk(2, dim=1)
+            for part in x[:, start:end].split(SLICE, dim=1):
+                parts.append(linear_float32(self.head, modulate(part.float(), shift, scale, self.eps)))
+        return torch.cat(parts, dim=1)
+
+
+class WanDiT(nn.Module):
+    """Predicts the flow velocity (noise minus data) of a noisy latent video.
+
+    ``attend`` is the attention backend, replaceable after construction; ``swap`` brings a block's weights to the
+    device and takes them away again (``offload.BlockSwap``), or is None when all are resident. ``adaptation`` is what
+    LoRAs did to it, or None.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=PATCH, stride=PATCH)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
+        self.head = Head(config)
+        self.attend: Attend = sdpa
+        self.swap = None
+        self.adaptation = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the residual stream."""
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def text_states(self, context: torch.Tensor, *, keep: bool = True) -> TextStates:
+        """Embed text [B, L, text_dim] for use in many calls of ``forward``.
+
+        Raises:
+            WanError: embeddings of another width than this model's.
+        """
+        if context.shape[-1] != self.config.text_dim:
+            raise WanError(f"The text embedding is {context.shape[-1]} wide, but this model takes "
+                           f"{self.config.text_dim}: use a umT5-XXL text encoder (ComfyUI: CLIPLoader with type wan).")
+        embedded = self.text_embedding(context.to(self.device, self.dtype))
+        return TextStates(embedded, self.config.layers, keep=keep)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        context: torch.Tensor | TextStates,
+        *,
+        on_block: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            x: noisy latent, with condition channels if the model takes them, [B, C_in, T, h, w], normalised.
+            t: timestep 0..1000, [B], or [B, T] with one for each latent frame.
+            context: text embedding [B, L, text_dim], or what ``text_states`` made of it.
+            on_block: called with the block's index before each block; may raise to cancel.
+
+        Returns:
+            velocity [B, C_out, T, h, w], float32.
+        """
+        self._check(x, t)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._is_trained(x, context)):
+            return self._velocity(x, t, context, on_block)
+
+    def _is_trained(self, x: torch.Tensor, context: torch.Tensor | TextStates) -> bool:
+        """Whether gradients have anywhere to go; without them the lighter in-place path is taken."""
+        text = context.embedded if isinstance(context, TextStates) else context
+        return x.requires_grad or text.requires_grad or any(p.requires_grad for p in self.parameters())
+
+    def _velocity(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        context: torch.Tensor | TextStates,
+        on_block: Callable[[int], None] | None,
+    ) -> torch.Tensor:
+        height, width = x.shape[-2:]
+        x = _pad_to_patches(x)
+        grid = (x.shape[2], x.shape[3] // PATCH[1], x.shape[4] // PATCH[2])
+        text = context if isinstance(context, TextStates) else self.text_states(context, keep=False)
+        timed, six = self._embed_time(t, grid)
+        rope = rope_table(grid, self.config.dim // self.config.heads, self.device)
+        tokens = self._embed_patches(x)
+        for index, block in enumerate(self.blocks):
+            if on_block:
+                on_block(index)
+            with self._weights_of(index):
+                tokens = block(tokens, six, rope, text, index, self.attend)
+        patches = self.head(tokens, timed)
+        return _unpatchify(patches, grid)[..., :height, :width]
+
+    def _check(self, x: torch.Tensor, t: torch.Tensor) -> None:
+        if x.ndim != 5 or x.shape[1] != self.config.in_channels:
+            raise WanError(f"The latent has shape {list(x.shape)}; expected [B, {self.config.in_channels}, T, h, w].")
+        if t.shape not in (x.shape[:1], (x.shape[0], x.shape[2])):
+            raise WanError(f"Timesteps have shape {list(t.shape)}; expected [{x.shape[0]}] or "
+                           f"[{x.shape[0]}, {x.shape[2]}] (one for each latent frame).")
+
+    def _embed_patches(self, x: torch.Tensor) -> torch.Tensor:
+        # A convolution whose stride is its kernel is a matrix product over patches, and faster as one.
+        x = x.to(self.device, self.dtype)
+        patches = rearrange(x, "b c t (h p) (w q) -> b (t h w) (c p q)", p=PATCH[1], q=PATCH[2])
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def _embed_time(self, t: torch.Tensor, grid: tuple[int, int, int]) -> tuple[Timed, Timed]:
+        """Timesteps -> their embedding (for the head) and its six modulations (for the blocks), run by run."""
+        columns, bounds = _runs(t.to(self.device), frames=grid[0], tokens_per_frame=grid[1] * grid[2])
+        first, activation, second = self.time_embedding
+        e = linear_float32(second, activation(linear_float32(first, sinusoid(columns, self.config.freq_dim))))
+        six = linear_float32(self.time_projection[1], F.silu(e), parts=6).unflatten(-1, (6, -1))
+        return Timed(bounds, e), Timed(bounds, six)
+
+    def _weights_of(self, index: int):
+        return self.swap.block(index) if self.swap else _ALWAYS_HERE
+
+
+class _AlwaysHere:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error) -> None: ...
+
+
+_ALWAYS_HERE = _AlwaysHere()
+
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    return x.unflatten(-1, (heads, -1))
+
+
+def _runs(
+    t: torch.Tensor, *, frames: int, tokens_per_frame: int
+) -> tuple[torch.Tensor, tuple[tuple[int, int], ...]]:
+    """Timesteps -> the distinct consecutive ones [B, runs] and the token range of each."""
+    if t.ndim == 1:
+        return t[:, None], ((0, frames * tokens_per_frame),)
+    of_frame = t.T.tolist()
+    starts = [0] + [i for i in range(1, frames) if of_frame[i] != of_frame[i - 1]]
+    ends = [*starts[1:], frames]
+    bounds = tuple((a * tokens_per_frame, b * tokens_per_frame) for a, b in zip(starts, ends, strict=True))
+    return t[:, starts], bounds
+
+
+def _pad_to_patches(x: torch.Tensor) -> torch.Tensor:
+    """Sizes that are no multiple of the patch are padded circularly, as ComfyUI does; the result is cropped again."""
+    down, right = -x.shape[-2] % PATCH[1], -x.shape[-1] % PATCH[2]
+    return F.pad(x, (0, right, 0, down, 0, 0), mode="circular") if down or right else x
+
+
+def _unpatchify(patches: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+    t, h, w = grid
+    return rearrange(patches, "b (t h w) (p q c) -> b c t (h p) (w q)", t=t, h=h, w=w, p=PATCH[1], q=PATCH[2])
+
+
+def keeps_float32(key: str) -> bool:
+    """Weights that stay float32 in a half-precision model: small, and every step multiplies by them."""
+    return "norm" in key or key.endswith("modulation") or key.startswith(("time_embedding.", "head."))
+

@@ -1,0 +1,236 @@
+"""Autoencoders on frames that are too large at once: overlapping tiles, blended where they meet.
+
+Convolutions see a tile's edge as the picture's edge, so the outer part of an overlap is thrown away; in its middle one
+tile fades into the next. The attention in the middle of the networks sees a tile instead of the whole frame: the one
+thing that tiling changes however wide the overlap is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from ...config import TEMPORAL_STRIDE, VAEConfig
+from ...errors import WanError
+from .layers import FrameCache
+from .vae import OnChunk, VideoVAE, check_frame_count, latent_frames
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How frames are cut, in pixels.
+
+    Attributes:
+        overlap: what neighbours share at least.
+        ramp: the middle of an overlap in which one tile fades into the next; None means half of the overlap.
+    """
+
+    height: int
+    width: int
+    overlap: int = 64
+    ramp: int | None = None
+
+    def __post_init__(self):
+        if min(self.height, self.width) < 2 * self.overlap or self.overlap < 0:
+            raise WanError(f"Tiles of {self.width}x{self.height} with an overlap of {self.overlap}: an overlap can be "
+                           "half a tile at most. Choose larger tiles or a smaller overlap.")
+        if self.ramp is not None and not 0 <= self.ramp <= self.overlap:
+            raise WanError(f"A ramp of {self.ramp} does not fit into an overlap of {self.overlap}.")
+
+    @classmethod
+    def square(cls, side: int) -> Tiles:
+        """Tiles of this side, with the overlap that is used where none is asked for."""
+        return cls(side, side, min(64, side // 4))
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """A part of the latent's rows and columns, and what its latent and its pixels weigh in the whole."""
+
+    rows: slice
+    columns: slice
+    latent_weight: Tensor  # [h, w]
+    pixel_weight: Tensor  # [H, W]
+
+    def pixels(self, stride: int) -> tuple[slice, slice]:
+        return tuple(slice(part.start * stride, part.stop * stride) for part in (self.rows, self.columns))
+
+
+def cut(height: int, width: int, tiles: Tiles, stride: int) -> list[Tile]:
+    """The tiles of a latent of this height and width; one, if it fits into one. Weights of all tiles add up to 1."""
+    ramp = tiles.overlap // 2 if tiles.ramp is None else tiles.ramp
+    overlap = ceil(tiles.overlap / stride)
+    rows = _side(height, max(1, tiles.height // stride), overlap)
+    columns = _side(width, max(1, tiles.width // stride), overlap)
+
+    def weight(i: int, j: int, scale: int) -> Tensor:
+        return torch.outer(*(_weight(side, index, scale, ramp * scale / stride)
+                             for side, index in ((rows, i), (columns, j))))  # fmt: skip
+
+    return [Tile(rows[i], columns[j], weight(i, j, 1), weight(i, j, stride))
+            for i in range(len(rows)) for j in range(len(columns))]  # fmt: skip
+
+
+def _side(length: int, size: int, overlap: int) -> list[slice]:
+    """Evenly spread pieces of one side that share ``overlap`` at least."""
+    if length <= size:
+        return [slice(0, length)]
+    count = ceil((length - overlap) / (size - overlap))
+    starts = [round(i * (length - size) / (count - 1)) for i in range(count)]
+    return [slice(start, start + size) for start in starts]
+
+
+def _weight(pieces: list[slice], index: int, scale: int, ramp: float) -> Tensor:
+    """The weight of a piece at each of its places, [size * scale]: rises where it meets the one before, falls where it
+    meets the next."""
+    piece = pieces[index]
+    places = torch.arange(piece.start * scale, piece.stop * scale) + 0.5
+    weight = torch.ones(len(places)) if index == 0 else _rise(places, pieces[index - 1], piece, scale, ramp)
+    if index + 1 < len(pieces):
+        weight -= _rise(places, piece, pieces[index + 1], scale, ramp)
+    return weight  # of all pieces this adds up to 1, however close the ramps are
+
+
+def _rise(places: Tensor, before: slice, after: slice, scale: int, ramp: float) -> Tensor:
+    """0 to 1 around the middle of what two pieces share."""
+    middle = (before.stop + after.start) * scale / 2
+    return ((places - middle) / max(ramp, 1e-6) + 0.5).clamp(0, 1)
+
+
+def fitting_tiles(config: VAEConfig, height: int, width: int, free: float, dtype: torch.dtype) -> Tiles | None:
+    """The largest tiles whose decoding fits into ``free`` bytes, for frames of so many pixels; None: no tiles needed.
+
+    Where nothing fits, the smallest tiles.
+    """
+    from ...memory.plan import decode_bytes
+
+    if decode_bytes(config, height, width, dtype) <= free:
+        return None
+    sizes = [size for size in _SIZES if size < max(height, width)] or _SIZES[-1:]
+    fits = (s for s in sizes if decode_bytes(config, min(s, height), min(s, width), dtype) <= free)
+    size = next(fits, sizes[-1])
+    return Tiles.square(size)
+
+
+_SIZES = (1024, 768, 640, 512, 448, 384, 320, 256, 192)
+
+
+@torch.no_grad()
+def decode_tiled(vae: VideoVAE, latent: Tensor, tiles: Tiles, on_chunk: OnChunk | None = None) -> Tensor:
+    """Normalised latent [B, C, T, h, w] -> video [B, 3, 4 T - 3, H, W] in -1..1, on the latent's device.
+
+    Args:
+        on_chunk: told of every latent frame of every tile; may raise to cancel.
+    """
+    b, _, t, h, w = latent.shape
+    stride = vae.spec.spatial_stride
+    video = latent.new_zeros(b, 3, TEMPORAL_STRIDE * (t - 1) + 1, h * stride, w * stride, dtype=torch.float32)
+    for place, chunk, weight in decoded_tiles(vae, latent, tiles, on_chunk):
+        video[(..., *place)] += chunk * weight
+    return video
+
+
+@torch.no_grad()
+def decoded_tiles(
+    vae: VideoVAE, latent: Tensor, tiles: Tiles, on_chunk: OnChunk | None = None
+) -> Iterator[tuple[tuple[slice, slice, slice], Tensor, Tensor]]:
+    """Pieces of the video in any order: its frames, rows and columns, [B, 3, f, H, W], and its weight [H, W].
+
+    One tile after the other, each through all frames: the device holds one tile at a time.
+    """
+    vae._check_latent(latent)
+    frames, stride = latent.shape[2], vae.spec.spatial_stride
+    grid = cut(*latent.shape[3:], tiles, stride)
+    report = _Report(on_chunk, len(grid) * frames)
+    for tile in grid:
+        weight = tile.pixel_weight.to(latent.device)
+        start = 0
+        for chunk in vae.decode_chunks(latent[..., tile.rows, tile.columns], report):
+            yield (slice(start, start + chunk.shape[2]), *tile.pixels(stride)), chunk, weight
+            start += chunk.shape[2]
+
+
+@torch.no_grad()
+def decode_tiled_chunks(
+    vae: VideoVAE, latent: Tensor, tiles: Tiles, on_chunk: OnChunk | None = None
+) -> Iterator[Tensor]:
+    """The same as a stream: [B, 3, 1, H, W], then [B, 3, 4, H, W] each, so that the video need not fit into memory.
+
+    What the tiles remember of the frames before waits on the latent's device.
+    """
+    vae._check_latent(latent)
+    stride = vae.spec.spatial_stride
+    grid = cut(*latent.shape[3:], tiles, stride)
+    caches = [FrameCache() for _ in grid]
+    report = _Report(on_chunk, len(grid) * latent.shape[2])
+    for frame in latent.split(1, dim=2):
+        whole = None
+        for tile, cache in zip(grid, caches, strict=True):
+            piece = _visit(vae, cache, latent.device, vae._decode_chunk, frame[..., tile.rows, tile.columns])
+            if whole is None:
+                size = (latent.shape[3] * stride, latent.shape[4] * stride)
+                whole = piece.new_zeros(*piece.shape[:3], *size)
+            rows, columns = tile.pixels(stride)
+            whole[..., rows, columns] += piece * tile.pixel_weight.to(piece)
+            report()
+        yield whole
+
+
+@torch.no_grad()
+def encode_tiled(vae: VideoVAE, video: Tensor, tiles: Tiles, on_chunk: OnChunk | None = None) -> Tensor:
+    """Video [B, 3, F, H, W] in -1..1 -> normalised latent [B, C, (F + 3) / 4, h, w], on the video's device."""
+    vae._check_video(video)
+    check_frame_count(video.shape[2])
+    chunks = encode_tiled_chunks(vae, [video], tiles, on_chunk, total_frames=video.shape[2])
+    return torch.cat(list(chunks), dim=2)
+
+
+@torch.no_grad()
+def encode_tiled_chunks(
+    vae: VideoVAE, frames: Iterable[Tensor], tiles: Tiles, on_chunk: OnChunk | None = None, *, total_frames: int = 0
+) -> Iterator[Tensor]:
+    """A stream of [B, 3, f, H, W], any f each -> a stream of latent frames [B, C, 1, h, w]."""
+    stride = vae.spec.spatial_stride
+    grid: list[Tile] = []
+    caches: list[FrameCache] = []
+    report = _Report(on_chunk, 0)
+    for chunk in vae._regroup(frames):
+        h, w = (side // stride for side in chunk.shape[3:])
+        if not grid:
+            grid = cut(h, w, tiles, stride)
+            caches = [FrameCache() for _ in grid]
+            report.total = len(grid) * latent_frames(total_frames) if total_frames else 0
+        whole = torch.zeros(len(chunk), vae.config.channels, 1, h, w, device=chunk.device)
+        for tile, cache in zip(grid, caches, strict=True):
+            rows, columns = tile.pixels(stride)
+            piece = _visit(vae, cache, chunk.device, vae._encode_chunk, chunk[..., rows, columns])
+            whole[..., tile.rows, tile.columns] += piece * tile.latent_weight.to(piece)
+            report()
+        yield whole
+
+
+def _visit(vae: VideoVAE, cache: FrameCache, home: torch.device, job, part: Tensor) -> Tensor:
+    """One tile's turn: its memory of earlier frames comes to the device and goes home again."""
+    device = vae.conv1.weight.device
+    cache.move(device)
+    piece = job(part.contiguous(), cache).to(home)
+    cache.move(home)
+    return piece
+
+
+@dataclass
+class _Report:
+    """Counts chunks of all tiles."""
+
+    on_chunk: OnChunk | None
+    total: int
+    done: int = 0
+
+    def __call__(self, *_of_this_tile: int) -> None:
+        self.done += 1
+        if self.on_chunk is not None:
+            self.on_chunk(self.done, self.total)
