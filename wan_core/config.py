@@ -6,7 +6,7 @@ Sources: the official repository's ``wan/configs`` and ``generate.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, TypeVar
 
 HEAD_DIM = 128  # every Wan DiT: heads = dim / 128
 TEXT_LENGTH = 512  # rows of the text embedding that cross-attention sees
@@ -23,8 +23,21 @@ VAEKind = Literal["wan2.1", "wan2.2"]
 
 
 @dataclass(frozen=True)
+class FeatureConfig:
+    """Dimensions of one capability of a diffusion transformer beyond text, such as CLIP tokens.
+
+    Each has a file in ``models/dit/features/``; its class is what a network is asked for (``DiTConfig.feature``).
+    """
+
+    name: ClassVar[str]
+
+
+Kind = TypeVar("Kind", bound=FeatureConfig)
+
+
+@dataclass(frozen=True)
 class DiTConfig:
-    """Dimensions of a diffusion transformer, all read from the checkpoint."""
+    """Dimensions and features of a diffusion transformer, all read from the checkpoint."""
 
     in_channels: int
     out_channels: int
@@ -35,6 +48,11 @@ class DiTConfig:
     freq_dim: int
     heads: int
     eps: float = 1e-6
+    features: tuple[FeatureConfig, ...] = ()
+
+    def feature(self, kind: type[Kind]) -> Kind | None:
+        """The dimensions of one capability beyond text, or None where the network lacks it."""
+        return next((one for one in self.features if isinstance(one, kind)), None)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..config import TEXT_LENGTH, DiTConfig
@@ -30,15 +30,20 @@ class TrainedDiT(WanDiT):
         inner = self.head.forward
         self.head.forward = lambda *args: _in_float32(self, inner, *args)
 
-    def text_states(self, context: Tensor | Sequence[Tensor], *, keep: bool = True) -> TextStates:
+    def text_states(
+        self, context: Tensor | Sequence[Tensor], *, keep: bool = True, inputs: tuple = ()
+    ) -> TextStates:
         """Text [B, 512, D] as always, or a list of prompts [n, D] without their padding."""
         if isinstance(context, Tensor):
-            return super().text_states(context, keep=keep)
+            return super().text_states(context, keep=keep, inputs=inputs)
         rows, bias = pad_texts(context)
-        return BriefText(super().text_states(rows).embedded, self.config.layers, bias.to(self.device))
+        states = super().text_states(rows, inputs=inputs)
+        return BriefText(states.embedded, self.config.layers, bias.to(self.device), states.branches)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | Sequence[Tensor] | TextStates, **options) -> Tensor:
-        text = context if isinstance(context, TextStates) else self.text_states(context, keep=False)
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor | Sequence[Tensor] | TextStates, *, inputs: tuple = (), **options
+    ) -> Tensor:  # fmt: skip
+        text = context if isinstance(context, TextStates) else self.text_states(context, keep=False, inputs=inputs)
         self.attend = text.attend if isinstance(text, BriefText) else _attend
         return super().forward(x, t, text, **options)
 
@@ -61,26 +66,18 @@ class BriefText(TextStates):
     over a single score raised by log(n), so the result is that of 512 rows at a tenth of the work.
     """
 
-    def __init__(self, embedded: Tensor, layers: int, bias: Tensor):
-        super().__init__(embedded, layers, keep=False)
+    def __init__(self, embedded: Tensor, layers: int, bias: Tensor, branches: tuple = ()):
+        super().__init__(embedded, layers, keep=False, branches=branches)
         self.bias = bias  # [B, 1, 1, L]
-        self._keys: Tensor | None = None
 
-    def of_block(self, index: int, attention: nn.Module) -> tuple[Tensor, Tensor]:
-        keys, values = super().of_block(index, attention)
-        self._keys = keys
-        return keys, values
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if k is not self._keys:
-            return _attend(q, k, v)
-        return _attend(q, k, v, self.bias)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, kind: str) -> Tensor:
+        return _attend(q, k, v, self.bias if kind == "text" else None)
 
 
 _FEW_SCORES = 2**22  # of one call, below which they are kept for the gradients
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, kind: str = "self") -> Tensor:
     """Attention of [B, L, heads, head_dim]; scores are raised by ``bias``.
 
     On a CPU the fused kernel's gradients take three times as long as plain matrix products for clips of a few hundred

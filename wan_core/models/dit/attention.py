@@ -1,7 +1,7 @@
 """Attention backends: one function each, its constraints declared beside it.
 
-Every backend takes queries, keys and values [B, L, heads, head_dim] and returns [B, L_q, heads, head_dim]. To add one,
-decorate a function here; menus and error messages read the registry.
+Every backend takes queries, keys and values [B, L, heads, head_dim], and what the keys are ("self", "text" or "image"),
+and returns [B, L_q, heads, head_dim]. To add one, decorate a function here; menus and error messages read the registry.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from ...errors import WanError
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attend = Callable[..., torch.Tensor]  # (q, k, v, *, kind)
+KIND = Literal["self", "text", "image"]
 
 
 @dataclass(frozen=True)
@@ -51,21 +53,23 @@ def backend(name: str, *, package: str | None = None, install: str = "", **const
 
 
 @backend("sdpa")
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, kind: KIND = "self") -> torch.Tensor:
     """PyTorch's own scaled_dot_product_attention, which picks a flash kernel where there is one."""
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 @backend("sage", package="sageattention", install="pip install sageattention", devices=("cuda",), dtypes=_HALF)
-def sage(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def sage(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, kind: KIND = "self") -> torch.Tensor:
     """SageAttention: quantised QK (arXiv 2410.02367)."""
+    if kind != "self":  # 512 keys gain nothing from it, and it has made NaNs of the image's
+        return sdpa(q, k, v)
     from sageattention import sageattn
 
     return sageattn(q, k, v, tensor_layout="NHD")
 
 
 @backend("flash2", package="flash_attn", install="pip install flash-attn", devices=("cuda",), dtypes=_HALF)
-def flash2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def flash2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, kind: KIND = "self") -> torch.Tensor:
     """FlashAttention 2 (arXiv 2307.08691)."""
     from flash_attn import flash_attn_func
 
@@ -76,7 +80,7 @@ def flash2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     "flash3", package="flash_attn_interface", devices=("cuda",), dtypes=_HALF,
     install="build the `hopper` folder of the flash-attention repository (Hopper cards only)",
 )  # fmt: skip
-def flash3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def flash3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, kind: KIND = "self") -> torch.Tensor:
     """FlashAttention 3 (arXiv 2407.08608)."""
     from flash_attn_interface import flash_attn_func
 

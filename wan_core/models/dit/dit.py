@@ -6,6 +6,7 @@ Module names are the official checkpoint's key names.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import nn
 from ...config import PATCH, DiTConfig
 from ...errors import WanError
 from .attention import Attend, sdpa
+from .features import Branch, feature_of
 from .layers import (
     SLICE,
     Modulation,
@@ -45,24 +47,40 @@ def over(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torc
 class TextStates:
     """A prompt as one DiT sees it: the embedded text, and each block's keys and values, computed when first needed.
 
+    ``branches`` are other sources that cross-attention hears beside the text, such as a picture's CLIP tokens.
     ``keep=False`` computes keys and values anew on every call, for devices where they do not fit.
     """
 
-    def __init__(self, embedded: torch.Tensor, layers: int, *, keep: bool = True):
+    def __init__(
+        self, embedded: torch.Tensor, layers: int, *, keep: bool = True, branches: tuple[Branch, ...] = ()
+    ):  # fmt: skip
         self.embedded = embedded  # [B, L, dim]
         self.keep = keep
-        self._of_block: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * layers
+        self.branches = branches
+        self._of_block: list[tuple[Source, ...] | None] = [None] * layers
 
     def __len__(self) -> int:
         return len(self.embedded)
 
-    def of_block(self, index: int, attention: CrossAttention) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_block(self, index: int, attention: CrossAttention) -> tuple[Source, ...]:
+        """The text's keys and values in a block, then those of each branch."""
         if self._of_block[index] is not None:
             return self._of_block[index]
-        states = attention.keys_values(self.embedded)
+        states = (
+            Source("text", *attention.keys_values(self.embedded)),
+            *(Source(branch.kind, *branch.keys_values(attention)) for branch in self.branches),
+        )
         if self.keep:
             self._of_block[index] = states
         return states
+
+
+class Source(NamedTuple):
+    """What cross-attention hears: of a kind, its keys and its values [B, L, heads, head_dim]."""
+
+    kind: str
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 class SelfAttention(nn.Module):
@@ -104,11 +122,16 @@ class CrossAttention(nn.Module):
         """Text [B, L, dim] -> keys and values [B, L, heads, head_dim]."""
         return split_heads(self.norm_k(self.k(text)), self.heads), split_heads(self.v(text), self.heads)
 
-    def forward(self, x: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
-        """Tokens [B, L, dim] -> what they hear of the text; may overwrite x."""
+    def forward(self, x: torch.Tensor, sources: tuple[Source, ...], attend: Attend) -> torch.Tensor:
+        """Tokens [B, L, dim] -> the sum of what they hear of each source; may overwrite x."""
         q = over(self.q, x)
         q = self.norm_q(q) if torch.is_grad_enabled() else self.norm_q.apply_(q)
-        return over(self.o, over(lambda part: attend(part, *keys_values), split_heads(q, self.heads)).flatten(2))
+
+        def heard(part: torch.Tensor) -> torch.Tensor:
+            first, *others = (attend(part, source.keys, source.values, kind=source.kind) for source in sources)
+            return sum(others, first)
+
+        return over(self.o, over(heard, split_heads(q, self.heads)).flatten(2))
 
 
 class AffineNorm(nn.Module):
@@ -157,7 +180,7 @@ class Block(nn.Module):
         attention, feed_forward = self._modulations(timed)
         # The hungriest moment: tokens, queries, keys and values. What attention answers takes the queries' place.
         q, k, v = self.self_attn.queries_keys_values(modulated_norm(x, attention, self.eps), rope)
-        seen = over(lambda part, k=k, v=v: attend(part, k, v), q).flatten(2)
+        seen = over(lambda part, k=k, v=v: attend(part, k, v, kind="self"), q).flatten(2)
         del q, k, v
         x = add_gated(x, self.self_attn.o(seen), attention)
         del seen
@@ -212,6 +235,8 @@ class WanDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.head = Head(config)
+        for feature in config.features:
+            feature_of(feature).attach(self, feature)
         self.attend: Attend = sdpa
         self.swap = None
         self.adaptation = None
@@ -225,8 +250,8 @@ class WanDiT(nn.Module):
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
 
-    def text_states(self, context: torch.Tensor, *, keep: bool = True) -> TextStates:
-        """Embed text [B, L, text_dim] for use in many calls of ``forward``.
+    def text_states(self, context: torch.Tensor, *, keep: bool = True, inputs: tuple = ()) -> TextStates:
+        """Embed text [B, L, text_dim], and what the features make of their inputs, for many calls of ``forward``.
 
         Raises:
             WanError: embeddings of another width than this model's.
@@ -235,7 +260,12 @@ class WanDiT(nn.Module):
             raise WanError(f"The text embedding is {context.shape[-1]} wide, but this model takes "
                            f"{self.config.text_dim}: use a umT5-XXL text encoder (ComfyUI: CLIPLoader with type wan).")
         embedded = self.text_embedding(context.to(self.device, self.dtype))
-        return TextStates(embedded, self.config.layers, keep=keep)
+        return TextStates(embedded, self.config.layers, keep=keep, branches=self.branches(inputs, len(embedded)))
+
+    def branches(self, inputs: tuple, batch: int) -> tuple[Branch, ...]:
+        """What this network's features add to cross-attention for these inputs."""
+        made = (feature_of(config).branch(self, inputs, batch) for config in self.config.features)
+        return tuple(branch for branch in made if branch is not None)
 
     def forward(
         self,
@@ -244,6 +274,7 @@ class WanDiT(nn.Module):
         context: torch.Tensor | TextStates,
         *,
         on_block: Callable[[int], None] | None = None,
+        inputs: tuple = (),
     ) -> torch.Tensor:
         """
         Args:
@@ -251,13 +282,16 @@ class WanDiT(nn.Module):
             t: timestep 0..1000, [B], or [B, T] with one for each latent frame.
             context: text embedding [B, L, text_dim], or what ``text_states`` made of it.
             on_block: called with the block's index before each block; may raise to cancel.
+            inputs: what the network's features take, such as ``ClipTokens``; part of ``text_states`` where those are
+                given.
 
         Returns:
             velocity [B, C_out, T, h, w], float32.
         """
         self._check(x, t)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._is_trained(x, context)):
-            return self._velocity(x, t, context, on_block)
+            text = context if isinstance(context, TextStates) else self.text_states(context, keep=False, inputs=inputs)
+            return self._velocity(x, t, text, on_block)
 
     def _is_trained(self, x: torch.Tensor, context: torch.Tensor | TextStates) -> bool:
         """Whether gradients have anywhere to go; without them the lighter in-place path is taken."""
@@ -268,13 +302,12 @@ class WanDiT(nn.Module):
         self,
         x: torch.Tensor,
         t: torch.Tensor,
-        context: torch.Tensor | TextStates,
+        text: TextStates,
         on_block: Callable[[int], None] | None,
     ) -> torch.Tensor:
         height, width = x.shape[-2:]
         x = _pad_to_patches(x)
         grid = (x.shape[2], x.shape[3] // PATCH[1], x.shape[4] // PATCH[2])
-        text = context if isinstance(context, TextStates) else self.text_states(context, keep=False)
         timed, six = self._embed_time(t, grid)
         rope = rope_table(grid, self.config.dim // self.config.heads, self.device)
         tokens = self._embed_patches(x)
