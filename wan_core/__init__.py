@@ -1,6 +1,6 @@
 """Wan2.2 video models in plain PyTorch; works without ComfyUI.
 
-The three loaders below are the stable public surface. They are imported when first used, so that importing the
+The loaders below are the stable public surface. They are imported when first used, so that importing the
 package costs nothing.
 """
 
@@ -10,17 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .loading.clip import load_clip_vision
     from .loading.dit import load_dit
     from .loading.text import load_text_encoder
     from .loading.vae import load_vae
 
 __version__ = "0.1.0"
-__all__ = ["load_dit", "load_text_encoder", "load_vae"]
+__all__ = ["load_clip_vision", "load_dit", "load_text_encoder", "load_vae"]
 
 _HOMES = {
-    "load_dit": ".models.load_dit",
-    "load_vae": ".models.load_vae",
-    "load_text_encoder": ".models.text_encoder",
+    "load_clip_vision": ".loading.clip",
+    "load_dit": ".loading.dit",
+    "load_vae": ".loading.vae",
+    "load_text_encoder": ".loading.text",
 }
 
 

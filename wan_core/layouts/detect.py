@@ -8,16 +8,18 @@ from typing import Literal
 
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, _some
-from . import dit, text, vae
+from . import clip, dit, text, vae
 
-Part = Literal["dit", "vae", "text"]
+Part = Literal["dit", "vae", "text", "clip"]
 
-_PARTS: dict[Part, ModuleType] = {"dit": dit, "vae": vae, "text": text}
-_NAMES: dict[Part, str] = {"dit": "a Wan diffusion model", "vae": "a Wan VAE", "text": "a umT5 text encoder"}
+_PARTS: dict[Part, ModuleType] = {"dit": dit, "vae": vae, "text": text, "clip": clip}
+_NAMES: dict[Part, str] = {"dit": "a Wan diffusion model", "vae": "a Wan VAE", "text": "a umT5 text encoder",
+                          "clip": "a CLIP vision encoder"}
 _ARCHITECTURE = "general.architecture"  # what a GGUF file says of itself
-_ARCHITECTURES: dict[Part, tuple[str, ...]] = {"dit": ("wan",), "text": ("t5encoder", "t5"), "vae": ()}
+_ARCHITECTURES: dict[Part, tuple[str, ...]] = {"dit": ("wan",), "text": ("t5encoder", "t5"), "vae": (), "clip": ()}
 _ANY_ARCHITECTURE = ("pig", "cow")  # what one converter writes for every model
-_FOLDERS: dict[Part, str] = {"dit": "Load Wan Model", "vae": "Load Wan VAE", "text": "Load Wan Text Encoder"}
+_FOLDERS: dict[Part, str] = {"dit": "Load Wan Model", "vae": "Load Wan VAE", "text": "Load Wan Text Encoder",
+                            "clip": "Load Wan CLIP Vision"}
 
 
 def expect(part: Part, checkpoint: Checkpoint) -> str:

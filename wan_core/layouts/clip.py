@@ -1,0 +1,115 @@
+"""CLIP vision checkpoints: dialects, recognition and dimensions.
+
+Of the official file only the half that looks at pictures is of use, and of that not its last block, norm and head.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+
+from ..errors import WanError
+from ..files.checkpoint import Checkpoint
+from ..models.clip.vit import ClipConfig
+from .keys import Renames
+
+_HEAD_DIM = 80  # of ViT-H/14: 16 heads at a width of 1280
+
+_ROWS = {
+    "official": [
+        ("visual.cls_embedding", "cls_embedding"),
+        ("visual.pos_embedding", "pos_embedding"),
+        ("visual.patch_embedding", "patch_embedding"),
+        ("visual.pre_norm", "pre_norm"),
+        ("visual.transformer.{a}", "transformer.{a}"),
+    ],
+    "huggingface": [
+        ("vision_model.embeddings.class_embedding", "cls_embedding"),
+        ("vision_model.embeddings.position_embedding.weight", "pos_embedding"),
+        ("vision_model.embeddings.patch_embedding", "patch_embedding"),
+        ("vision_model.pre_layrnorm", "pre_norm"),
+        ("vision_model.encoder.layers.{a}.layer_norm1", "transformer.{a}.norm1"),
+        ("vision_model.encoder.layers.{a}.self_attn.q_proj", "transformer.{a}.attn.q"),
+        ("vision_model.encoder.layers.{a}.self_attn.k_proj", "transformer.{a}.attn.k"),
+        ("vision_model.encoder.layers.{a}.self_attn.v_proj", "transformer.{a}.attn.v"),
+        ("vision_model.encoder.layers.{a}.self_attn.out_proj", "transformer.{a}.attn.proj"),
+        ("vision_model.encoder.layers.{a}.layer_norm2", "transformer.{a}.norm2"),
+        ("vision_model.encoder.layers.{a}.mlp.fc1", "transformer.{a}.mlp.0"),
+        ("vision_model.encoder.layers.{a}.mlp.fc2", "transformer.{a}.mlp.2"),
+    ],
+}
+DIALECTS = {name: Renames(rows) for name, rows in _ROWS.items()}
+_MARKS = {
+    "official": "visual.transformer.0.attn.to_qkv.weight",
+    "huggingface": "vision_model.encoder.layers.0.self_attn.q_proj.weight",
+}
+
+
+def recognise(keys: Collection[str]) -> str | None:
+    """The dialect of these keys, or None when they are no CLIP vision model."""
+    return next((dialect for dialect, mark in _MARKS.items() if mark in keys), None)
+
+
+def names(checkpoint: Checkpoint, dialect: str) -> dict[str, str]:
+    """Our key -> the checkpoint's, for all that is used of it: neither the text half nor what follows the last but one
+    block."""
+    found = {DIALECTS[dialect].to_own(key): key for key in checkpoint.tensors}
+    found.pop(None, None)
+    last = _layers(found) - 1
+    return {own: key for own, key in found.items() if not own.startswith(f"transformer.{last}.")}
+
+
+def read_config(checkpoint: Checkpoint, dialect: str) -> ClipConfig:
+    """Every dimension from the shapes; the heads from a config.json in the same folder where diffusers wrote one.
+
+    Raises:
+        WanError: a tensor is missing or misshapen, or another CLIP than Wan's (patches with a bias, no class token).
+    """
+    shapes = {DIALECTS[dialect].to_own(key): info.shape for key, info in checkpoint.tensors.items()}
+    try:
+        dim, channels, patch, _ = shapes["patch_embedding.weight"]
+        positions, width = shapes["pos_embedding"][-2:]
+        mlp = shapes["transformer.0.mlp.0.weight"][0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise WanError(f"{checkpoint.path} is no whole CLIP vision model: {error} is missing or misshapen. Is the "
+                       "download complete?") from error
+    heads = _stated_heads(checkpoint) or dim // _HEAD_DIM or 1
+    side = round((positions - 1) ** 0.5)
+    if channels != 3 or width != dim or side * side + 1 != positions or dim % heads:
+        raise WanError(f"{checkpoint.path} is another CLIP than Wan's: {positions} positions, {dim} wide, {heads} "
+                       "heads. Use ViT-H/14 (clip_vision_h.safetensors).")
+    layers = _layers(shapes)
+    if layers < 2:
+        raise WanError(f"{checkpoint.path} has {layers} block; the last one is not used, so at least 2 are needed.")
+    return ClipConfig(dim, mlp, heads, layers, patch, positions, fused=dialect == "official")
+
+
+def _layers(own: Collection[str | None]) -> int:
+    """How many blocks there are, without gaps.
+
+    A file with a gap has fewer than its highest number says, and then misses tensors by name.
+    """
+    numbers = {int(key.split(".")[1]) for key in own if key and key.startswith("transformer.")}
+    return next(i for i in range(len(numbers) + 1) if i not in numbers)
+
+
+def _stated_heads(checkpoint: Checkpoint) -> int | None:
+    file = checkpoint.path / "config.json" if checkpoint.path.is_dir() else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        config: Mapping = json.loads(file.read_text(encoding="utf-8"))
+        heads = config.get("vision_config", config).get("num_attention_heads")
+    except (ValueError, AttributeError, OSError):
+        return None
+    return heads if isinstance(heads, int) and heads > 0 else None
+
+
+def huggingface_config(config: ClipConfig) -> dict:
+    """The ``config.json`` of transformers' CLIPVisionModelWithProjection."""
+    return {
+        "architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model",
+        "hidden_size": config.dim, "intermediate_size": config.mlp_dim, "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads, "image_size": config.size, "patch_size": config.patch,
+        "hidden_act": "gelu", "layer_norm_eps": config.eps, "projection_dim": 1024,
+    }  # fmt: skip

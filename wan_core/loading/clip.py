@@ -1,0 +1,101 @@
+"""A CLIP vision encoder from a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..dtypes import resolve_dtype
+from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..layouts import clip as layout
+from ..layouts.detect import expect
+from ..models.clip.vit import ClipConfig, ClipVision
+from .build import load_strict
+
+
+@dataclass(frozen=True, eq=False)
+class ClipFile:
+    """A CLIP vision checkpoint whose header has been read and understood; its weights have not."""
+
+    checkpoint: Checkpoint
+    names: dict[str, str]  # our key -> the checkpoint's key
+    config: ClipConfig
+    fingerprint: tuple  # of the files when the header was read
+
+
+def read_clip(path: str | Path) -> ClipFile:
+    """Read a CLIP vision model's header.
+
+    Raises:
+        WanError: not there, damaged, or something else than Wan's CLIP.
+    """
+    checkpoint = open_checkpoint(path)
+    dialect = expect("clip", checkpoint)
+    config = layout.read_config(checkpoint, dialect)
+    return ClipFile(checkpoint, layout.names(checkpoint, dialect), config, checkpoint.fingerprint)
+
+
+def build_clip(
+    file: ClipFile, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
+) -> ClipVision:
+    """The encoder with its weights on the device; arguments as in ``load_clip_vision``."""
+    dtype = clip_dtype(file, device, dtype)
+    with torch.device("meta"):
+        encoder = ClipVision(file.config)
+    tensors = _FlatEmbeddings(file.checkpoint)
+    load_strict(encoder, tensors, file.names, device=device, dtype=dtype, keep_float32=lambda key: "norm" in key)
+    file.checkpoint.close()
+    return encoder
+
+
+def clip_dtype(file: ClipFile, device: torch.device | str, dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype to compute in: by default half precision on a GPU, as the official code, else float32."""
+    if dtype in (None, "auto"):
+        return torch.float32 if torch.device(device).type == "cpu" else torch.float16
+    return resolve_dtype(dtype, device, file.checkpoint.dtype)
+
+
+def load_clip_vision(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
+) -> ClipVision:
+    """Load the picture half of Wan2.1's CLIP, ViT-H/14.
+
+    Args:
+        path: ``models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth``, ComfyUI's ``clip_vision_h.safetensors``, or
+            diffusers' ``image_encoder/`` folder.
+        dtype: to compute in; None means float16 on a GPU, as the official code, else float32.
+
+    Returns:
+        ``encoder(images [B, 3, H, W] in -1..1, of any size) -> [B, 257, 1280]``, float32; the pictures are prepared as
+        the official code does (stretched to a square, bicubic without antialiasing).
+
+    Raises:
+        WanError: no such file, a broken one, or one without this encoder.
+    """
+    return build_clip(read_clip(path), device=device, dtype=dtype)
+
+
+class _FlatEmbeddings:
+    """A checkpoint whose class and position embeddings have no leading dimensions of 1, as one dialect writes them."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self.path = checkpoint.path
+        self.tensors = {key: self._flat(info) for key, info in checkpoint.tensors.items()}
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return self._checkpoint.tensor(key).reshape(self.tensors[key].shape)
+
+    def packed(self, key: str):
+        return self._checkpoint.packed(key)
+
+    @staticmethod
+    def _flat(info):
+        from dataclasses import replace
+
+        shape = tuple(info.shape)
+        while len(shape) > 1 and shape[0] == 1:
+            shape = shape[1:]
+        return replace(info, shape=shape) if len(shape) < len(info.shape) else info
