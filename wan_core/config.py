@@ -114,9 +114,18 @@ class PerExpert:
 class Variant:
     """One official model: a row of the table below, never a branch in the code.
 
-    ``boundary`` is the fraction of the 1000 timesteps at and above which the high-noise expert works; a dense
-    model has none. ``image`` says how a start image enters: not at all, as channels beside the noise, or as a clean
-    first latent frame.
+    Attributes:
+        in_channels, clip: with the VAE, what its network looks like: channels with the noise and everything beside it;
+            how many pictures it hears as CLIP tokens (two have positions of their own).
+        dim: the official width, which tells rows apart whose networks look alike.
+        boundary: fraction of the 1000 timesteps at and above which the high-noise expert works; a dense model has none.
+        shift_480p: the shift at 480p where it differs.
+        command_line: shift and guidance of the official script where they differ from what its authors recommend.
+        image: how a start image enters: not at all, as channels beside the noise, or as a clean first latent frame.
+        needs_end: whether it was trained with a start and an end image only.
+        negative: the official negative prompt.
+        comfy_names: high, low; or the dense model.
+        comfy_loras: of ComfyUI's 4-step template: high, low.
     """
 
     task: str
@@ -132,8 +141,14 @@ class Variant:
     size: tuple[int, int]  # the default, width and height
     sizes: tuple[tuple[int, int], ...]
     image: Literal["none", "channels", "frame"]
-    comfy_names: tuple[str, ...]  # high, low; or the dense model
-    comfy_loras: tuple[str, ...] = ()  # of ComfyUI's 4-step template: high, low
+    comfy_names: tuple[str, ...]
+    comfy_loras: tuple[str, ...] = ()
+    clip: int = 0
+    dim: int = 5120
+    shift_480p: float | None = None
+    command_line: tuple[float, float] | None = None
+    needs_end: bool = False
+    negative: str = NEGATIVE_PROMPT
 
     @property
     def experts(self) -> int:
@@ -144,8 +159,21 @@ class Variant:
         """Pixels a side must be a multiple of: VAE stride times patch."""
         return VAES[self.vae].spatial_stride * PATCH[1]
 
+    @property
+    def signature(self) -> tuple[int, int, int]:
+        """What of its network can be seen: channels in and out, and pictures heard as CLIP tokens."""
+        return self.in_channels, VAES[self.vae].channels, self.clip
 
-_A14B_SIZES = ((1280, 720), (720, 1280), (832, 480), (480, 832))
+    def shift_for(self, size: tuple[int, int]) -> float:
+        """The official shift for a width and height."""
+        small = self.shift_480p is not None and size[0] * size[1] <= _AREA_480P
+        return self.shift_480p if small else self.shift
+
+
+_AREA_480P = 832 * 480
+_SIZES_480P = ((832, 480), (480, 832))
+_BOTH_SIZES = ((1280, 720), (720, 1280), *_SIZES_480P)
+_UNSTEADY = "镜头晃动，" + NEGATIVE_PROMPT  # of models that start from a picture, in Wan2.1
 
 VARIANTS: dict[str, Variant] = {
     row.task: row
@@ -153,7 +181,7 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             task="t2v-A14B", display_name="Wan2.2 T2V-A14B", vae="wan2.1", in_channels=16, boundary=0.875,
             shift=12.0, steps=40, guidance=PerExpert(low=3.0, high=4.0), frames=81, fps=16, size=(1280, 720),
-            sizes=_A14B_SIZES, image="none",
+            sizes=_BOTH_SIZES, image="none",
             comfy_names=("wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
                          "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors"),
             comfy_loras=("wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors",
@@ -162,7 +190,7 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             task="i2v-A14B", display_name="Wan2.2 I2V-A14B", vae="wan2.1", in_channels=36, boundary=0.900,
             shift=5.0, steps=40, guidance=PerExpert(low=3.5, high=3.5), frames=81, fps=16, size=(1280, 720),
-            sizes=_A14B_SIZES, image="channels",
+            sizes=_BOTH_SIZES, image="channels",
             comfy_names=("wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors",
                          "wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors"),
             comfy_loras=("wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors",
@@ -171,22 +199,45 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             task="ti2v-5B", display_name="Wan2.2 TI2V-5B", vae="wan2.2", in_channels=48, boundary=None,
             shift=5.0, steps=50, guidance=PerExpert(low=5.0, high=5.0), frames=121, fps=24, size=(1280, 704),
-            sizes=((1280, 704), (704, 1280)), image="frame",
+            sizes=((1280, 704), (704, 1280)), image="frame", dim=3072,
             comfy_names=("wan2.2_ti2v_5B_fp16.safetensors",),
+        ),
+        Variant(
+            task="t2v-1.3B", display_name="Wan2.1 T2V-1.3B", vae="wan2.1", in_channels=16, boundary=None,
+            shift=8.0, steps=50, guidance=PerExpert(low=6.0, high=6.0), frames=81, fps=16, size=(832, 480),
+            sizes=_SIZES_480P, image="none", dim=1536, command_line=(5.0, 5.0),
+            comfy_names=("wan2.1_t2v_1.3B_fp16.safetensors",),
+        ),
+        Variant(
+            task="t2v-14B", display_name="Wan2.1 T2V-14B", vae="wan2.1", in_channels=16, boundary=None,
+            shift=5.0, steps=50, guidance=PerExpert(low=5.0, high=5.0), frames=81, fps=16, size=(1280, 720),
+            sizes=_BOTH_SIZES, image="none",
+            comfy_names=("wan2.1_t2v_14B_fp8_scaled.safetensors",),
+        ),
+        Variant(
+            task="t2i-14B", display_name="Wan2.1 T2I-14B", vae="wan2.1", in_channels=16, boundary=None,
+            shift=5.0, steps=50, guidance=PerExpert(low=5.0, high=5.0), frames=1, fps=16, size=(1280, 720),
+            sizes=(*_BOTH_SIZES, (1024, 1024)), image="none",
+            comfy_names=("wan2.1_t2v_14B_fp8_scaled.safetensors",),
+        ),
+        Variant(
+            task="i2v-14B", display_name="Wan2.1 I2V-14B", vae="wan2.1", in_channels=36, boundary=None,
+            shift=5.0, shift_480p=3.0, steps=40, guidance=PerExpert(low=5.0, high=5.0), frames=81, fps=16,
+            size=(1280, 720), sizes=_BOTH_SIZES, image="channels", clip=1, negative=_UNSTEADY,
+            comfy_names=("wan2.1_i2v_480p_14B_fp16.safetensors",),
+        ),
+        Variant(
+            task="flf2v-14B", display_name="Wan2.1 FLF2V-14B", vae="wan2.1", in_channels=36, boundary=None,
+            shift=16.0, steps=50, guidance=PerExpert(low=5.0, high=5.0), frames=81, fps=16, size=(1280, 720),
+            sizes=_BOTH_SIZES, image="channels", clip=2, needs_end=True, negative="镜头切换，" + _UNSTEADY,
+            comfy_names=("wan2.1_flf2v_720p_14B_fp16.safetensors",),
         ),
     )
 }
 
+CLIP_CHECKPOINT = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+CLIP_COMFY_NAME = "clip_vision_h.safetensors"
 TEXT_ENCODER_CHECKPOINT = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 HIGH_NOISE_FOLDER = "high_noise_model"
 LOW_NOISE_FOLDER = "low_noise_model"
-
-
-def variant_of(channels: int) -> Variant:
-    """The variant whose DiT takes this many input channels (they differ between all variants in the table).
-
-    Raises:
-        KeyError: no variant has so many; ``checkpoint.detect`` refuses such files before this is asked.
-    """
-    return next(row for row in VARIANTS.values() if row.in_channels == channels)
