@@ -20,8 +20,9 @@ from wan_core.config import VARIANTS, VAEKind, Variant
 from wan_core.loading.dit import read_dit
 from wan_core.loading.text import load_text_encoder
 from wan_core.loading.vae import load_vae
-from wan_core.media.geometry import condition_video, given_mask, latent_frames
+from wan_core.media.geometry import latent_frames
 from wan_core.models.vae.vae import VideoVAE
+from wan_core.sampling.starts import known_channels
 from wan_core.train.data import Frame
 from wan_core.train.model import TrainedDiT, load_trained
 from wan_core.train.sample import Sampling, sample
@@ -124,11 +125,9 @@ class Judge:
         vae, frame = self.vae(variant.vae), self.frame
         shape = (vae.config.channels, latent_frames(frame.frames), frame.height // vae.spec.spatial_stride,
                  frame.width // vae.spec.spatial_stride)  # fmt: skip
-        condition: dict[str, Tensor] = {}
+        condition: dict[str, object] = {}
         if images is not None and variant.image == "channels":
-            shown = vae.encode(torch.cat([condition_video({0: image}, frame.frames) for image in images]))
-            mask = given_mask([0], frame.frames, *shape[2:]).expand(len(images), -1, -1, -1, -1)
-            condition = {"concat": torch.cat([mask, shown], dim=1)}
+            condition = {"inputs": (known_channels([{0: image} for image in images], frame.frames, vae.encode_all),)}
         elif images is not None:
             condition = {"first": vae.encode(torch.stack(images)[:, :, None])}
         texts, empty = [self.text(words) for words in prompts], self.text("")

@@ -6,33 +6,38 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from .config import NEGATIVE_PROMPT, VAES, VARIANTS, PerExpert, Variant
+from .config import VAES, VARIANTS, PerExpert, Variant
 from .dtypes import resolve_dtype
 from .errors import WanError
 from .layouts.folder import find_parts
+from .layouts.variants import choose
+from .loading.clip import ClipFile, read_clip
 from .loading.dit import read_dit
 from .loading.text import TextFile, read_text_encoder
 from .loading.vae import VAEFile, read_vae
 from .lookup import look_up
 from .media import geometry as latents
+from .media.geometry import fitted, image_tensor, video_size
 from .memory.devices import available_bytes
 from .memory.engine import Engine, largest_matrix, text_bytes
 from .memory.plan import AUTO, GB, MARGIN, decode_bytes, plan
 from .memory.run import denoise_in_memory
+from .models.dit.features.clip_tokens import ClipTokens
 from .models.vae.tiles import Tiles, decode_tiled_chunks, encode_tiled_chunks, fitting_tiles
 from .recipe import ModelRecipe, pair
-from .sampling.denoise import Given, StepReport
+from .sampling.denoise import StepReport
 from .sampling.experts import Switch
 from .sampling.guidance import Condition
 from .sampling.schedules import Schedule, schedule
 from .sampling.solvers import SOLVERS
+from .sampling.starts import Start, begin, check_pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,6 +52,7 @@ class Models:
     dit: ModelRecipe
     vae: VAEFile
     text: TextFile
+    clip: ClipFile | None = None  # where the model hears pictures as CLIP tokens
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Request:
     """What to generate. None means the variant's official value.
 
     Attributes:
+        image, end_image: the first and the last frame.
         size: width and height; with an image its product is the area, and the image decides the aspect ratio.
         seed: negative draws one.
         vae_tile: side of the VAE's tiles in pixels; None: tiles where the memory limit asks for them.
@@ -62,6 +69,7 @@ class Request:
     prompt: str
     negative_prompt: str = ""
     image: Path | None = None
+    end_image: Path | None = None
     size: tuple[int, int] | None = None
     frames: int | None = None
     steps: int | None = None
@@ -80,33 +88,29 @@ class Request:
         """
         done = replace(
             self,
-            negative_prompt=self.negative_prompt or NEGATIVE_PROMPT,
+            negative_prompt=self.negative_prompt or variant.negative,
             size=self.size or variant.size,
             frames=self.frames or variant.frames,
             steps=variant.steps if self.steps is None else self.steps,
-            shift=variant.shift if self.shift is None else self.shift,
+            shift=variant.shift_for(self.size or variant.size) if self.shift is None else self.shift,
             guidance=self.guidance or variant.guidance,
             seed=self.seed if self.seed >= 0 else random.randint(0, sys.maxsize),
         )
         look_up(SOLVERS, done.solver, "solver")
         done.timetable()
         latents.latent_frames(done.frames)
-        _check_image(done.image, variant)
-        if done.image is None:
+        check_pictures(variant, done.pictures)
+        if not done.pictures:
             latents.latent_shape(variant, *done.size, done.frames)
         return done
 
+    @property
+    def pictures(self) -> dict[int, Path]:
+        """The images by the number of their frame; the last is -1."""
+        return {place: file for place, file in ((0, self.image), (-1, self.end_image)) if file is not None}
+
     def timetable(self) -> Schedule:
         return schedule(self.schedule, self.steps, self.shift, solver=self.solver)
-
-
-@dataclass(frozen=True, eq=False)
-class Start:
-    """What sampling begins with: noise, and what is known of the video."""
-
-    noise: torch.Tensor  # [1, C, T, h, w]
-    concat: torch.Tensor | None = None  # [1, 20, T, h, w], see Condition
-    given: Given | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +149,7 @@ def read_models(folder: str | Path, task: str, *, dtype: str = "auto", attention
     if text.config.dim != high.high.config.text_dim:
         raise WanError(f"{parts.text_encoder} gives embeddings {text.config.dim} wide, but {parts.high} takes "
                        f"{high.high.config.text_dim}. Use the text encoder of the same checkpoint.")
-    return Models(dit, vae, text)
+    return Models(dit, vae, text, read_clip(parts.clip) if parts.clip else None)
 
 
 def generate(
@@ -168,7 +172,7 @@ def generate(
     start = _start(models, request, engine, device)
     latent = denoise_in_memory(
         engine, recipe, request.guidance, device, start.noise, request.timetable(), request.solver,
-        Condition(positive, start.concat), Condition(negative, start.concat), given=start.given, on_step=on_step,
+        Condition(positive, start.inputs), Condition(negative, start.inputs), given=start.given, on_step=on_step,
     )  # fmt: skip
     if engine.keep_one:
         engine.release("dit")
@@ -203,28 +207,14 @@ def needs(models: Models, request: Request, device: torch.device, text_device: t
 
 def _video_size(request: Request, variant: Variant) -> tuple[int, int]:
     """Width and height of the video; an image decides the aspect ratio."""
-    if request.image is None:
-        return request.size
-    image = _open_image(request.image)
-    size_of = latents.i2v_size if variant.image == "channels" else latents.ti2v_size
-    return size_of(request.size[0] * request.size[1], image.width, image.height)
+    images = [_open_image(file) for file in request.pictures.values()]
+    return video_size(variant, request.size, [(image.width, image.height) for image in images])
 
 
 def _recipe(path: Path, variant: Variant, dtype: str, attention: str) -> ModelRecipe:
     file = read_dit(path)
-    if file.config.in_channels != variant.in_channels:
-        raise WanError(f"{path} takes {file.config.in_channels} channels, but {variant.display_name} takes "
-                       f"{variant.in_channels}: it is another model. Choose its --task.")
-    return ModelRecipe(file, dtype=dtype, attention=attention)
-
-
-def _check_image(image: Path | None, variant: Variant) -> None:
-    if image is None and variant.image == "channels":
-        raise WanError(f"{variant.display_name} animates an image: give one with --image FILE.")
-    if image is not None and variant.image == "none":
-        raise WanError(f"{variant.display_name} takes no image. Use i2v-A14B or ti2v-5B, or leave --image out.")
-    if image is not None and not Path(image).is_file():
-        raise WanError(f"No such image: {image}.")
+    chosen = choose(file.config, path, wanted=variant.task)
+    return ModelRecipe(file, dtype=dtype, attention=attention, variant=chosen.variant)
 
 
 def _dtype_of(models: Models, device: torch.device) -> torch.dtype:
@@ -254,39 +244,30 @@ def _room(models: Models, engine: Engine, device: torch.device) -> float:
 
 
 def _start(models: Models, request: Request, engine: Engine, device: torch.device) -> Start:
-    variant = models.dit.variant
-    if request.image is None:
-        shape = latents.latent_shape(variant, *request.size, request.frames)
-        return Start(latents.noise(request.seed, shape)[None])
-    image = _open_image(request.image)
-    return _STARTS[variant.image](models, request, engine, device, image)
+    variant, originals = models.dit.variant, {place: _open_image(file) for place, file in request.pictures.items()}
+    size = video_size(variant, request.size, [(image.width, image.height) for image in originals.values()])
+    pictures = {place: image.to(device) for place, image in fitted(variant, originals, size).items()}
+
+    def encode(chunks: Iterator[torch.Tensor], frames: int) -> torch.Tensor:
+        return _encode(models, request, engine, chunks, frames, (size[1], size[0]), device)
+
+    start = begin(variant, size, request.frames, request.seed, pictures, encode)
+    return replace(start, inputs=(*start.inputs, *_clip_tokens(models, engine, originals, device)))
 
 
-def _start_with_channels(models: Models, request: Request, engine: Engine, device: torch.device, image: Image) -> Start:
-    """I2V-A14B: the image is the first frame of a video that is grey otherwise, encoded, beside the noise."""
-    width, height = latents.i2v_size(request.size[0] * request.size[1], image.width, image.height)
-    shape = latents.latent_shape(models.dit.variant, width, height, request.frames)
-    first = latents.resize_bicubic(latents.image_tensor(image), height, width)
-    frames = latents.condition_chunks({0: first}, request.frames)
-    encoded = _encode(models, request, engine, frames, request.frames, (height, width), device)
-    mask = latents.given_mask([0], request.frames, *shape[2:]).to(encoded)
-    return Start(latents.noise(request.seed, shape)[None], concat=torch.cat([mask, encoded], dim=1))
-
-
-def _start_with_frame(models: Models, request: Request, engine: Engine, device: torch.device, image: Image) -> Start:
-    """TI2V-5B: the image's latent is the first latent frame, clean throughout."""
-    width, height = latents.ti2v_size(request.size[0] * request.size[1], image.width, image.height)
-    shape = latents.latent_shape(models.dit.variant, width, height, request.frames)
-    picture = latents.ti2v_image(image, width, height)[None]
-    first = _encode(models, request, engine, iter([picture]), 1, (height, width), device)
-    known = torch.zeros(1, *shape, device=device)
-    known[:, :, :1] = first
-    mask = torch.ones(1, 1, shape[1], 1, 1, device=device)
-    mask[:, :, 0] = 0
-    return Start(latents.noise(request.seed, shape)[None], given=Given(known, mask, clean=True))
-
-
-_STARTS = {"channels": _start_with_channels, "frame": _start_with_frame}
+def _clip_tokens(
+    models: Models, engine: Engine, originals: Mapping[int, Image], device: torch.device
+) -> tuple[ClipTokens, ...]:
+    """What CLIP makes of the pictures as they are, not resized to the video; of models that hear it."""
+    if models.clip is None or not originals:
+        return ()
+    encoder = engine.clip(models.clip, device)
+    places = [0, -1] if models.dit.variant.clip > 1 else list(originals)[:1]
+    seen = [encoder(image_tensor(originals[place])[None]) for place in places if place in originals]
+    if engine.keep_one:
+        del encoder
+        engine.release("clip")
+    return (ClipTokens(torch.cat(seen, dim=1)),)
 
 
 def _open_image(path: Path) -> Image:

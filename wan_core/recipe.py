@@ -5,15 +5,15 @@ Option nodes return a changed copy (``dataclasses.replace``); the engine turns t
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
-from .config import Variant, variant_of
+from .config import Variant
 from .errors import WanError
 from .foreign import Foreign
+from .layouts.noise_level import noise_level_of
+from .layouts.variants import candidates, choose
 from .loading.dit import DiTFile
 from .lora.use import Loras, LoraUse
 from .memory.stream import PREFETCH
@@ -24,7 +24,7 @@ Network = DiTFile | Foreign
 
 @dataclass(frozen=True, eq=False)
 class ModelRecipe:
-    """A dense model, or a pair of experts, and how to run it.
+    """A dense model, or a pair of experts, which official model that is, and how to run it.
 
     ``high`` alone is a dense model; ``low`` is another object, even where both are of one file on disk. ``dtype`` and
     ``attention`` may be "auto". ``notes`` are remarks for the user that loading made (which file was taken for which
@@ -49,6 +49,14 @@ class ModelRecipe:
     prefetch: int = PREFETCH
     loras: Loras = field(default_factory=Loras)
     merge_loras: bool = False
+    variant: Variant | None = None  # always one of the table's: chosen by the file where none is given
+
+    def __post_init__(self):
+        if self.variant is None:
+            chosen = choose(self.high.config, self.high.path, pair=self.low is not None)
+            object.__setattr__(self, "variant", chosen.variant)
+            if chosen.assumed:
+                object.__setattr__(self, "notes", (*self.notes, chosen.assumed))
 
     def loras_of(self, file: Network) -> tuple[LoraUse, ...]:
         """The LoRAs of one of the recipe's files that do something at some step."""
@@ -59,10 +67,6 @@ class ModelRecipe:
     def keeps_text(self) -> bool:
         """Whether each block's keys and values of the prompts are kept: fast, and up to a gigabyte."""
         return self.vram_limit is None
-
-    @property
-    def variant(self) -> Variant:
-        return variant_of(self.high.config.in_channels)
 
     @property
     def files(self) -> tuple[Network, ...]:
@@ -93,11 +97,25 @@ def pair(high: ModelRecipe, low: ModelRecipe, switch: Switch) -> ModelRecipe:
     if high.low is not None or low.low is not None:
         raise WanError("Expected two single models, found a pair of experts already. Connect the loaders themselves.")
     _check_same_shapes(high.high, low.high)
-    notes = high.notes + low.notes + _pair_notes(high.high, low.high)
+    variant = _of_two(high)
+    guesses = {choose(side.high.config, side.high.path).assumed for side in (high, low)}  # being a pair answers them
+    notes = tuple(note for note in high.notes + low.notes if note not in guesses) + _pair_notes(high.high, low.high)
     loras, merge = Loras(high.loras.high, low.loras.high), high.merge_loras or low.merge_loras
     side = high if high.own else low
     second = replace(low.high) if low.high is high.high else low.high  # see loras_of
-    return replace(side, high=high.high, low=second, switch=switch, notes=notes, loras=loras, merge_loras=merge)
+    return replace(side, high=high.high, low=second, variant=variant, switch=switch, notes=notes, loras=loras,
+                   merge_loras=merge)  # fmt: skip
+
+
+def _of_two(side: ModelRecipe) -> Variant:
+    """The variant of a pair: two dense models of one shape are taken for experts of the pair with that shape."""
+    if side.variant.experts == 2:
+        return side.variant
+    rows = [row for row in candidates(side.high.config) if row.experts == 2]
+    if not rows:
+        raise WanError(f"{side.high.path.name} is {side.variant.display_name}, one dense model without experts. "
+                       "Connect it to the sampler by itself.")
+    return rows[0]
 
 
 def _check_same_shapes(high: Network, low: Network) -> None:
@@ -115,7 +133,7 @@ def _check_same_shapes(high: Network, low: Network) -> None:
 
 
 def _kind(file: Network) -> str:
-    return variant_of(file.config.in_channels).display_name + f", {file.config.dim} wide"
+    return f"{choose(file.config, file.path).variant.display_name}, {file.config.dim} wide"
 
 
 def _pair_notes(first: Network, second: Network) -> tuple[str, ...]:
@@ -137,15 +155,3 @@ def _is_same(high: Network, low: Network) -> bool:
     if isinstance(high, Foreign) or isinstance(low, Foreign):
         return high.fingerprint == low.fingerprint
     return high.path.resolve() == low.path.resolve()
-
-
-def noise_level_of(path: Path) -> str | None:
-    """"high" or "low" as a file's or its folder's name says, or None."""
-    for name in (path.name, path.parent.name):
-        words = re.split(r"[^a-z]+", name.lower().replace("highnoise", "high_noise").replace("lownoise", "low_noise"))
-        for level in ("high", "low"):
-            if level in words or f"{level}noise" in words:
-                return level
-    if path.name == "transformer":
-        return "high"
-    return "low" if path.name == "transformer_2" else None

@@ -41,7 +41,7 @@ def latent_of(model: WanDiT) -> Tensor:
     """Eight steps from noise with guidance 3, as a sampler runs them."""
     torch.manual_seed(2)
     noise = torch.randn(1, 48, 3, 6, 8)
-    sides = [Condition(torch.randn(1, 20, SIZES.text_dim), None) for _ in range(2)]
+    sides = [Condition(torch.randn(1, 20, SIZES.text_dim)) for _ in range(2)]
 
     def velocity(x: Tensor, t: Tensor, condition: Condition, on_block=None) -> Tensor:
         return model(x, t, condition.text, on_block=on_block)

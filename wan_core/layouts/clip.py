@@ -6,7 +6,11 @@ Of the official file only the half that looks at pictures is of use, and of that
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
 
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint
@@ -103,6 +107,22 @@ def _stated_heads(checkpoint: Checkpoint) -> int | None:
     except (ValueError, AttributeError, OSError):
         return None
     return heads if isinstance(heads, int) and heads > 0 else None
+
+
+def official_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' weights under the official names, queries, keys and values in one matrix."""
+    own = {DIALECTS["huggingface"].to_own(key): tensor for key, tensor in weights.items()}
+    own.pop(None, None)
+    parts: dict[str, list[Tensor]] = {}
+    made = {}
+    for key in sorted(own):  # k, q, v of a layer
+        if match := re.fullmatch(r"(.*\.attn\.)[qkv](\..*)", key):
+            parts.setdefault(f"{match[1]}to_qkv{match[2]}", []).append(own[key])
+        else:
+            made[key] = own[key]
+    made |= {key: torch.cat([part[1], part[0], part[2]]) for key, part in parts.items()}
+    made["cls_embedding"], made["pos_embedding"] = made["cls_embedding"].view(1, 1, -1), made["pos_embedding"][None]
+    return {DIALECTS["official"].to_theirs(key): tensor for key, tensor in made.items()}
 
 
 def huggingface_config(config: ClipConfig) -> dict:

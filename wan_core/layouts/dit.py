@@ -9,6 +9,8 @@ from pathlib import Path
 from ..config import HEAD_DIM, PATCH, VARIANTS, DiTConfig
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, _some
+from ..models.dit import features
+from ..models.dit.features.clip_tokens import ClipTokensConfig
 from .keys import IDENTITY, Renames
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -45,13 +47,14 @@ _IN_BLOCK = [
 # "prefixed" is "official" below one of _PREFIXES, as trainers save it.
 DIALECTS: dict[str, Renames] = {
     "official": IDENTITY,
-    "diffusers": Renames(_OUTSIDE_BLOCKS + [(f"blocks.{{a}}.{a}", f"blocks.{{a}}.{b}") for a, b in _IN_BLOCK]),
+    "diffusers": Renames(
+        [*_OUTSIDE_BLOCKS, *((f"blocks.{{a}}.{a}", f"blocks.{{a}}.{b}") for a, b in _IN_BLOCK),
+         *(row for feature in features.FEATURES for row in feature.DIFFUSERS)]
+    ),
 }
 
 # Layers of relatives that this version does not run, and whose they are.
 _RELATIVES = {
-    "img_emb.": "Wan2.1 I2V / FLF2V (a CLIP image branch)",
-    "condition_embedder.image_embedder.": "Wan2.1 I2V / FLF2V (a CLIP image branch)",
     "vace_blocks.": "VACE",
     "control_adapter.": "Wan Fun Camera",
     "ref_conv.": "Wan Fun Control with a reference image",
@@ -114,6 +117,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None)
             text_dim=shapes["text_embedding.0.weight"][1],
             freq_dim=shapes["time_embedding.0.weight"][1],
             heads=heads or dim // HEAD_DIM,
+            features=features.detect(shapes),
         )
     except (KeyError, IndexError, ValueError) as error:
         raise WanError(f"Not a whole Wan DiT: {error} is missing or misshapen. Is the download complete?") from error
@@ -146,8 +150,9 @@ def packs(key: str) -> bool:
 
 def official_config(config: DiTConfig, task: str) -> dict:
     """The config.json that stands beside official shards."""
+    kind = task.split("-")[0].replace("t2i", "t2v")
     return {
-        "_class_name": "WanModel", "_diffusers_version": "0.33.0", "model_type": task.split("-")[0],
+        "_class_name": "WanModel", "_diffusers_version": "0.33.0", "model_type": kind,
         "dim": config.dim, "ffn_dim": config.ffn_dim, "freq_dim": config.freq_dim, "eps": config.eps,
         "in_dim": config.in_channels, "out_dim": config.out_channels, "num_heads": config.heads,
         "num_layers": config.layers, "text_len": 512,
@@ -156,11 +161,13 @@ def official_config(config: DiTConfig, task: str) -> dict:
 
 def diffusers_config(config: DiTConfig) -> dict:
     """The config.json of diffusers' WanTransformer3DModel."""
+    clip = config.feature(ClipTokensConfig)
     return {
         "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.0", "patch_size": list(PATCH),
         "num_attention_heads": config.heads, "attention_head_dim": config.dim // config.heads,
         "in_channels": config.in_channels, "out_channels": config.out_channels, "text_dim": config.text_dim,
         "freq_dim": config.freq_dim, "ffn_dim": config.ffn_dim, "num_layers": config.layers, "eps": config.eps,
-        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "image_dim": None, "added_kv_proj_dim": None,
-        "rope_max_seq_len": 1024,
+        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "image_dim": clip.width if clip else None,
+        "added_kv_proj_dim": config.dim if clip else None,
+        "rope_max_seq_len": 1024, "pos_embed_seq_len": (clip.positions or None) if clip else None,
     }  # fmt: skip

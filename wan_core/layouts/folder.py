@@ -6,7 +6,16 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import HIGH_NOISE_FOLDER, LOW_NOISE_FOLDER, TEXT_ENCODER_CHECKPOINT, TOKENIZER_FOLDER, VAES, Variant
+from ..config import (
+    CLIP_CHECKPOINT,
+    CLIP_COMFY_NAME,
+    HIGH_NOISE_FOLDER,
+    LOW_NOISE_FOLDER,
+    TEXT_ENCODER_CHECKPOINT,
+    TOKENIZER_FOLDER,
+    VAES,
+    Variant,
+)
 from ..errors import WanError
 
 COMFY_TEXT_ENCODERS = (
@@ -20,7 +29,8 @@ COMFY_TEXT_ENCODERS = (
 class Parts:
     """Paths of one model's parts.
 
-    ``low`` is None for a dense model, ``tokenizer`` where the text encoder's file holds it.
+    ``low`` is None for a dense model, ``tokenizer`` where the text encoder's file holds it, ``clip`` of a model that
+    hears no CLIP tokens.
     """
 
     high: Path
@@ -28,9 +38,10 @@ class Parts:
     vae: Path
     text_encoder: Path
     tokenizer: Path | None
+    clip: Path | None = None
 
 
-WHOLE = ("high", "low", "vae", "text_encoder")
+WHOLE = ("high", "low", "vae", "text_encoder", "clip")
 
 
 def find_parts(folder: str | Path, variant: Variant, wanted: Collection[str] = WHOLE) -> Parts:
@@ -63,6 +74,7 @@ def _official(folder: Path, variant: Variant) -> Parts:
         vae=folder / VAES[variant.vae].checkpoint,
         text_encoder=folder / TEXT_ENCODER_CHECKPOINT,
         tokenizer=folder / TOKENIZER_FOLDER,
+        clip=folder / CLIP_CHECKPOINT if variant.clip else None,
     )
 
 
@@ -75,6 +87,7 @@ def _comfyui(folder: Path, variant: Variant) -> Parts:
         vae=folder / "vae" / VAES[variant.vae].comfy_name,
         text_encoder=next((path for path in encoders if path.exists()), encoders[0]),
         tokenizer=None,
+        clip=folder / "clip_vision" / CLIP_COMFY_NAME if variant.clip else None,
     )
 
 
@@ -85,6 +98,7 @@ def _diffusers(folder: Path, variant: Variant) -> Parts:
         vae=folder / "vae",
         text_encoder=folder / "text_encoder",
         tokenizer=folder / "tokenizer",
+        clip=folder / "image_encoder" if variant.clip else None,
     )
 
 

@@ -6,7 +6,7 @@ each later one is four.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -89,6 +89,48 @@ def ti2v_size(area: int, image_w: int, image_h: int, multiple: int = 32) -> tupl
     by_width = wide, _round_down(area / wide, multiple)
     by_height = _round_down(area / tall, multiple), tall
     return by_width if _distortion(by_width, ratio) < _distortion(by_height, ratio) else by_height
+
+
+def video_size(variant: Variant, size: tuple[int, int], images: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Width and height of a video: as asked for, or, where it begins with images, of the first one's aspect ratio and
+    about that area.
+
+    Args:
+        images: width and height of each.
+    """
+    if not images:
+        return size
+    area, (width, height) = size[0] * size[1], images[0]
+    if variant.image == "frame":
+        return ti2v_size(area, width, height, variant.size_multiple)
+    return i2v_size(area, width, height, VAES[variant.vae])
+
+
+def fitted(variant: Variant, originals: Mapping[int, Image], size: tuple[int, int]) -> dict[int, Tensor]:
+    """Pictures by frame number -> [3,H,W] in -1..1 of the video's width and height, as the official code fits them.
+
+    A TI2V picture is scaled to cover and cut; those of other models are scaled, after all but the first were made as
+    wide and high as the first.
+    """
+    width, height = size
+    if variant.image == "frame":
+        return {place: ti2v_image(image, width, height)[:, 0] for place, image in originals.items()}
+    first = next(iter(originals.values()), None)
+    alike = {place: image if image.size == first.size else covering(image, *first.size)
+             for place, image in originals.items()}  # fmt: skip
+    return {place: resize_bicubic(image_tensor(image), height, width) for place, image in alike.items()}
+
+
+def covering(image: Image, width: int, height: int) -> Image:
+    """A picture scaled until it covers the size, its centre cut out.
+
+    What the official FLF2V code means to do to an end picture of another size than the start's: it computes the scale,
+    and then crops without scaling, to sides that are exchanged.
+    """
+    from PIL import ImageOps
+    from PIL.Image import Resampling
+
+    return ImageOps.fit(image.convert("RGB"), (width, height), Resampling.BICUBIC)
 
 
 def _round_down(side: float, multiple: int) -> int:

@@ -23,11 +23,14 @@ from ..dtypes import resolve_dtype
 from ..files.unchanged import check_unchanged
 from ..foreign import Foreign
 from ..layouts import text as text_layout
+from ..loading.clip import ClipFile, build_clip, clip_dtype
 from ..loading.dit import DiTFile, build_dit
 from ..loading.text import TextEncoder, TextFile, build_text_encoder
 from ..loading.vae import VAEFile, build_vae
 from ..lora.apply import adaptation_of
+from ..models.clip.vit import ClipVision
 from ..models.dit.dit import TextStates, WanDiT
+from ..models.dit.inputs import with_channels
 from ..models.vae.vae import VideoVAE
 from ..recipe import ModelRecipe, Network
 from ..sampling.experts import Expert, Experts, Model
@@ -205,8 +208,19 @@ class Engine:
         key = ("vae", file.fingerprint, str(device), str(dtype))
         return self.get(key, _bytes(file, device, dtype), device, lambda: build_vae(file, device=device, dtype=dtype))
 
+    def clip(self, file: ClipFile, device: torch.device | str, dtype: str | torch.dtype | None = None) -> ClipVision:
+        """A CLIP vision encoder with its weights.
+
+        Raises:
+            WanError: the file was changed since its header was read, or see ``build_clip``.
+        """
+        check_unchanged(file)
+        dtype = clip_dtype(file, device, dtype)
+        key, size = ("clip", file.fingerprint, str(device), str(dtype)), _bytes(file, device, dtype)
+        return self.get(key, size, device, lambda: build_clip(file, device=device, dtype=dtype))
+
     def release(self, *kinds: str) -> None:
-        """Drop what is loaded; with kinds ("dit", "vae", "text"), only those."""
+        """Drop what is loaded; with kinds ("dit", "vae", "text", "clip"), only those."""
         for key in [k for k in self._loaded if not kinds or k[0] in kinds]:
             del self._loaded[key]
         self._plans.clear()
@@ -256,7 +270,7 @@ class LazyDiT:
         self._loras, self._step = recipe.loras_of(file), 0
         self._revision = 0  # of the weights that the text states belong to
         self._owner: weakref.ref[WanDiT] | None = None  # weak, so that the engine can release it during the run
-        self._texts: dict[int, tuple[Condition, TextStates]] = {}
+        self._texts: dict[int, TextStates] = {}  # by the condition's key
 
     def __call__(
         self,
@@ -267,7 +281,7 @@ class LazyDiT:
     ) -> torch.Tensor:
         dit = self.engine.dit(self.file, self.recipe, self.device)
         self._adapt(dit)
-        x = self._with_channels(x.to(self.device), condition)
+        x = with_channels(x.to(self.device), condition.inputs)
         return dit(x, t, self._text(dit, condition, len(x)), on_block=on_block).to(torch.float32)
 
     def begin(self, step: int) -> None:
@@ -288,20 +302,14 @@ class LazyDiT:
         """Called while the step before the first of this expert is computed."""
         self.engine.read_ahead(self.file, self.recipe, self.device)
 
-    def _with_channels(self, x: torch.Tensor, condition: Condition) -> torch.Tensor:
-        if condition.concat is None:
-            return x
-        extra = condition.concat.to(x)
-        return torch.cat([x, extra.expand(len(x), *extra.shape[1:])], dim=1)
-
     def _text(self, dit: WanDiT, condition: Condition, batch: int) -> TextStates:
         if self._owner is None or dit is not self._owner():  # loaded again: the old states belong to old weights
             self._owner, self._texts = weakref.ref(dit, lambda _: self._texts.clear()), {}
-        if id(condition) not in self._texts:
+        if condition.key not in self._texts:
             text = pad_text(condition.text)
-            states = dit.text_states(text.expand(batch, *text.shape[1:]), keep=self.recipe.keeps_text)
-            self._texts[id(condition)] = condition, states
-        return self._texts[id(condition)][1]
+            text = text.expand(batch, *text.shape[1:])
+            self._texts[condition.key] = dit.text_states(text, keep=self.recipe.keeps_text, inputs=condition.inputs)
+        return self._texts[condition.key]
 
 
 def pad_text(text: torch.Tensor) -> torch.Tensor:
@@ -342,7 +350,7 @@ def _identity(recipe: ModelRecipe) -> Hashable:
 
 
 def _bytes(
-    file: DiTFile | TextFile | VAEFile,
+    file: DiTFile | TextFile | VAEFile | ClipFile,
     device: torch.device | str,
     dtype: str | torch.dtype | None,
     skip: tuple[str, ...] = (),

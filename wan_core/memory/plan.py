@@ -21,6 +21,7 @@ from ..files.checkpoint import Checkpoint
 from ..layouts.dit import packs
 from ..lora.use import LoraUse, bytes_beside, merges
 from ..models.dit.dit import TOKENS_AT_ONCE, keeps_float32
+from ..models.dit.features import feature_of
 from ..models.dit.layers import SLICE
 from ..models.dit.rope import SLICE as ROTATED_AT_ONCE
 from ..quant.registry import MADE_ON_LOAD
@@ -156,7 +157,7 @@ def activation_bytes(config: DiTConfig, batch: int, tokens: int, dtype: torch.dt
     x = batch * tokens * dim * item
     part = piece(TOKENS_AT_ONCE, item)  # what a layer answers before it is written over its argument
     given = part if batch > 1 and tokens > TOKENS_AT_ONCE else 0  # a part of several videos is gathered first
-    text = 2 * batch * TEXT_LENGTH * dim * item
+    text = 2 * batch * context_tokens(config) * dim * item
     whole = 0 if tokens > TOKENS_AT_ONCE else x  # a short video's answer is a copy of its own
     moments = (
         4 * x + part + given,  # tokens; queries, keys, values; a part of what is seen
@@ -170,6 +171,11 @@ def activation_bytes(config: DiTConfig, batch: int, tokens: int, dtype: torch.dt
     return max(moments) + table
 
 
+def context_tokens(config: DiTConfig) -> int:
+    """What cross-attention hears: the text, and what the model's features add to it."""
+    return TEXT_LENGTH + sum(feature_of(feature).context_tokens(feature) for feature in config.features)
+
+
 def held_bytes(
     config: DiTConfig, shape: tuple[int, ...], dtype: torch.dtype, *, guided: bool, keep_text: bool
 ) -> int:
@@ -177,8 +183,9 @@ def held_bytes(
     b, _, t, h, w = shape
     places = b * t * h * w * 4
     latents = places * (_LATENTS * config.out_channels + 2 * config.in_channels)
-    embedded = TEXT_LENGTH * (config.text_dim * 4 + config.dim * dtype.itemsize)
-    states = config.layers * 2 * TEXT_LENGTH * config.dim * dtype.itemsize if keep_text else 0
+    heard = context_tokens(config)
+    embedded = TEXT_LENGTH * config.text_dim * 4 + heard * config.dim * dtype.itemsize
+    states = config.layers * 2 * heard * config.dim * dtype.itemsize if keep_text else 0
     return latents + (1 + guided) * (embedded + b * states)
 
 

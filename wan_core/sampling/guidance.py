@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -19,11 +20,13 @@ class Condition:
 
     Attributes:
         text: [B,L,D] embedded prompt.
-        concat: [B,20,T,h,w] mask and latent of the given frames, or None where the model takes none.
+        inputs: everything else, such as ``Concat`` and ``ClipTokens``; the same kind at most once.
+        key: one number for each condition, by which what was computed from it is found again.
     """
 
     text: Tensor
-    concat: Tensor | None = None
+    inputs: tuple = ()
+    key: int = field(default_factory=itertools.count().__next__)
 
 
 def guided(

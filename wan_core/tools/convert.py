@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import variant_of
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.write import Planned, check_room, write_gguf, write_json, write_pickle, write_safetensors
@@ -25,6 +24,7 @@ from ..layouts import dit, text, vae
 from ..layouts.detect import Part, expect, part_of
 from ..layouts.gguf_tokenizer import gguf_vocabulary, spiece_beside
 from ..layouts.keys import IDENTITY, Renames
+from ..layouts.variants import choose
 from ..quant.base import Format
 from ..quant.fp8 import FP8
 from ..quant.gguf import BLOCK_TYPES, GGUF
@@ -284,7 +284,7 @@ class _Job:
         path.mkdir()
         config = dit.read_config(self.shapes, dit.heads_beside(self.checkpoint.path))
         self._write_shards(path)
-        write_json(path / "config.json", dit.official_config(config, variant_of(config.in_channels).task))
+        write_json(path / "config.json", dit.official_config(config, choose(config, path).variant.task))
 
     def _write_shards(self, folder: Path) -> None:
         shards = _shards(self.tensors)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..config import (
+    CLIP_CHECKPOINT,
+    CLIP_COMFY_NAME,
     HIGH_NOISE_FOLDER,
     LOW_NOISE_FOLDER,
     NEGATIVE_PROMPT,
@@ -30,12 +32,15 @@ from ..config import (
     Variant,
 )
 from ..errors import WanError
+from ..layouts import clip as clip_keys
 from ..layouts import dit as dit_keys
 from ..layouts import text as text_keys
 from ..layouts import vae as vae_keys
 from ..layouts.keys import IDENTITY, Renames
 from ..loading.vae import VAE_CLASSES
+from ..models.clip.vit import MEAN, STD, ClipConfig, ClipVision
 from ..models.dit.dit import WanDiT
+from ..models.dit.features.clip_tokens import ClipTokensConfig
 from ..models.text.tokenizer import train_tiny_tokenizer, write_tokenizer_folder
 from ..models.text.umt5 import Umt5Encoder
 
@@ -65,6 +70,8 @@ class TinySizes:
     text_heads: int = 1
     text_ffn: int = 8
     vae_dim: int = 16
+    clip_mlp: int = 80
+    clip_layers: int = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +86,8 @@ class TinyModels:
     vae_weights: dict[str, torch.Tensor]
     text_weights: dict[str, torch.Tensor]
     spiece: bytes
+    clip: dict[str, torch.Tensor] | None = None  # by transformers' keys
+    clip_config: ClipConfig | None = None
 
 
 def make_tiny(task: str, *, seed: int = 0, sizes: TinySizes | None = None) -> TinyModels:
@@ -86,8 +95,11 @@ def make_tiny(task: str, *, seed: int = 0, sizes: TinySizes | None = None) -> Ti
     variant, sizes = VARIANTS[task], sizes or TinySizes()
     spec = VAES[variant.vae]
     spiece = train_tiny_tokenizer(_VOCABULARY_TEXTS)
+    clip = ClipConfig(_CLIP_WIDTH, sizes.clip_mlp, _CLIP_WIDTH // 80, sizes.clip_layers, patch=14, positions=257,
+                      fused=False) if variant.clip else None  # fmt: skip
+    pictures = () if clip is None else (ClipTokensConfig(_CLIP_WIDTH, 514 if variant.clip == 2 else 0),)
     dit = DiTConfig(variant.in_channels, spec.channels, sizes.dim, sizes.ffn_dim, sizes.layers, sizes.text_dim,
-                    freq_dim=256, heads=sizes.dim // 128)  # fmt: skip
+                    freq_dim=256, heads=sizes.dim // 128, features=pictures)  # fmt: skip
     vae = VAEConfig(spec.kind, spec.channels, encoder_dim=sizes.vae_dim, decoder_dim=sizes.vae_dim)
     text = TextConfig(_pieces(spiece), sizes.text_dim, sizes.text_attention, sizes.text_ffn, sizes.text_heads,
                       sizes.text_layers)  # fmt: skip
@@ -98,6 +110,8 @@ def make_tiny(task: str, *, seed: int = 0, sizes: TinySizes | None = None) -> Ti
         vae_weights=_random_weights(VAE_CLASSES[spec.kind], vae, generator),
         text_weights=_random_weights(Umt5Encoder, text, generator),
         spiece=spiece,
+        clip=_random_clip(clip, generator) if clip else None,
+        clip_config=clip,
     )  # fmt: skip
 
 
@@ -129,6 +143,8 @@ def _official(models: TinyModels, folder: Path) -> None:
     torch.save(models.vae_weights, folder / VAES[models.variant.vae].checkpoint)
     torch.save(models.text_weights, folder / TEXT_ENCODER_CHECKPOINT)
     write_tokenizer_folder(folder / TOKENIZER_FOLDER, models.spiece)
+    if models.clip:
+        torch.save(clip_keys.official_weights(models.clip), folder / CLIP_CHECKPOINT)
 
 
 def _comfyui(models: TinyModels, folder: Path) -> None:
@@ -138,6 +154,8 @@ def _comfyui(models: TinyModels, folder: Path) -> None:
         _save(_random_lora(weights), folder / "loras" / name)
     _save(models.vae_weights, folder / "vae" / VAES[models.variant.vae].comfy_name)
     text = _renamed(models.text_weights, text_keys.DIALECTS["huggingface"])
+    if models.clip:
+        _save(models.clip, folder / "clip_vision" / CLIP_COMFY_NAME)
     text["spiece_model"] = torch.frombuffer(bytearray(models.spiece), dtype=torch.uint8)
     _save(text, folder / "text_encoders" / COMFY_TEXT_ENCODER)
 
@@ -153,10 +171,15 @@ def _diffusers(models: TinyModels, folder: Path) -> None:
     _save(text, folder / "text_encoder" / "model.safetensors")
     _save_json(folder / "text_encoder" / "config.json", text_keys.huggingface_config(models.text))
     write_tokenizer_folder(folder / "tokenizer", models.spiece)
+    if models.clip:
+        _save(models.clip, folder / "image_encoder" / "model.safetensors")
+        _save_json(folder / "image_encoder" / "config.json", clip_keys.huggingface_config(models.clip_config))
+        _save_json(folder / "image_processor" / "preprocessor_config.json", _image_processor(models.clip_config))
     _save_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(models.variant))
     _save_json(folder / "model_index.json", _model_index(models.variant))
 
 
+_CLIP_WIDTH = 1280  # of the official image embedding, which knows no other
 LAYOUTS = {"official": _official, "comfyui": _comfyui, "diffusers": _diffusers}
 
 
@@ -178,6 +201,15 @@ def _random_weight(key: str, shape: torch.Size, generator: torch.Generator) -> t
     if "decoder.head" in key or key.endswith("attn.q.weight") and not key.endswith("self_attn.q.weight"):
         noise *= 0.25  # pixels stay within -1..1; umT5 does not scale its attention scores
     return noise / math.sqrt(max(math.prod(shape[1:]), 1))
+
+
+def _random_clip(config: ClipConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A CLIP vision model with all that a real file has: also the parts that are not used."""
+    own = _random_weights(ClipVision, replace(config, layers=config.layers + 1), generator)
+    weights = {clip_keys.DIALECTS["huggingface"].to_theirs(key): tensor for key, tensor in own.items()}
+    for end in ("weight", "bias"):
+        weights[f"vision_model.post_layernorm.{end}"] = torch.full((config.dim,), float(end == "weight"))
+    return weights | {"visual_projection.weight": torch.zeros(8, config.dim)}
 
 
 def _random_lora(weights: Mapping[str, torch.Tensor], rank: int = 4) -> dict[str, torch.Tensor]:
@@ -226,6 +258,15 @@ def _pieces(spiece: bytes) -> int:
     return SentencePieceProcessor(model_proto=spiece).get_piece_size()
 
 
+def _image_processor(config: ClipConfig) -> dict:
+    side = {"height": config.size, "width": config.size}
+    return {
+        "image_processor_type": "CLIPImageProcessor", "crop_size": side, "size": {"shortest_edge": config.size},
+        "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+        "image_mean": list(MEAN), "image_std": list(STD), "resample": 3, "rescale_factor": 1 / 255,
+    }  # fmt: skip
+
+
 def _scheduler_config(variant: Variant) -> dict:
     return {
         "_class_name": "UniPCMultistepScheduler", "_diffusers_version": "0.35.0", "solver_order": 2,
@@ -236,9 +277,12 @@ def _scheduler_config(variant: Variant) -> dict:
 
 def _model_index(variant: Variant) -> dict:
     from_image = variant.image == "channels"
-    no_clip = {"image_encoder": [None, None], "image_processor": [None, None]} if from_image else {}
+    encoder = {"image_encoder": [None, None], "image_processor": [None, None]} if from_image else {}
+    if variant.clip:
+        encoder = {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+                   "image_processor": ["transformers", "CLIPImageProcessor"]}  # fmt: skip
     kind = "WanImageToVideoPipeline" if from_image else "WanPipeline"
-    return no_clip | {
+    return encoder | {
         "_class_name": kind, "_diffusers_version": "0.35.0", "boundary_ratio": variant.boundary,
         "expand_timesteps": variant.image == "frame", "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": ["diffusers", "WanTransformer3DModel"] if variant.experts == 2 else [None, None],

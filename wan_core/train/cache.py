@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..config import Variant
 from ..loading.text import OnBlock, TextEncoder
-from ..media.geometry import condition_video, given_mask
 from ..models.vae.vae import OnChunk, VideoVAE
+from ..sampling.starts import known_channels
 from .data import Clip, whole_chunks
 
 _BLOCK = 2**20
@@ -123,20 +123,18 @@ class Latents:
 
     def _condition(self, clips: Sequence[Clip], videos: Sequence[Tensor]) -> Tensor:
         """Conditions [N, 20, T, h, w]: mask and latent of the given frames."""
-        shown, masks = [], []
-        for clip, video in zip(clips, videos, strict=True):
-            given = clip.given() or {0: video[:, 0]}
-            shown.append(condition_video(given, video.shape[1])[0])
-            masks.append(given_mask(list(given), video.shape[1], 1, 1)[0])
-        latents = self._through_vae(shown)
-        mask = torch.stack(masks).to(latents.device).expand(-1, -1, -1, *latents.shape[3:])
-        return torch.cat([mask, latents], dim=1)
+        known = [clip.given() or {0: video[:, 0]} for clip, video in zip(clips, videos, strict=True)]
+        return known_channels(known, videos[0].shape[1], self._chunks_through_vae).channels
 
-    def _through_vae(self, videos: Sequence[Tensor]) -> Tensor:
+    def _chunks_through_vae(self, chunks: Iterator[Tensor], frames: int) -> Tensor:
+        return self._through_vae(torch.cat(list(chunks), dim=2))
+
+    def _through_vae(self, videos: Sequence[Tensor] | Tensor) -> Tensor:
         if self._vae is None:
             self._vae = self._load()
         device = next(self._vae.parameters()).device
-        return self._vae.encode(torch.stack(videos).to(device), self.on_chunk)
+        batch = videos if isinstance(videos, Tensor) else torch.stack(videos)
+        return self._vae.encode(batch.to(device), self.on_chunk)
 
 
 class Texts:

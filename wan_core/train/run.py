@@ -21,6 +21,7 @@ from ..loading.vae import load_vae, read_vae
 from ..media.video import check_writable
 from ..memory.devices import empty_cache
 from ..models.dit.dit import WanDiT
+from ..models.dit.inputs import Concat
 from .cache import Cache, Latents, Texts, digest, file_key
 from .data import Clip, ClipProblem, Frame, check_frame, read_folder, usable
 from .dit import Data, DiTTask, Recipe
@@ -327,7 +328,8 @@ def _wishes(
     wishes = []
     for i, prompt in enumerate(prompts):
         entry = latents(shown[i % len(shown)])
-        wishes.append(Wish(prompt, texts(prompt), entry.concat, entry.latent[:, :1] if frames else None))
+        inputs = () if entry.concat is None else (Concat(entry.concat[None]),)
+        wishes.append(Wish(prompt, texts(prompt), inputs, entry.latent[:, :1] if frames else None))
     return wishes
 
 

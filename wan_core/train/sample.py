@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..config import Variant
 from ..media.geometry import noise
-from ..sampling.denoise import Given, denoise
+from ..models.dit.inputs import with_channels
+from ..sampling.denoise import denoise
 from ..sampling.experts import Expert, Experts
 from ..sampling.guidance import Condition, OnBlock
 from ..sampling.schedules import schedule
+from ..sampling.starts import clean_frames
 from .model import TrainedDiT
 from .precision import autocast
 from .report import sample_grid
@@ -39,10 +41,9 @@ class _Model:
     precision: str
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition, on_block: OnBlock | None = None) -> Tensor:
-        if condition.concat is not None:
-            x = torch.cat([x, condition.concat.to(x.device)], dim=1)
+        x = with_channels(x, condition.inputs)
         with autocast(self.precision, self.dit.device):
-            return self.dit(x, t, condition.text, on_block=on_block)
+            return self.dit(x, t, condition.text, on_block=on_block, inputs=condition.inputs)
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def sample(
     variant: Variant,
     *,
     seed: int = 0,
-    concat: Tensor | None = None,
+    inputs: tuple = (),
     first: Tensor | None = None,
 ) -> Tensor:
     """Latents [B, C, T, h, w] for prompts [n, D].
@@ -64,18 +65,14 @@ def sample(
     Args:
         high, low: the experts; the same model twice is a dense one.
         shape: [C, T, h, w] of one latent.
-        concat: I2V: mask and condition latent [B, 20, T, h, w].
+        inputs: I2V: mask and condition latent, and CLIP tokens, of the whole batch.
         first: TI2V: clean first latent frames [B, C, 1, h, w].
     """
     start = noise(seed, (len(texts), *shape)).to(high.device)
-    given = None
-    if first is not None:
-        known, mask = torch.zeros_like(start), torch.ones(1, 1, shape[1], 1, 1, device=start.device)
-        known[:, :, :1], mask[:, :, 0] = first, 0
-        given = Given(known, mask, clean=True)
+    given = None if first is None else clean_frames(first.to(start.device), shape)
     experts = _experts(high, low, how, variant)
     timetable = schedule("simple", how.steps, how.shift)
-    positive, negative = Condition(list(texts), concat), Condition([empty] * len(texts), concat)
+    positive, negative = Condition(list(texts), inputs), Condition([empty] * len(texts), inputs)
     return denoise(start, experts, timetable, how.solver, positive, negative, given=given)[0]
 
 
@@ -92,7 +89,7 @@ class Wish:
 
     caption: str
     text: Tensor
-    concat: Tensor | None = None  # I2V: [20, T, h, w]
+    inputs: tuple = ()  # I2V: as of a batch of one
     first: Tensor | None = None  # TI2V: [C, 1, h, w]
 
 
@@ -120,6 +117,6 @@ class Grids:
         sample_grid(list(self.decode(latents).cpu()), folder / f"sample_{step:06d}.png", captions=captions)
 
     def _draw(self, wish: Wish) -> Tensor:
-        concat, first = (None if part is None else part[None] for part in (wish.concat, wish.first))
+        first = None if wish.first is None else wish.first[None]
         return sample(self.model, self.model, [wish.text], self.empty, self.shape, self.how, self.variant,
-                      seed=self.seed, concat=concat, first=first)  # fmt: skip
+                      seed=self.seed, inputs=wish.inputs, first=first)  # fmt: skip

@@ -95,6 +95,11 @@ class VideoVAE(nn.Module):
         return torch.cat(list(chunks), 2)
 
     @torch.no_grad()
+    def encode_all(self, chunks: Iterable[torch.Tensor], frames: int) -> torch.Tensor:
+        """Chunks [B,3,f,H,W] of a video of so many frames -> its latent [B,C,T,h,w]."""
+        return torch.cat(list(self.encode_chunks(chunks, total_frames=frames)), dim=2)
+
+    @torch.no_grad()
     def decode(self, latent: torch.Tensor, on_chunk: OnChunk | None = None) -> torch.Tensor:
         """Normalised latent [B, C, T, h, w] -> video [B, 3, 4 T - 3, H, W] in -1..1."""
         self._check_latent(latent)
