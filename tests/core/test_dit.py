@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -12,6 +14,7 @@ from wan_core.errors import WanError
 from wan_core.layouts.dit import DIALECTS, diffusers_config
 from wan_core.models.dit.attention import find_backend
 from wan_core.models.dit.dit import WanDiT
+from wan_core.models.dit.features.clip_tokens import ClipTokens, ClipTokensConfig
 from wan_core.tools.tiny import _random_weights
 
 TOLERANCE = 2e-5  # of the largest reference value
@@ -19,6 +22,8 @@ TOLERANCE = 2e-5  # of the largest reference value
 T2V = DiTConfig(16, 16, 256, 512, layers=2, text_dim=96, freq_dim=256, heads=2)
 I2V = DiTConfig(36, 16, 256, 512, layers=2, text_dim=96, freq_dim=256, heads=2)
 TI2V = DiTConfig(48, 48, 256, 512, layers=2, text_dim=96, freq_dim=256, heads=2)
+CLIP = replace(I2V, features=(ClipTokensConfig(64),))  # Wan2.1 I2V
+TWO = replace(I2V, features=(ClipTokensConfig(64, 514),))  # Wan2.1 FLF2V
 
 _COMFYUI = """
 from comfy.ldm.wan.model import WanModel
@@ -65,6 +70,31 @@ def test_agrees_with_diffusers(config: DiTConfig, shape: tuple[int, ...]):
     model = make(config)
     x, t, context = inputs(config, *shape)
     assert_close(model(x, t, context), as_diffusers(model)(x, t, context).sample.detach())
+
+
+@pytest.mark.parametrize(("config", "pictures"), [(CLIP, 1), (TWO, 2)], ids=["i2v", "flf2v"])
+def test_clip_tokens_agree_with_diffusers(config: DiTConfig, pictures: int):
+    """Wan2.1's image branch: keys and values of its own, the answers added. diffusers folds two pictures itself."""
+    model = make(config)
+    x, t, context = inputs(config, 2, 3, 4, 6, text=512)
+    features = torch.randn(2, 257 * pictures, 64)
+    theirs = features.reshape(2 * pictures, 257, 64)
+    reference = as_diffusers(model)(x, t, context, encoder_hidden_states_image=theirs).sample.detach()
+    assert_close(model(x, t, context, inputs=(ClipTokens(features),)), reference)
+    without = model(x, t, context)
+    assert_close(without, model(x, t, context, inputs=(ClipTokens(torch.zeros(1, 257, 64)),)))  # as VideoX-Fun
+    assert (without - reference).abs().max() > 1e-3 * reference.abs().max()
+
+
+def test_clip_tokens_are_computed_once_and_checked():
+    model = make(TWO)
+    x, t, context = inputs(TWO, 1, 3, 4, 6)
+    states = model.text_states(context, inputs=(ClipTokens(torch.randn(1, 514, 64)),))
+    assert torch.equal(model(x, t, states), model(x, t, states))
+    with pytest.raises(WanError, match=r"\[1, 257, 32\]; this model takes \[B, N, 64\]"):
+        model(x, t, context, inputs=(ClipTokens(torch.randn(1, 257, 32)),))
+    with pytest.raises(WanError, match="hold 771 tokens, but this model has positions for 514"):
+        model(x, t, context, inputs=(ClipTokens(torch.randn(1, 771, 64)),))
 
 
 def test_a_timestep_for_each_frame_agrees_with_diffusers():

@@ -2,7 +2,8 @@
 
 ``data/official.safetensors`` holds the latents that the official Wan2.2 pipelines (``wan/text2video.py``,
 ``image2video.py``, ``textimage2video.py``; float32 on a CPU, attention by scaled_dot_product_attention, the noise of
-seed 1 and the prompt "a cat") gave for the small random checkpoints that the fixture below writes.
+seed 1 and the prompt "a cat") gave for the small random checkpoints that the fixture below writes;
+``data/official_wan21.safetensors`` those of the official Wan2.1 pipelines (``wan/first_last_frame2video.py`` too).
 """
 
 from __future__ import annotations
@@ -28,12 +29,19 @@ RUNS = {
     "i2v_tall": ("i2v-A14B", "48*32", 5, "unipc", (70, 120)),
     "ti2v_text": ("ti2v-5B", "64*32", 9, "unipc", None),
     "ti2v_image": ("ti2v-5B", "64*64", 9, "unipc", (160, 100)),
+    "21_t2v_unipc": ("t2v-1.3B", "48*32", 9, "unipc", None),
+    "21_t2v_dpm": ("t2v-14B", "48*32", 5, "dpm++", None),
+    "21_t2i": ("t2i-14B", "48*48", 1, "unipc", None),
+    "21_i2v_wide": ("i2v-14B", "48*32", 9, "unipc", (160, 100)),
+    "21_i2v_tall": ("i2v-14B", "48*32", 5, "dpm++", (70, 120)),
+    "21_flf2v": ("flf2v-14B", "48*32", 81, "unipc", (160, 100)),
 }
 
 
 @pytest.fixture(scope="module")
 def official() -> dict[str, torch.Tensor]:
-    return load_file(Path(__file__).parent / "data" / "official.safetensors")
+    data = Path(__file__).parent / "data"
+    return load_file(data / "official.safetensors") | load_file(data / "official_wan21.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +71,10 @@ def test_same_latent_and_video(official, checkpoint, tmp_path: Path, name: str):
                  "--save_file", tmp_path / "out.mp4", "--save_tensors", tensors]  # fmt: skip
     if image:
         picture(*image).save(tmp_path / "image.png")
-        arguments += ["--image", tmp_path / "image.png"]
+        arguments += ["--first_frame" if task.startswith("flf2v") else "--image", tmp_path / "image.png"]
+    if task.startswith("flf2v"):
+        picture(*image).rotate(180).save(tmp_path / "last.png")
+        arguments += ["--last_frame", tmp_path / "last.png"]
     assert main(["generate", *map(str, arguments)]) == 0
     ours = load_file(tensors)
     for part in ("latent", "video"):
