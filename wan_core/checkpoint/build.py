@@ -12,6 +12,7 @@ from ..quant.base import Packed
 from ..quant.linear import pack_layers
 from ..quant.scaled import Scaled
 from ..quant.scratch import Scratch
+from .extras import misfit
 from .read import Checkpoint, _some
 
 
@@ -90,11 +91,7 @@ def _check_names(wanted: Mapping, names: Mapping[str, str], checkpoint: Checkpoi
     missing = sorted(set(wanted) - set(names))
     unexpected = sorted(names[key] for key in set(names) - set(wanted))
     if missing or unexpected:
-        raise WanError(
-            f"{checkpoint.path} does not fit the model that its shapes describe. "
-            f"Missing: {_some(missing) or 'nothing'}. Unexpected: {_some(unexpected) or 'nothing'}. "
-            "Is it a partial download, a LoRA, or a model that this version does not support?"
-        )
+        raise misfit(checkpoint.path, missing, unexpected)
 
 
 def _check_shapes(wanted: Mapping, names: Mapping[str, str], checkpoint: Checkpoint) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
 from ..errors import WanError
 from . import dit, text, vae
+from .extras import leave_out
+from .place import Place, find_places, only_place, place_note
 from .read import Checkpoint, _some
 
 Part = Literal["dit", "vae", "text"]
@@ -20,35 +23,86 @@ _ANY_ARCHITECTURE = ("pig", "cow")  # what one converter writes for every model
 _FOLDERS: dict[Part, str] = {"dit": "Load Wan Model", "vae": "Load Wan VAE", "text": "Load Wan Text Encoder"}
 
 
+@dataclass(frozen=True)
+class Found:
+    """A part of a model in a file, which may hold other parts and other things beside it."""
+
+    part: Part
+    place: Place
+    names: dict[str, str]  # our key -> the file's, unknown ones too
+    outside: tuple[str, ...]  # keys of the file that belong to no part
+    notes: tuple[str, ...]
+
+    def fit(self, wanted: Collection[str], checkpoint: Checkpoint) -> tuple[dict[str, str], tuple[str, ...]]:
+        """Our key -> the file's for every tensor of the model, and what to say of the rest.
+
+        Raises:
+            WanError: see ``leave_out``.
+        """
+        names, notes = leave_out(checkpoint.path, wanted, self.names, self.outside, _NAMES[self.part])
+        return names, (*self.notes, *notes)
+
+
+def find(part: Part, checkpoint: Checkpoint) -> Found:
+    """Where a checkpoint holds this part, and under which names.
+
+    Raises:
+        WanError: it holds another part (named, with the loader to use), a LoRA, unknown keys, or several such models.
+    """
+    keys = checkpoint.tensors.keys()
+    places = _places(part, checkpoint)
+    place = only_place(places, checkpoint.path, f"{_NAMES[part].split(' ', 1)[1]}s")
+    if place is None:
+        raise WanError(f"{checkpoint.path} is not {_NAMES[part]}: {_what_it_is(checkpoint)}")
+    others = [other.root for name in _PARTS if name != part for other in _places(name, checkpoint) if other.root]
+    roots = tuple(root for root in others if root != place.root)
+    own = {core: key for core, key in place.keys.items() if not (place.prefix == "" and core.startswith(roots))}
+    place = Place(place.dialect, place.prefix, own)
+    inside = set(own.values())
+    outside = tuple(key for key in keys if key not in inside and not _below(key, roots))
+    note = place_note(places, place)
+    names = _PARTS[part].names_in(place, checkpoint.path, outside)
+    return Found(part, place, names, outside, (f"{checkpoint.path.name}: {note}.",) if note else ())
+
+
 def expect(part: Part, checkpoint: Checkpoint) -> str:
     """The dialect in which a checkpoint holds this part.
 
     Raises:
-        WanError: it holds another part (named, with the loader to use), a LoRA, or unknown keys.
+        WanError: see ``find``.
     """
-    dialect = _PARTS[part].recognise(checkpoint.tensors.keys())
-    if dialect is None or not _fits_architecture(part, checkpoint):
-        raise WanError(f"{checkpoint.path} is not {_NAMES[part]}: {_what_it_is(checkpoint)}")
-    return dialect
+    return find(part, checkpoint).place.dialect
 
 
 def part_of(checkpoint: Checkpoint) -> Part:
-    """Which part of a model a checkpoint holds.
+    """Which part of a model a checkpoint holds; the first of several.
 
     Raises:
         WanError: none that is known.
     """
-    for part, module in _PARTS.items():
-        if _fits_architecture(part, checkpoint) and module.recognise(checkpoint.tensors.keys()):
+    for part in _PARTS:
+        if _places(part, checkpoint):
             return part
     raise WanError(f"{checkpoint.path} is no part of a Wan model: {_what_it_is(checkpoint)}")
 
 
+def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
+    """Every part that a checkpoint holds."""
+    return tuple(part for part in _PARTS if _places(part, checkpoint))
+
+
+def _places(part: Part, checkpoint: Checkpoint) -> list[Place]:
+    return find_places(checkpoint.tensors, _PARTS[part].MARKS) if _fits_architecture(part, checkpoint) else []
+
+
+def _below(key: str, roots: tuple[str, ...]) -> bool:
+    return key.startswith(roots) if roots else False
+
+
 def _what_it_is(checkpoint: Checkpoint) -> str:
     keys = checkpoint.tensors.keys()
-    for part, module in _PARTS.items():
-        if _fits_architecture(part, checkpoint) and module.recognise(keys):
-            return f"it is {_NAMES[part]}. Load it with {_FOLDERS[part]}."
+    for part in parts_of(checkpoint):
+        return f"it is {_NAMES[part]}. Load it with {_FOLDERS[part]}."
     if _is_lora(keys):
         return "it is a LoRA. Choose the base model here."
     if stated := checkpoint.metadata.get(_ARCHITECTURE):

@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoint import dit as keys
 from ..checkpoint.build import load_strict
-from ..checkpoint.detect import expect
+from ..checkpoint.detect import find
 from ..checkpoint.read import Checkpoint, open_checkpoint
 from ..checkpoint.unchanged import check_unchanged
 from ..config import DiTConfig
@@ -31,6 +31,7 @@ class DiTFile:
     names: dict[str, str]  # our key -> the checkpoint's key
     config: DiTConfig
     fingerprint: tuple  # of the files when the header was read
+    notes: tuple[str, ...] = ()  # what the user should know of how the file was understood
 
     @property
     def path(self) -> Path:
@@ -44,11 +45,18 @@ def read_dit(path: str | Path) -> DiTFile:
         WanError: not there, damaged, something else than a Wan DiT, or a relative that is not supported.
     """
     checkpoint = open_checkpoint(path)
-    dialect = expect("dit", checkpoint)
-    names = keys.names(checkpoint, dialect)
-    shapes = {own: checkpoint.tensors[theirs].shape for own, theirs in names.items()}
-    config = keys.read_config(shapes, keys.heads_beside(checkpoint.path))
-    return DiTFile(checkpoint, names, config, checkpoint.fingerprint)
+    found = find("dit", checkpoint)
+    shapes = {own: checkpoint.tensors[theirs].shape for own, theirs in found.names.items()}
+    config, notes = keys.config_of(checkpoint, shapes)
+    with torch.device("meta"):
+        wanted = WanDiT(config).state_dict().keys()
+    keys.refuse_inputs(wanted, found.names, checkpoint.path)
+    names, more = found.fit(wanted, checkpoint)
+    notes = (*notes, *more)
+    for note in notes:
+        log.warning("wan_core: %s", note)
+    checkpoint = checkpoint.only(names.values())
+    return DiTFile(checkpoint, names, config, checkpoint.fingerprint, notes)
 
 
 def build_dit(

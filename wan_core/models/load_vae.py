@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import torch
 
 from ..checkpoint import vae as vae_files
 from ..checkpoint.build import load_strict
-from ..checkpoint.detect import expect
+from ..checkpoint.detect import find
 from ..checkpoint.read import Checkpoint, open_checkpoint
 from ..config import VAEConfig, VAEKind
 from ..dtypes import resolve_dtype
 from .vae import VideoVAE
 from .vae21 import Wan21VAE
 from .vae22 import Wan22VAE
+
+log = logging.getLogger(__name__)
 
 VAE_CLASSES: dict[VAEKind, type[VideoVAE]] = {"wan2.1": Wan21VAE, "wan2.2": Wan22VAE}
 
@@ -28,6 +31,7 @@ class VAEFile:
     names: dict[str, str]  # our key -> the checkpoint's key
     config: VAEConfig
     fingerprint: tuple  # of the files when the header was read
+    notes: tuple[str, ...] = ()  # what the user should know of how the file was understood
 
 
 def read_vae(path: str | Path) -> VAEFile:
@@ -37,9 +41,15 @@ def read_vae(path: str | Path) -> VAEFile:
         WanError: not there, damaged, or something else than a Wan VAE.
     """
     checkpoint = open_checkpoint(path)
-    names = vae_files.names(checkpoint, expect("vae", checkpoint))
-    config = vae_files.read_config({own: checkpoint.tensors[theirs].shape for own, theirs in names.items()})
-    return VAEFile(checkpoint, names, config, checkpoint.fingerprint)
+    found = find("vae", checkpoint)
+    config = vae_files.read_config({own: checkpoint.tensors[theirs].shape for own, theirs in found.names.items()})
+    with torch.device("meta"):
+        wanted = VAE_CLASSES[config.kind](config).state_dict().keys()
+    names, notes = found.fit(wanted, checkpoint)
+    for note in notes:
+        log.warning("wan_core: %s", note)
+    checkpoint = checkpoint.only(names.values())
+    return VAEFile(checkpoint, names, config, checkpoint.fingerprint, notes)
 
 
 def build_vae(

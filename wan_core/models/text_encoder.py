@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoint import text as layout
 from ..checkpoint.build import load_strict
-from ..checkpoint.detect import expect
+from ..checkpoint.detect import find
 from ..checkpoint.gguf_tokenizer import spiece_model
 from ..checkpoint.read import Checkpoint, open_checkpoint
 from ..config import TEXT_ENCODER_CHECKPOINT, TEXT_LENGTH, TextConfig
@@ -21,6 +22,8 @@ from ..errors import WanError
 from ..quant.registry import MADE_ON_LOAD
 from .tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_file
 from .umt5 import Umt5Encoder
+
+log = logging.getLogger(__name__)
 
 OnBlock = Callable[[int], None]
 
@@ -79,6 +82,7 @@ class TextFile:
     config: TextConfig
     fingerprint: tuple  # of the files when the header was read
     tokenizer: Tokenizer | bytes | Path  # bytes: the SentencePiece model inside the checkpoint
+    notes: tuple[str, ...] = ()  # what the user should know of how the file was understood
 
 
 def read_text_encoder(path: str | Path, tokenizer: Tokenizer | bytes | str | Path | None = None) -> TextFile:
@@ -88,10 +92,16 @@ def read_text_encoder(path: str | Path, tokenizer: Tokenizer | bytes | str | Pat
         WanError: not there, damaged, something else than a umT5 encoder, or no tokenizer.
     """
     checkpoint = open_checkpoint(_text_encoder_in(Path(path)))
-    names = layout.names(checkpoint, expect("text", checkpoint))
-    config = layout.read_config({ours: checkpoint.tensors[theirs].shape for ours, theirs in names.items()})
+    found = find("text", checkpoint)
+    config = layout.read_config({ours: checkpoint.tensors[theirs].shape for ours, theirs in found.names.items()})
+    with torch.device("meta"):
+        wanted = Umt5Encoder(config).state_dict().keys()
+    names, notes = found.fit(wanted, checkpoint)
     source = _tokenizer_source(checkpoint, tokenizer)
-    return TextFile(checkpoint, names, config, checkpoint.fingerprint, source)
+    for note in notes:
+        log.warning("wan_core: %s", note)
+    checkpoint = checkpoint.only(names.values())
+    return TextFile(checkpoint, names, config, checkpoint.fingerprint, source, notes)
 
 
 def build_text_encoder(
@@ -158,8 +168,8 @@ def _tokenizer_source(checkpoint: Checkpoint, named: Tokenizer | bytes | str | P
         return named
     if named is not None:
         return tokenizer_file(named)
-    if layout.SPIECE_MODEL in checkpoint:
-        return checkpoint.tensor(layout.SPIECE_MODEL).to(torch.uint8).numpy().tobytes()
+    if key := layout.spiece_key(checkpoint):
+        return checkpoint.tensor(key).to(torch.uint8).numpy().tobytes()
     inside = spiece_model(checkpoint.path) if checkpoint.path.suffix == ".gguf" else None
     return inside or find_tokenizer(checkpoint.path)
 

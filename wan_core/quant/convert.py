@@ -282,7 +282,7 @@ class _Job:
             write_pickle(path, self.tensors, self._done)
             return
         path.mkdir()
-        config = dit.read_config(self.shapes, dit.heads_beside(self.checkpoint.path))
+        config, _ = dit.config_of(self.checkpoint, self.shapes)
         self._write_shards(path)
         write_json(path / "config.json", dit.official_config(config, variant_of(config.in_channels).task))
 
@@ -304,7 +304,7 @@ class _Job:
 
     def _diffusers_config(self) -> dict:
         if self.part == "dit":
-            return dit.diffusers_config(dit.read_config(self.shapes, dit.heads_beside(self.checkpoint.path)))
+            return dit.diffusers_config(dit.config_of(self.checkpoint, self.shapes)[0])
         if self.part == "vae":
             return vae.diffusers_config(vae.read_config(self.shapes))
         return text.huggingface_config(text.read_config(self.shapes))
