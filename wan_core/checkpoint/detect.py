@@ -54,13 +54,13 @@ def find(part: Part, checkpoint: Checkpoint) -> Found:
     place = only_place(places, checkpoint.path, f"{_NAMES[part].split(' ', 1)[1]}s")
     if place is None:
         raise WanError(f"{checkpoint.path} is not {_NAMES[part]}: {_what_it_is(checkpoint)}")
+    note = place_note(places, place)
     others = [other.root for name in _PARTS if name != part for other in _places(name, checkpoint) if other.root]
     roots = tuple(root for root in others if root != place.root)
     own = {core: key for core, key in place.keys.items() if not (place.prefix == "" and core.startswith(roots))}
     place = Place(place.dialect, place.prefix, own)
-    inside = set(own.values())
+    inside = {key for one in places for key in one.keys.values()}
     outside = tuple(key for key in keys if key not in inside and not _below(key, roots))
-    note = place_note(places, place)
     names = _PARTS[part].names_in(place, checkpoint.path, outside)
     return Found(part, place, names, outside, (f"{checkpoint.path.name}: {note}.",) if note else ())
 

@@ -77,12 +77,13 @@ _RELATIVES = {
     "image_embedder": "Wan2.1 I2V / FLF2V (a CLIP image branch)",
 }
 # Words in the names of modules through which something enters a model that ours does not take.
-_INPUTS = frozenset(
-    "audio speech voice face pose motion camera cam control controlnet vace img image ref reference subject "
-    "identity adapter inject injector cond condition conditioning guidance fps trajectory track embed embedding embedder "
-    "add added adaln".split()
-)
-_NO_INPUTS = frozenset("rope rotary freqs norm_added_q".split())  # tables of positions, and a norm that nobody uses
+_INPUT_WORDS = """
+    audio speech voice face pose motion camera cam control controlnet vace img image ref reference subject identity
+    adapter inject injector cond condition conditioning guidance fps trajectory track embed embedding embedder add
+    added adaln
+"""
+_INPUTS = frozenset(_INPUT_WORDS.split())
+_NO_INPUTS = frozenset(("rope", "rotary", "freqs", "norm_added_q"))  # tables of positions, and a norm that nobody uses
 
 
 def recognise(keys: Collection[str]) -> str | None:
@@ -127,8 +128,8 @@ def refuse_inputs(wanted: Collection[str], names: Mapping[str, str], path: Path)
     found = sorted(theirs for own, theirs in names.items() if own not in wanted and _takes_input(own))
     if found:
         supported = ", ".join(row.display_name for row in VARIANTS.values())
-        raise WanError(f"{path} is a relative of Wan2.2 with inputs of its own ({_some(found)}), which this version does "
-                       f"not run. Supported: {supported}.")  # fmt: skip
+        raise WanError(f"{path} is a relative of Wan2.2 with inputs of its own ({_some(found)}), which this version "
+                       f"does not run. Supported: {supported}.")  # fmt: skip
 
 
 def _takes_input(key: str) -> bool:
@@ -188,8 +189,8 @@ def config_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> 
     if problem is None:
         return read_config(shapes, stated.get("num_heads", stated.get("num_attention_heads"))), ()
     config = read_config(shapes)
-    return config, (f"{file} {problem}: it is ignored, and the model has {config.heads} heads, one for each {HEAD_DIM} of "
-                    "its width.",)  # fmt: skip
+    return config, (f"{file} {problem}: it is ignored, and the model has {config.heads} heads, one for each {HEAD_DIM} "
+                    "of its width.",)  # fmt: skip
 
 
 def _json_object(file: Path) -> dict:
@@ -201,8 +202,10 @@ def _json_object(file: Path) -> dict:
 
 
 # Of a config.json: its names for a dimension -> what the shapes say.
-_STATED = {("dim",): "dim", ("ffn_dim",): "ffn_dim", ("num_layers",): "layers", ("in_dim", "in_channels"): "in_channels",
-           ("out_dim", "out_channels"): "out_channels", ("freq_dim",): "freq_dim", ("text_dim",): "text_dim"}  # fmt: skip
+_STATED = {
+    "dim": "dim", "ffn_dim": "ffn_dim", "num_layers": "layers", "in_dim": "in_channels", "in_channels": "in_channels",
+    "out_dim": "out_channels", "out_channels": "out_channels", "freq_dim": "freq_dim", "text_dim": "text_dim",
+}  # fmt: skip
 _MODEL_TYPES = ("t2v", "i2v", "ti2v")
 
 
@@ -222,10 +225,9 @@ def _not_ours(stated: dict, shapes: Mapping[str, tuple[int, ...]]) -> str | None
     size = stated.get("attention_head_dim")
     if size is not None and size != actual["dim"] // heads:
         return f"states {heads} heads of {size}, but the model is {actual['dim']} wide"
-    for names_of_it, name in _STATED.items():
-        for one in names_of_it:
-            if one in stated and stated[one] is not None and stated[one] != actual[name]:
-                return f"states {one} {str(stated[one])[:20]}, but the model's is {actual[name]}"
+    for one, name in _STATED.items():
+        if stated.get(one) is not None and stated[one] != actual[name]:
+            return f"states {one} {str(stated[one])[:20]}, but the model's is {actual[name]}"
     return None
 
 

@@ -1,8 +1,9 @@
 """Tensors of a file beside those of a whole model: which may be left out, and which may not.
 
-What is missing is always an error. What is left over is mostly of no use to a model that runs here: a trainer's losses, an
-exporter's counters, gates of an attention that is not used. That is said and ignored. But a scale, an adapter or a bias
-that hangs on a layer which does run would change the result, and so would the layers of a relative: those are refused.
+What is missing is always an error. What is left over is mostly of no use to a model that runs here: a trainer's losses,
+an exporter's counters, gates of an attention that is not used. That is said and ignored. But a scale, an adapter or a
+bias that hangs on a layer which does run would change the result, and so would the layers of a relative: those are
+refused.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def leave_out(
         raise misfit(path, missing, sorted(extra.values()))
     changing = sorted({*_changed(wanted, extra), *(key for key in outside if _ADAPTER.search(key))})
     if changing:
-        raise WanError(f"{misfit(path, (), changing)} They belong to layers of the model, so the result would be another "
-                       "without them: merge or dequantise them first, or use the file as published.")  # fmt: skip
+        raise WanError(f"{misfit(path, (), changing)} They belong to layers of the model, so without them the result "
+                       "would be another: merge or dequantise them first, or use the file as published.")  # fmt: skip
     kept = {own: theirs for own, theirs in names.items() if own in wanted}
     return kept, _notes(path, [*extra.values(), *outside], what)
 

@@ -1,8 +1,9 @@
 """Where in a file a model's keys lie: below which prefix, once the names that wrappers leave in them are gone.
 
 Compilers, trainers and programs that save several models in one file all put words around the keys of a model:
-``_orig_mod.``, ``module.``, ``model.diffusion_model.``, ``pipe.dit.``, ``ema_model.``, also in the middle of a key. Which
-words they are does not matter: a model is found by keys that only it has, and whatever stands before them is its prefix.
+``_orig_mod.``, ``module.``, ``model.diffusion_model.``, ``pipe.dit.``, ``ema_model.``, also in the middle of a key.
+Which words they are does not matter: a model is found by keys that only it has, and what stands before them is its
+prefix.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def own_names(place: Place, renames: Renames) -> dict[str, str]:
 
 
 def _without_wrappers(keys: Iterable[str]) -> dict[str, str]:
-    """Key without wrappers -> the file's key. Where two would be one, the file holds both, and both keep their words."""
+    """Key without wrappers -> the file's key. Where two would be one, both keep their words."""
     found: dict[str, str] = {}
     for key in keys:
         plain = ".".join(word for word in key.split(".") if word not in _WRAPPERS) or key

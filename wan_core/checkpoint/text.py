@@ -49,9 +49,11 @@ DIALECTS: dict[str, Renames] = {
 
 MARKS: Marks = {
     "official": (("blocks.0.attn.q.weight",), (TABLE,)),
-    "huggingface": (("encoder.block.0.layer.0.SelfAttention.q.weight",), ("shared.weight", "encoder.embed_tokens.weight")),
+    "huggingface": (
+        ("encoder.block.0.layer.0.SelfAttention.q.weight",), ("shared.weight", "encoder.embed_tokens.weight"),
+    ),
     "llama.cpp": (("enc.blk.0.attn_q.weight",), ("token_embd.weight",)),
-}
+}  # fmt: skip
 # Of a whole sequence-to-sequence checkpoint only the encoder is of use.
 _SECOND_HALF = ("decoder.", "lm_head.", "dec.", "output.")
 

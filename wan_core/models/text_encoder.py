@@ -14,13 +14,14 @@ from torch import Tensor
 from ..checkpoint import text as layout
 from ..checkpoint.build import load_strict
 from ..checkpoint.detect import find
-from ..checkpoint.gguf_tokenizer import spiece_model
+from ..checkpoint.gguf_tokenizer import spiece_inside
 from ..checkpoint.read import Checkpoint, open_checkpoint
-from ..config import TEXT_ENCODER_CHECKPOINT, TEXT_LENGTH, TextConfig
+from ..config import TEXT_ENCODER_CHECKPOINT, TEXT_LENGTH, TOKENIZER_FOLDER, TextConfig
 from ..dtypes import resolve_dtype
 from ..errors import WanError
 from ..quant.registry import MADE_ON_LOAD
-from .tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_file
+from .tokenizer import Tokenizer, find_tokenizer, load_tokenizer, places_beside, tokenizer_file
+from .tokenizer_check import problem_of
 from .umt5 import Umt5Encoder
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ def read_text_encoder(path: str | Path, tokenizer: Tokenizer | bytes | str | Pat
     with torch.device("meta"):
         wanted = Umt5Encoder(config).state_dict().keys()
     names, notes = found.fit(wanted, checkpoint)
-    source = _tokenizer_source(checkpoint, tokenizer)
+    source, more = _tokenizer_source(checkpoint, tokenizer, config.vocabulary)
+    notes = (*notes, *more)
     for note in notes:
         log.warning("wan_core: %s", note)
     checkpoint = checkpoint.only(names.values())
@@ -163,15 +165,37 @@ def _text_encoder_in(path: Path) -> Path:
     return next((part for part in parts if part.exists()), path)
 
 
-def _tokenizer_source(checkpoint: Checkpoint, named: Tokenizer | bytes | str | Path | None) -> Tokenizer | bytes | Path:
-    if isinstance(named, (Tokenizer, bytes)):
-        return named
+def _tokenizer_source(
+    checkpoint: Checkpoint, named: Tokenizer | bytes | str | Path | None, rows: int
+) -> tuple[Tokenizer | bytes | Path, tuple[str, ...]]:
+    """The tokenizer to use, and what to say of one that was passed over; the places looked at are noted."""
+    if isinstance(named, Tokenizer):
+        return named, ()
     if named is not None:
-        return tokenizer_file(named)
-    if key := layout.spiece_key(checkpoint):
-        return checkpoint.tensor(key).to(torch.uint8).numpy().tobytes()
-    inside = spiece_model(checkpoint.path) if checkpoint.path.suffix == ".gguf" else None
-    return inside or find_tokenizer(checkpoint.path)
+        return _checked(named if isinstance(named, bytes) else tokenizer_file(named), checkpoint, rows), ()
+    inside = spiece_inside(checkpoint)
+    problem = inside and problem_of(inside, rows)
+    if inside and not problem:
+        return inside, ()
+    try:
+        found = find_tokenizer(checkpoint.path, rows)
+    except WanError as error:
+        raise WanError(f"The tokenizer inside {checkpoint.path} {problem}. {error}") if problem else error from None
+    places = places_beside(checkpoint.path.absolute())
+    checkpoint.beside = tuple(places[: places.index(found) + 1])
+    passed = [(file, problem_of(file, rows)) for file in checkpoint.beside[:-1] if file.is_file()]
+    passed = [("The tokenizer inside it", problem)] * bool(problem) + passed
+    return found, tuple(f"{checkpoint.path.name}: {what} {why}; {found} is used." for what, why in passed)
+
+
+def _checked(source: bytes | Path, checkpoint: Checkpoint, rows: int) -> bytes | Path:
+    """A tokenizer that the user named. One that is too large is refused when it is used."""
+    checkpoint.beside = () if isinstance(source, bytes) else (source,)
+    if problem := problem_of(source, rows, larger=True):
+        what = "The tokenizer given" if isinstance(source, bytes) else str(source)
+        raise WanError(f"{what} {problem}. Use the tokenizer of the text encoder {checkpoint.path}: the folder "
+                       f"{TOKENIZER_FOLDER}/ of the official checkpoint.")  # fmt: skip
+    return source
 
 
 def _is_small(key: str) -> bool:

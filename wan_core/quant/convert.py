@@ -182,7 +182,7 @@ class _Job:
         self.errors: dict[str, Error] = {}
         self.marks: dict[str, dict[str, str]] = {}  # layer -> ComfyUI's marking
         self.tensors = [one for own in self.names for one in self._plan(own)]
-        self.spiece = spiece_beside(checkpoint) if self.part == "text" else None
+        self.spiece = spiece_beside(checkpoint, self.shapes[text.TABLE][0]) if self.part == "text" else None
 
     @property
     def bytes(self) -> int:
