@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
@@ -12,6 +12,7 @@ from . import dit, text, vae
 from .extras import leave_out
 from .place import Place, find_places, only_place, place_note
 from .read import Checkpoint, _some
+from .text import is_spiece
 
 Part = Literal["dit", "vae", "text"]
 
@@ -55,14 +56,32 @@ def find(part: Part, checkpoint: Checkpoint) -> Found:
     if place is None:
         raise WanError(f"{checkpoint.path} is not {_NAMES[part]}: {_what_it_is(checkpoint)}")
     note = place_note(places, place)
-    others = [other.root for name in _PARTS if name != part for other in _places(name, checkpoint) if other.root]
-    roots = tuple(root for root in others if root != place.root)
-    own = {core: key for core, key in place.keys.items() if not (place.prefix == "" and core.startswith(roots))}
-    place = Place(place.dialect, place.prefix, own)
-    inside = {key for one in places for key in one.keys.values()}
-    outside = tuple(key for key in keys if key not in inside and not _below(key, roots))
+    place, outside = _apart(place, {name: _places(name, checkpoint) for name in _PARTS}, part, keys)
     names = _PARTS[part].names_in(place, checkpoint.path, outside)
     return Found(part, place, names, outside, (f"{checkpoint.path.name}: {note}.",) if note else ())
+
+
+def _apart(
+    place: Place, held: Mapping[Part, Sequence[Place]], part: Part, keys: Collection[str]
+) -> tuple[Place, tuple[str, ...]]:
+    """A part without what other parts of the file own, and the keys that no part owns.
+
+    All keys with the first word of another part's prefix are that part's.
+    """
+    others = [other for name, places in held.items() if name != part for other in places]
+    roots = tuple({other.root for other in others if other.root and other.root != place.root})
+    if not place.prefix:
+        place = Place(place.dialect, place.prefix, {core: key for core, key in place.keys.items()
+                                                    if not _begins(core, roots)})  # fmt: skip
+    owned = {key for one in (*held[part], *others) if one.prefix or not place.prefix for key in one.keys.values()}
+    if any(not other.prefix for other in others):  # it has all keys that are below no other part's first word
+        owned.update(key for key in keys if not _begins(key, (*roots, place.root)))
+    owned.update(key for key in keys if _begins(key, roots) or part == "text" and is_spiece(key))
+    return place, tuple(key for key in keys if key not in owned)
+
+
+def _begins(key: str, roots: Sequence[str]) -> bool:
+    return any(key.startswith(root) for root in roots)
 
 
 def expect(part: Part, checkpoint: Checkpoint) -> str:
@@ -93,10 +112,6 @@ def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
 
 def _places(part: Part, checkpoint: Checkpoint) -> list[Place]:
     return find_places(checkpoint.tensors, _PARTS[part].MARKS) if _fits_architecture(part, checkpoint) else []
-
-
-def _below(key: str, roots: tuple[str, ...]) -> bool:
-    return key.startswith(roots) if roots else False
 
 
 def _what_it_is(checkpoint: Checkpoint) -> str:

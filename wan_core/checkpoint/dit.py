@@ -125,15 +125,16 @@ def refuse_inputs(wanted: Collection[str], names: Mapping[str, str], path: Path)
     Raises:
         WanError: there are such layers.
     """
-    found = sorted(theirs for own, theirs in names.items() if own not in wanted and _takes_input(own))
+    known = {word for key in wanted for word in key.split(".")}
+    found = sorted(theirs for own, theirs in names.items() if own not in wanted and _takes_input(own, known))
     if found:
         supported = ", ".join(row.display_name for row in VARIANTS.values())
         raise WanError(f"{path} is a relative of Wan2.2 with inputs of its own ({_some(found)}), which this version "
                        f"does not run. Supported: {supported}.")  # fmt: skip
 
 
-def _takes_input(key: str) -> bool:
-    modules = [set(module.split("_")) | {module} for module in key.split(".")[:-1]]
+def _takes_input(key: str, known: Collection[str]) -> bool:
+    modules = [set(module.split("_")) | {module} for module in key.split(".")[:-1] if module not in known]
     words = set().union(*modules)
     return not words.isdisjoint(_INPUTS) and words.isdisjoint(_NO_INPUTS)
 

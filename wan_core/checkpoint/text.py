@@ -78,7 +78,11 @@ def names_in(place: Place, path: Path | None = None, outside: Collection[str] = 
 
 def spiece_key(checkpoint: Checkpoint) -> str | None:
     """Under which key a file carries the SentencePiece model, if it does."""
-    return next((key for key in checkpoint.tensors if key.split(".")[-1] == SPIECE_MODEL), None)
+    return next(filter(is_spiece, checkpoint.tensors), None)
+
+
+def is_spiece(key: str) -> bool:
+    return key.rsplit(".", 1)[-1] == SPIECE_MODEL
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> TextConfig:
