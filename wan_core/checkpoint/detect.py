@@ -10,7 +10,7 @@ from typing import Literal
 from ..errors import WanError
 from . import dit, text, vae
 from .extras import leave_out
-from .place import Place, find_places, only_place, place_note
+from .prefixes import Place, find_places, only_place, place_note
 from .read import Checkpoint, _some
 from .text import is_spiece
 

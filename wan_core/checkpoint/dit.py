@@ -9,7 +9,7 @@ from pathlib import Path
 from ..config import HEAD_DIM, PATCH, VARIANTS, DiTConfig
 from ..errors import WanError
 from .keys import IDENTITY, Renames
-from .place import Marks, Place, find_places, own_names
+from .prefixes import Marks, Place, find_places, own_names
 from .read import Checkpoint, _some
 
 _OUTSIDE_BLOCKS = [

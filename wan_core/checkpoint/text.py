@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config import TextConfig
 from ..errors import WanError
 from .keys import IDENTITY, Renames
-from .place import Marks, Place, find_places, own_names
+from .prefixes import Marks, Place, find_places, own_names
 from .read import Checkpoint
 
 TABLE = "token_embedding.weight"

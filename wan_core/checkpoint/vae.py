@@ -9,7 +9,7 @@ from ..config import VAES, VAEConfig, VAEKind
 from ..errors import WanError
 from ..models.vae import LATENT_MEAN, LATENT_STD, TEMPORAL
 from .keys import IDENTITY, Renames
-from .place import Marks, Place, find_places, own_names
+from .prefixes import Marks, Place, find_places, own_names
 from .read import Checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint.build import load_strict
-from ..checkpoint.place import find_places, only_place
+from ..checkpoint.prefixes import find_places, only_place
 from ..checkpoint.read import Checkpoint, open_checkpoint
 from ..errors import WanError
 

@@ -34,7 +34,7 @@ from ..vae import Phase, VAERecipe, VAETask, calibrate, new_vae, reconstruct
 from .dataset import RandomClips, scenes, subject, training_clips
 from .evaluate import Rate
 from .judge import ARRANGEMENTS, I2V, T2V, TI2V, VAE_STAGE, Judge, held_out_prompts
-from .place import PlacedTask, PlaceTask
+from .prefixes import PlacedTask, PlaceTask
 from .text import ReaderTask, make_tokenizer, new_encoder, save_encoder, tokenizer_of
 from .world import FEW_LOOKS, MANY_LOOKS, Scene
 
