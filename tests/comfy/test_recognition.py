@@ -17,7 +17,7 @@ from wan_core.tiny import _VOCABULARY_TEXTS, TinySizes, write_tiny
 
 
 def options(client: Client, node: str, name: str) -> list[str]:
-    (kind, *rest) = client.object_info(node)["input"]["required"][name]
+    (kind, *rest) = client.object_info(node)[node]["input"]["required"][name]
     return kind if isinstance(kind, list) else rest[0]["options"]
 
 
@@ -33,7 +33,7 @@ def sampled(client: Client, server: Server, model: str, encoder: str, vae: str) 
     return wan.read_latent(server, "recognised")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def whole(client: Client, server: Server) -> str:
     """A whole model in one file, saved by ComfyUI itself: the name in the checkpoints folder."""
     g = Graph()

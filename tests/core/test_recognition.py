@@ -24,6 +24,7 @@ from wan_core.models.load_dit import read_dit
 from wan_core.models.load_vae import read_vae
 from wan_core.models.text_encoder import load_text_encoder, read_text_encoder
 from wan_core.models.tokenizer import write_tokenizer_folder
+from wan_core.quant.convert import convert
 from wan_core.tiny import TinyModels, TinySizes, make_tiny, write_tiny
 
 SIZES = TinySizes(dim=256, ffn_dim=128, layers=2, text_dim=64, text_layers=2)
@@ -179,6 +180,17 @@ def test_the_command_line_finds_the_parts_of_one_file(parts: dict[str, Weights],
     assert found.tokenizer is None
     with pytest.raises(WanError, match="lacks"):
         find_parts(tmp_path, VARIANTS["i2v-A14B"])  # the model in the file is another
+
+
+def test_convert_says_what_it_leaves_out(parts: dict[str, Weights], tiny: TinyModels, tmp_path: Path):
+    path = all_in_one(tmp_path / "aio.safetensors", {**parts, "dit": {**parts["dit"], "v_pred": torch.ones(1)}},
+                      ALL_IN_ONE["saved by ComfyUI"])  # fmt: skip
+    report = convert(path, tmp_path / "dit.safetensors", "comfyui")
+    assert "only a Wan diffusion model in it is converted" in report.notes[1]
+    assert "ignored: model.diffusion_model.v_pred" in report.notes[0]
+    found = load_file(tmp_path / "dit.safetensors")
+    assert found.keys() == tiny.experts[0].keys()
+    assert all(torch.equal(found[key], tiny.experts[0][key]) for key in found)
 
 
 # What is left over -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from .text import is_spiece
 Part = Literal["dit", "vae", "text"]
 
 _PARTS: dict[Part, ModuleType] = {"dit": dit, "vae": vae, "text": text}
-_NAMES: dict[Part, str] = {"dit": "a Wan diffusion model", "vae": "a Wan VAE", "text": "a umT5 text encoder"}
+NAMES: dict[Part, str] = {"dit": "a Wan diffusion model", "vae": "a Wan VAE", "text": "a umT5 text encoder"}
 _ARCHITECTURE = "general.architecture"  # what a GGUF file says of itself
 _ARCHITECTURES: dict[Part, tuple[str, ...]] = {"dit": ("wan",), "text": ("t5encoder", "t5"), "vae": ()}
 _ANY_ARCHITECTURE = ("pig", "cow")  # what one converter writes for every model
@@ -40,7 +40,7 @@ class Found:
         Raises:
             WanError: see ``leave_out``.
         """
-        names, notes = leave_out(checkpoint.path, wanted, self.names, self.outside, _NAMES[self.part])
+        names, notes = leave_out(checkpoint.path, wanted, self.names, self.outside, NAMES[self.part])
         return names, (*self.notes, *notes)
 
 
@@ -52,9 +52,9 @@ def find(part: Part, checkpoint: Checkpoint) -> Found:
     """
     keys = checkpoint.tensors.keys()
     places = _places(part, checkpoint)
-    place = only_place(places, checkpoint.path, f"{_NAMES[part].split(' ', 1)[1]}s")
+    place = only_place(places, checkpoint.path, f"{NAMES[part].split(' ', 1)[1]}s")
     if place is None:
-        raise WanError(f"{checkpoint.path} is not {_NAMES[part]}: {_what_it_is(checkpoint)}")
+        raise WanError(f"{checkpoint.path} is not {NAMES[part]}: {_what_it_is(checkpoint)}")
     note = place_note(places, place)
     place, outside = _apart(place, {name: _places(name, checkpoint) for name in _PARTS}, part, keys)
     names = _PARTS[part].names_in(place, checkpoint.path, outside)
@@ -117,7 +117,7 @@ def _places(part: Part, checkpoint: Checkpoint) -> list[Place]:
 def _what_it_is(checkpoint: Checkpoint) -> str:
     keys = checkpoint.tensors.keys()
     for part in parts_of(checkpoint):
-        return f"it is {_NAMES[part]}. Load it with {_FOLDERS[part]}."
+        return f"it is {NAMES[part]}. Load it with {_FOLDERS[part]}."
     if _is_lora(keys):
         return "it is a LoRA. Choose the base model here."
     if stated := checkpoint.metadata.get(_ARCHITECTURE):

@@ -71,10 +71,10 @@ def spiece_inside(checkpoint: Checkpoint) -> bytes | None:
     return spiece_model(checkpoint.files[0])
 
 
-def spiece_beside(checkpoint: Checkpoint, rows: int) -> bytes | None:
+def spiece_beside(checkpoint: Checkpoint, rows: int | None = None) -> bytes | None:
     """The SentencePiece model inside a text encoder's file or beside it that belongs to a table of so many rows."""
     inside = spiece_inside(checkpoint)
-    if inside and problem_of(inside, rows) is None:
+    if inside and (rows is None or problem_of(inside, rows) is None):
         return inside
     try:
         return find_tokenizer(checkpoint.path, rows, (SPIECE_FILE,)).read_bytes()

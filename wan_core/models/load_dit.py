@@ -45,6 +45,19 @@ def read_dit(path: str | Path) -> DiTFile:
         WanError: not there, damaged, something else than a Wan DiT, or a relative that is not supported.
     """
     checkpoint = open_checkpoint(path)
+    config, names, notes = understand_dit(checkpoint)
+    for note in notes:
+        log.warning("wan_core: %s", note)
+    checkpoint = checkpoint.only(names.values())
+    return DiTFile(checkpoint, names, config, checkpoint.fingerprint, notes)
+
+
+def understand_dit(checkpoint: Checkpoint) -> tuple[DiTConfig, dict[str, str], tuple[str, ...]]:
+    """Dimensions; our key -> the checkpoint's for every tensor of the model; and what to say of the rest.
+
+    Raises:
+        WanError: see ``read_dit``.
+    """
     found = find("dit", checkpoint)
     shapes = {own: checkpoint.tensors[theirs].shape for own, theirs in found.names.items()}
     config, notes = keys.config_of(checkpoint, shapes)
@@ -52,11 +65,7 @@ def read_dit(path: str | Path) -> DiTFile:
         wanted = WanDiT(config).state_dict().keys()
     keys.refuse_inputs(wanted, found.names, checkpoint.path)
     names, more = found.fit(wanted, checkpoint)
-    notes = (*notes, *more)
-    for note in notes:
-        log.warning("wan_core: %s", note)
-    checkpoint = checkpoint.only(names.values())
-    return DiTFile(checkpoint, names, config, checkpoint.fingerprint, notes)
+    return config, names, (*notes, *more)
 
 
 def build_dit(

@@ -41,15 +41,25 @@ def read_vae(path: str | Path) -> VAEFile:
         WanError: not there, damaged, or something else than a Wan VAE.
     """
     checkpoint = open_checkpoint(path)
+    config, names, notes = understand_vae(checkpoint)
+    for note in notes:
+        log.warning("wan_core: %s", note)
+    checkpoint = checkpoint.only(names.values())
+    return VAEFile(checkpoint, names, config, checkpoint.fingerprint, notes)
+
+
+def understand_vae(checkpoint: Checkpoint) -> tuple[VAEConfig, dict[str, str], tuple[str, ...]]:
+    """Dimensions; our key -> the checkpoint's for every tensor of the VAE; and what to say of the rest.
+
+    Raises:
+        WanError: see ``read_vae``.
+    """
     found = find("vae", checkpoint)
     config = vae_files.read_config({own: checkpoint.tensors[theirs].shape for own, theirs in found.names.items()})
     with torch.device("meta"):
         wanted = VAE_CLASSES[config.kind](config).state_dict().keys()
     names, notes = found.fit(wanted, checkpoint)
-    for note in notes:
-        log.warning("wan_core: %s", note)
-    checkpoint = checkpoint.only(names.values())
-    return VAEFile(checkpoint, names, config, checkpoint.fingerprint, notes)
+    return config, names, notes
 
 
 def build_vae(

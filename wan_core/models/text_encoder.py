@@ -93,17 +93,27 @@ def read_text_encoder(path: str | Path, tokenizer: Tokenizer | bytes | str | Pat
         WanError: not there, damaged, something else than a umT5 encoder, or no tokenizer.
     """
     checkpoint = open_checkpoint(_text_encoder_in(Path(path)))
-    found = find("text", checkpoint)
-    config = layout.read_config({ours: checkpoint.tensors[theirs].shape for ours, theirs in found.names.items()})
-    with torch.device("meta"):
-        wanted = Umt5Encoder(config).state_dict().keys()
-    names, notes = found.fit(wanted, checkpoint)
+    config, names, notes = understand_text(checkpoint)
     source, more = _tokenizer_source(checkpoint, tokenizer, config.vocabulary)
     notes = (*notes, *more)
     for note in notes:
         log.warning("wan_core: %s", note)
     checkpoint = checkpoint.only(names.values())
     return TextFile(checkpoint, names, config, checkpoint.fingerprint, source, notes)
+
+
+def understand_text(checkpoint: Checkpoint) -> tuple[TextConfig, dict[str, str], tuple[str, ...]]:
+    """Dimensions; our key -> the checkpoint's for every tensor of the encoder; and what to say of the rest.
+
+    Raises:
+        WanError: see ``read_text_encoder``.
+    """
+    found = find("text", checkpoint)
+    config = layout.read_config({ours: checkpoint.tensors[theirs].shape for ours, theirs in found.names.items()})
+    with torch.device("meta"):
+        wanted = Umt5Encoder(config).state_dict().keys()
+    names, notes = found.fit(wanted, checkpoint)
+    return config, names, notes
 
 
 def build_text_encoder(

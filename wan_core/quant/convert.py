@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import dit, text, vae
-from ..checkpoint.detect import Part, expect, part_of
+from ..checkpoint.detect import NAMES, Part, part_of, parts_of
 from ..checkpoint.gguf_tokenizer import gguf_vocabulary, spiece_beside
 from ..checkpoint.keys import IDENTITY, Renames
 from ..checkpoint.read import Checkpoint, open_checkpoint
 from ..checkpoint.write import Planned, check_room, write_gguf, write_json, write_pickle, write_safetensors
 from ..config import variant_of
 from ..errors import WanError
+from ..models.load_dit import understand_dit
+from ..models.load_vae import understand_vae
+from ..models.text_encoder import understand_text
 from .base import Format
 from .fp8 import FP8
 from .gguf import BLOCK_TYPES, GGUF
@@ -175,7 +178,11 @@ class _Job:
         self.report = Report()
         self.part: Part = part_of(checkpoint)
         self.module = {"dit": dit, "text": text, "vae": vae}[self.part]
-        self.names = self.module.names(checkpoint, expect(self.part, checkpoint))
+        understand = {"dit": understand_dit, "text": understand_text, "vae": understand_vae}[self.part]
+        _, self.names, notes = understand(checkpoint)
+        self.report.notes += notes
+        if len(held := parts_of(checkpoint)) > 1:
+            self.report.notes.append(f"The file holds {len(held)} models; only {NAMES[self.part]} in it is converted.")
         self.shapes = {own: checkpoint.tensors[theirs].shape for own, theirs in self.names.items()}
         self._check()
         self.renames = self._renames()
