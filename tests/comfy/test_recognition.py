@@ -39,7 +39,7 @@ def whole(client: Client, server: Server) -> str:
     g = Graph()
     clip = g.add("CLIPLoader", clip_name=wan.TEXT_ENCODER, type="wan", device="default")
     unet = g.add("UNETLoader", unet_name=wan.DENSE, weight_dtype="default")
-    vae = g.add("VAELoader", vae_name=wan.VAES["ti2v"])
+    vae = wan.vae(g, "ti2v")  # ComfyUI's own loader knows this VAE in its real size only
     g.add("CheckpointSave", model=unet, clip=clip, vae=vae, filename_prefix="whole")
     run = client.run(g.nodes)
     assert run.ok, run.error
