@@ -124,7 +124,7 @@ def open_image(path: str | Path) -> Image:
         with images.open(path) as picture:
             return upright_rgb(picture)
     except images.DecompressionBombError as error:
-        raise WanError(f"{path} has more pixels than a picture is trusted with ({error}). Scale it down first.") from error
+        raise WanError(f"{path} has too many pixels to be trusted ({error}). Scale it down first.") from error
     except WanError as error:
         raise WanError(f"{path}: {error}") from error
     except Exception as error:  # decoders fail in every way that there is on damaged files

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
@@ -17,15 +16,19 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from .atomic import WriteFailed, check_writable, free_name, unfinished, write_problem
+from .atomic import WriteFailed, check_writable, unfinished, write_problem
 from .errors import WanError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ENDINGS", "check_ending", "check_writable", "free_video_name", "save_video", "to_bytes", "unfinished"]
+__all__ = ["ENDINGS", "check_ending", "check_writable", "in_the_way", "made_here", "save_video", "to_bytes",
+           "unfinished"]  # fmt: skip
 
 log = logging.getLogger(__name__)
+
+_MARK = "wan_core"  # in the notes of every file that is saved here: only such files are ever replaced unasked
+_SOFTWARE = 0x131  # Exif's number for the program that made a picture
 
 
 def to_bytes(frames: torch.Tensor) -> torch.Tensor:
@@ -66,20 +69,38 @@ def check_ending(file: str | Path, width: int = 1, height: int = 1) -> None:
                        "side at most. Choose .mp4 or .png, or a smaller size.")
 
 
-def free_video_name(file: Path) -> Path:
-    """The file's own name, or one with a number, where that or a frame of that is there already."""
-    if not isinstance(_kind(file), _Pictures):
-        return free_name(file)
-    number, name = 1, file
-    while os.path.lexists(name) or _frames_of(name):
-        number += 1
-        name = file.with_name(f"{file.stem}_{number}{file.suffix}")
-    return name
+def in_the_way(file: Path) -> list[Path]:
+    """What is there already under the names that saving this file takes, and was not saved by us."""
+    return [name for name in _taken(file) if not made_here(name)]
 
 
-def _frames_of(file: Path) -> list[str]:
-    """Pictures that are there, named as frames of this file would be."""
-    return glob.glob(f"{glob.escape(str(file.with_suffix('')))}_[0-9][0-9][0-9][0-9]*{glob.escape(file.suffix)}")
+def _taken(file: Path) -> list[Path]:
+    """The file, and pictures that are named as its frames would be."""
+    frames: list[str] = []
+    if isinstance(_kind(file), _Pictures):
+        frames = glob.glob(f"{glob.escape(str(file.with_suffix('')))}_[0-9][0-9][0-9][0-9]*{glob.escape(file.suffix)}")
+    return [name for name in (file, *map(Path, sorted(frames))) if os.path.lexists(name)]
+
+
+def made_here(file: Path) -> bool:
+    """Whether a video or picture carries our mark."""
+    return any(_MARK in str(value) for value in (*_notes_of_picture(file), *_notes_of_video(file)))
+
+
+def _notes_of_picture(file: Path) -> list[object]:
+    from PIL import Image
+
+    with suppress(Exception), Image.open(file) as picture:
+        return [picture.info.get("Software"), picture.info.get("comment"), picture.getexif().get(_SOFTWARE)]
+    return []
+
+
+def _notes_of_video(file: Path) -> list[object]:
+    import av
+
+    with suppress(Exception), av.open(str(file)) as container:
+        return list(container.metadata.values())
+    return []
 
 
 def _kind(file: Path) -> _Video | _Animation | _Pictures:
@@ -124,6 +145,7 @@ class _FrameWriter:
         import av
 
         self.container = av.open(str(file), mode="w", format=kind.container)
+        self.container.metadata["comment"] = _MARK
         self.stream = self.container.add_stream(kind.codec, rate=fps, options=dict(kind.options))
         self.stream.pix_fmt = "yuv420p"
         self.even, self.size = kind.even, None
@@ -208,7 +230,8 @@ class _AnimationWriter:
         if kind is None:
             first, *rest = self.frames
             first.save(self.file, format=self.kind.format, save_all=True, append_images=rest, loop=0,
-                       duration=self.kind.durations(len(self.frames), self.fps), **dict(self.kind.options))  # fmt: skip
+                       duration=self.kind.durations(len(self.frames), self.fps), **dict(self.kind.options),
+                       **_marked(self.kind.format))  # fmt: skip
 
 
 def _with_palette(picture: Image) -> Image:
@@ -245,7 +268,8 @@ class _Pictures:
         for chunk in chunks:
             for frame in to_bytes(chunk).numpy():
                 frames.append(folder / str(len(frames)))
-                Image.fromarray(frame).save(frames[-1], format=self.format, **dict(self.options))
+                Image.fromarray(frame).save(frames[-1], format=self.format, **dict(self.options),
+                                            **_marked(self.format))  # fmt: skip
         return frames
 
     @staticmethod
@@ -254,8 +278,27 @@ class _Pictures:
             file.with_name(f"{file.stem}_{i:04d}{file.suffix}") for i in range(1, len(frames) + 1)
         ]  # fmt: skip
         for frame, name in zip(frames, names, strict=True):
-            shutil.move(frame, name)
+            os.replace(frame, name)
+        for name in _taken(file):  # of an earlier, longer video
+            if len(names) > 1 and name not in (file, *names) and made_here(name):
+                name.unlink()
         return names
+
+
+def _marked(form: str) -> dict[str, object]:
+    """Pillow's option that puts our mark into a file."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    if form == "PNG":
+        notes = PngInfo()
+        notes.add_text("Software", _MARK)
+        return {"pnginfo": notes}
+    if form == "WEBP":
+        exif = Image.Exif()
+        exif[_SOFTWARE] = _MARK
+        return {"exif": exif}
+    return {"comment": _MARK}
 
 
 def _check_pillow(form: str, ending: str) -> None:
