@@ -22,7 +22,7 @@ from .errors import WanError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ENDINGS", "check_ending", "check_writable", "in_the_way", "made_here", "save_video", "to_bytes",
+__all__ = ["ENDINGS", "check_ending", "check_writable", "in_the_way", "made_here", "marked", "save_video", "to_bytes",
            "unfinished"]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ class _AnimationWriter:
             first, *rest = self.frames
             first.save(self.file, format=self.kind.format, save_all=True, append_images=rest, loop=0,
                        duration=self.kind.durations(len(self.frames), self.fps), **dict(self.kind.options),
-                       **_marked(self.kind.format))  # fmt: skip
+                       **marked(self.kind.format))  # fmt: skip
 
 
 def _with_palette(picture: Image) -> Image:
@@ -269,7 +269,7 @@ class _Pictures:
             for frame in to_bytes(chunk).numpy():
                 frames.append(folder / str(len(frames)))
                 Image.fromarray(frame).save(frames[-1], format=self.format, **dict(self.options),
-                                            **_marked(self.format))  # fmt: skip
+                                            **marked(self.format))  # fmt: skip
         return frames
 
     @staticmethod
@@ -285,7 +285,7 @@ class _Pictures:
         return names
 
 
-def _marked(form: str) -> dict[str, object]:
+def marked(form: str) -> dict[str, object]:
     """Pillow's option that puts our mark into a file."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
