@@ -132,8 +132,8 @@ def inside(folder: Path, name: str) -> Path:
     """
     place = Path(os.path.normpath(folder.absolute() / name))
     if "\0" in name or not place.is_relative_to(os.path.normpath(folder.absolute())):
-        raise WanError(f"The table names {name!r}, which is not inside {folder}: move the file there, or name the folder "
-                       "above both as the data folder.")
+        raise WanError(f"The table names {name!r}, which is not inside {folder}: move the file there, or name the "
+                       "folder above both as the data folder.")
     return folder / name
 
 
