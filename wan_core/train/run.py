@@ -107,6 +107,8 @@ class Request:
                 raise WanError(f"{name} is {getattr(self, name)}: expected {least} or more.")
         if not self.learning_rate > 0:
             raise WanError(f"learning_rate is {self.learning_rate}: expected a number above 0, say 1e-4.")
+        if self.alpha == 0:
+            raise WanError("alpha is 0, with which a LoRA changes nothing: expected another number, say the rank.")
         if not 0 <= self.caption_dropout <= 1:
             raise WanError(f"caption_dropout is {self.caption_dropout}: expected a fraction of the captions, 0 to 1.")
 
