@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..config import TEMPORAL_STRIDE
 from ..errors import WanError
-from ..latents import image_tensor, latent_frames
+from ..latents import image_tensor, latent_frames, open_image
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".avi", ".mov", ".wmv", ".mkv", ".flv", ".webm")
@@ -120,12 +121,25 @@ def files_of(folder: Path) -> list[Path]:
     table = folder / "metadata.csv"
     column, rows = read_table(table)
     named = {row[name] for row in rows for name in (column, *_IMAGE_COLUMNS) if row.get(name)}
-    return [table, *(folder / name for name in sorted(named))]
+    return [table, *(inside(folder, name) for name in sorted(named))]
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file that a table names. Links are followed: clips may lie on another disk.
+
+    Raises:
+        WanError: a name that leads out of the folder, or none that a file can have.
+    """
+    place = Path(os.path.normpath(folder.absolute() / name))
+    if "\0" in name or not place.is_relative_to(os.path.normpath(folder.absolute())):
+        raise WanError(f"The table names {name!r}, which is not inside {folder}: move the file there, or name the "
+                       "folder above both as the data folder.")
+    return folder / name
 
 
 def _clip(folder: Path, row: dict[str, str], column: str, frame: Frame) -> Clip:
-    file = folder / (row[column] or "")
-    images = {place: folder / row[name] for name, place in _IMAGE_COLUMNS.items() if row.get(name)}
+    file = inside(folder, row[column] or "")
+    images = {place: inside(folder, row[name]) for name, place in _IMAGE_COLUMNS.items() if row.get(name)}
 
     def given() -> dict[int, Tensor]:
         return {place: _picture(image, frame) for place, image in images.items()}
@@ -208,12 +222,9 @@ def _frames_told(file: Path) -> int:
 
 
 def _read_image(file: Path) -> Tensor:
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(file) as picture:
-            return image_tensor(ImageOps.exif_transpose(picture))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return image_tensor(open_image(file))
+    except WanError as error:
         raise ClipProblem(f"is not a readable image ({error})") from error
 
 
