@@ -35,8 +35,9 @@ from wan_core.sampling.guidance import Condition
 from wan_core.sampling.schedules import schedule
 from wan_core.tiny import _random_weights
 
-# One that is added, one that is merged each time, one that needs the whole matrix, one of vectors too.
-KINDS = ("A_B_alpha_everywhere", "lokr_two", "dora_columns", "differences")
+# One that is added, one that is merged each time, one that needs the whole matrix, one of vectors too; then those that
+# change a weight by what it is.
+KINDS = ("A_B_alpha_everywhere", "lokr_two", "dora_columns", "differences", "glora", "oft", "boft")
 
 
 @pytest.fixture(scope="module")

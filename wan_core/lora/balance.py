@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 # How files that need few steps are called: by the method, the maker's name for it, or the number of steps.
 _FEW_STEPS = re.compile(
-    r"light(?:x2v|ning|2v)|lightx|distil|cfg_?step|(?<!\d)\d{1,2}[-_ ]?steps?(?![a-z]|[-_ ]?\d)|caus_?vid|acc_?vid|fusion_?x|turbo"
+    r"light(?:x2v|ning|2v)|lightx|distil|cfg_?step|(?<!\d)\d{1,2}[-_ ]?steps?(?![a-z]|[-_ ]?\d)"
+    r"|caus_?vid|acc_?vid|fusion_?x|turbo"
     r"|(?<![a-z])(?:dmd\d?|lcm|r?cm|hyper|pcm|tdm)(?![a-z])|fast_?wan|self[-_ ]?forcing|rapid",
     re.IGNORECASE,
 )

@@ -141,7 +141,10 @@ class Generalised(Adapter):
 
     @staticmethod
     def _is_old(shapes: Shapes) -> bool:
-        return shapes["b2"][1] == shapes["b1"][0] == shapes["a1"][0] == shapes["a2"][1]
+        """Of a square weight both orders fit together: then the shorter side is the rank."""
+        old = shapes["b2"][1] == shapes["b1"][0] == shapes["a1"][0] == shapes["a2"][1]
+        new = shapes["b2"][0] == shapes["b1"][1] == shapes["a1"][1] == shapes["a2"][0]
+        return old and (not new or shapes["a1"][0] <= shapes["a1"][1])
 
     @classmethod
     def rank(cls, shapes: Shapes) -> int:
