@@ -72,16 +72,20 @@ _EPOCH = re.compile(
 
 def _twin_of_another_epoch(path: Path) -> Path | None:
     """The nearest point of the other expert's training; a name without a number is its end."""
-    named = (_swapped(path.stem), _last_swapped(path.stem))
-    wanted = {_EPOCH.sub("", name).lower() for name in named if name != path.stem}
+    swapped = {_swapped(path.stem), _last_swapped(path.stem)} - {path.stem}
     epoch = _epoch_of(path)
     found = [
         (abs(_epoch_of(file) - epoch), -_epoch_of(file), file)
         for folder in _folders(path)
+        for wanted in [{_without_epoch(name) for name in (swapped if folder == path.parent else swapped | {path.stem})}]
         for file in _files(folder)
-        if file != path and file.suffix.lower() == path.suffix.lower() and _EPOCH.sub("", file.stem).lower() in wanted
+        if file != path and file.suffix.lower() == path.suffix.lower() and _without_epoch(file.stem) in wanted
     ]
     return next((file for _, _, file in sorted(found) if _said(file).readable), None)
+
+
+def _without_epoch(name: str) -> str:
+    return _EPOCH.sub("", name).lower()
 
 
 def _epoch_of(path: Path) -> int:
