@@ -207,7 +207,6 @@ BROKEN = {
     "lokr_core": {"lokr_w1": (4, 4), "lokr_w2_a": (4, 32), "lokr_w2_b": (4, 32), "lokr_t2": (4, 5, 1, 1)},
     "lokr_core_of_none": {"lokr_w1": (4, 4), "lokr_w2": (32, 32), "lokr_t2": (4, 4, 1, 1)},
     "lokr_split": {"lokr_w1_a": (4, 2, 3), "lokr_w1_b": (2, 4), "lokr_w2": (32, 32)},
-    "glora": {"a1.weight": (128, 4), "a2.weight": (4, 128), "b1.weight": (128, 4), "b2.weight": (3, 128)},
     "glora_channels": {"a1.weight": (64, 4), "a2.weight": (4, 64), "b1.weight": (128, 4), "b2.weight": (4, 128)},
     "glora_rank_0": {"a1.weight": (128, 0), "a2.weight": (0, 128), "b1.weight": (128, 0), "b2.weight": (0, 128)},
     "oft": {"oft_blocks": (8, 16, 15)},
@@ -232,6 +231,8 @@ OTHER_SHAPES = {
     "oft_rows": {"oft_blocks": (7, 16, 16)},
     "oft_5d": {"oft_blocks": (1, 1, 8, 16, 16)},
     "oft_matrix": {"oft_blocks": (128, 128)},
+    "glora_ranks": {"a1.weight": (128, 4), "a2.weight": (4, 128), "b1.weight": (128, 4), "b2.weight": (3, 128)},
+    "glora_turns": {"a1.weight": (128, 4), "a2.weight": (3, 128), "b1.weight": (128, 4), "b2.weight": (4, 128)},
     "glora_vectors": {"a1.weight": (4,), "a2.weight": (4,), "b1.weight": (4,), "b2.weight": (4,)},
     "set": {"set_weight": ()},
     "huge": {"hada_w1_a": (4, 0), "hada_w1_b": (1 << 40, 0), "hada_w2_a": (4, 0), "hada_w2_b": (0, 1 << 40)},
@@ -248,12 +249,8 @@ def test_tensors_of_no_such_weight_are_refused_before_a_run(base: Path, tmp_path
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_rotations_of_no_numbers_are_refused(base: Path, tmp_path: Path, bad: float):
     save_file({f"{Q}.oft_blocks": torch.full((8, 16, 16), bad)}, tmp_path / "oft.safetensors")
-    try:
-        found = velocity(base, (tmp_path / "oft.safetensors", 1.0))
-    except WanError as error:
-        assert "hold no rotations" in str(error)
-    else:
-        assert not found.isfinite().all()
+    with pytest.raises(WanError, match=r"self_attn\.q\.oft_blocks make no rotations"):
+        velocity(base, (tmp_path / "oft.safetensors", 1.0))
 
 
 def test_a_convolutions_cores_and_channels(base: Path, tmp_path: Path):
@@ -268,7 +265,7 @@ def test_a_convolutions_cores_and_channels(base: Path, tmp_path: Path):
     kron = torch.einsum("ac,rdxyz->arcdxyz", factor, second).reshape(weight.shape)
     down = draw(4, 16, *kernel, size=0.3)
     total = weight + torch.einsum("rn,ncxyz->rcxyz", a.T, down)
-    length = total.norm(dim=(0, 2, 3, 4), keepdim=True)
+    length = total.square().sum((0, 2, 3, 4), keepdim=True).sqrt()
     dora = length * (1 + draw(1, 16, 1, 1, 1, size=0.2))
     cases = [
         ({"lora_up.weight": a.T.contiguous(), "lora_mid.weight": core, "lora_down.weight": b}, cored),
@@ -282,7 +279,7 @@ def test_a_convolutions_cores_and_channels(base: Path, tmp_path: Path):
     ]  # fmt: skip
     for number, (parts, update) in enumerate(cases):
         file, merged = tmp_path / f"{number}.safetensors", tmp_path / f"{number}_merged.safetensors"
-        save_file({f"{one}.{role}": part for role, part in parts.items()}, file)
+        save_file({f"{one}.{role}": part.clone() for role, part in parts.items()}, file)
         save_file(weights_of(base) | {"patch_embedding.weight": weight + STRENGTH * update}, merged)
         assert close(velocity(base, (file, STRENGTH)), velocity(merged), 1e-5), parts.keys()
 

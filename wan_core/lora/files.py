@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from ..checkpoint.read import Checkpoint, _some, open_checkpoint
 from ..config import VARIANTS, DiTConfig
 from ..errors import WanError
@@ -47,9 +45,9 @@ class Part:
         scale = self.scale if alpha is None or self.rank is None else alpha / self.rank
         try:
             return self.kind(tensors, scale=scale, alpha=alpha)
-        except torch.linalg.LinAlgError as error:
-            raise WanError(f"{checkpoint.path} is broken: {', '.join(self.keys.values())} hold no rotations "
-                           "(infinite or no numbers). Download the file again.") from error
+        except ValueError as error:
+            raise WanError(f"{checkpoint.path} is broken: {', '.join(self.keys.values())} make no rotations ({error}). "
+                           "Download the file again, or have its maker save it again.") from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,11 +22,16 @@ def rotations(blocks: Tensor, limit: float | None) -> Tensor:
 
     Args:
         limit: what the length of all Q together may be at most; 0 and None mean any.
+
+    Raises:
+        ValueError: the blocks hold infinite numbers or none.
     """
     blocks = blocks.to(torch.float32)
     skew = blocks - blocks.transpose(-1, -2)
     if limit is not None and limit > 0 and (length := skew.norm() + 1e-8) > limit:
         skew = skew * (limit / length)
+    if not skew.isfinite().all():
+        raise ValueError("infinite numbers, or none, in the blocks")
     one = torch.eye(blocks.shape[-1], device=blocks.device)
     return (one + skew) @ torch.linalg.inv(one - skew)
 
