@@ -44,7 +44,8 @@ class _Rotating(Adapter):
     scaled = False
 
     def __init__(self, parts: Mapping[str, Tensor], *, scale: float = 1.0, alpha: float | None = None):
-        super().__init__(dict(parts) | {"oft_blocks": rotations(parts["oft_blocks"], alpha)})
+        numbers = {role: part.to(torch.float32) for role, part in parts.items()}
+        super().__init__(numbers | {"oft_blocks": rotations(parts["oft_blocks"], alpha)})
 
     @classmethod
     def stored_dtype(cls, dtype: torch.dtype) -> torch.dtype:
