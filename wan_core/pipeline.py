@@ -179,7 +179,7 @@ def generate(
     """
     recipe, variant = models.dit, models.dit.variant
     request = request.completed(variant)
-    check_run(models, request, engine, device)
+    check_fits(models, request, engine, device)
     positive, negative = _encode_prompts(models, request, engine, text_device or device)
     start = _start(models, request, engine, device)
     latent = denoise_in_memory(
@@ -194,19 +194,34 @@ def generate(
 
 
 def check_run(models: Models, request: Request, engine: Engine, device: torch.device) -> None:
+    """``check_fits``, and a memory limit or number of blocks that cannot be: all that headers tell of a run.
+
+    Raises:
+        WanError: see ``check_fits`` and ``plan``.
+    """
+    check_fits(models, request, engine, device)
+    plans.plan(models.dit, _latent(models, request), device, guided=_guided(request), free=available_bytes(device))
+
+
+def _latent(models: Models, request: Request) -> tuple[int, ...]:
+    """The shape of a completed request's latent, [1, C, T, h, w]."""
+    variant = models.dit.variant
+    return 1, *latents.latent_shape(variant, *video_size(request, variant), request.frames)
+
+
+def check_fits(models: Models, request: Request, engine: Engine, device: torch.device) -> None:
     """Refuse what the device cannot hold or compute, before anything is loaded or allocated.
 
     Args:
         request: completed.
 
     Raises:
-        WanError: sampling, or decoding in the tiles that are asked for, takes more memory than there is or is
-            allowed; an attention backend that does not run here; a number of blocks that the model does not have.
+        WanError: sampling, or decoding in the tiles that are asked for, takes more memory than there is; an attention
+            backend that does not run here.
     """
     find_backend(models.dit.attention, device, _dtype_of(models, device))
-    latent = (1, *latents.latent_shape(models.dit.variant, *video_size(request, models.dit.variant), request.frames))
+    latent = _latent(models, request)
     plans.check_fits(models.dit, latent, device, guided=_guided(request))
-    plans.plan(models.dit, latent, device, guided=_guided(request), free=available_bytes(device))
     size = tuple(side * VAES[models.vae.config.kind].spatial_stride for side in latent[3:])
     check_decode(models.vae, size, device, tile=request.vae_tile, room=_room(models, engine, device))
 
@@ -261,11 +276,11 @@ def needs(models: Models, request: Request, device: torch.device, text_device: t
     Raises:
         WanError: a memory limit that sampling does not fit into.
     """
-    variant, file = models.dit.variant, models.vae
+    file = models.vae
     room = _room(models, Engine(), device)
     text = text_bytes(models.text, text_device, _dtype_of(models, text_device))
     streamed = f", streamed {largest_matrix(models.text, text_device, _dtype_of(models, text_device)) / GB:.2f} GB"
-    latent = (1, *latents.latent_shape(variant, *video_size(request, variant), request.frames))
+    latent = _latent(models, request)
     sampling = plans.plan(models.dit, latent, device, guided=_guided(request), free=available_bytes(device))
     height, width = (side * VAES[file.config.kind].spatial_stride for side in latent[3:])
     lines = [
