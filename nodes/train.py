@@ -146,7 +146,7 @@ class TrainLora(io.ComfyNode):
         from ..wan_core.train.data import files_of
 
         try:
-            files = files_of(dataset_folder(dataset or ""))
+            files = files_of(dataset_folder(dataset or ""), _inputs())
             return tuple(host.stamp(file) if file.is_file() else None for file in files)
         except (OSError, WanError) as error:
             return (str(error),)
@@ -214,7 +214,7 @@ def _request(model: ModelRecipe, expert: str, settings: Settings) -> Request:
 
     return Request(
         task=model.variant.task, expert=expert, clips=dataset_folder(settings.dataset),
-        out=_work(settings.save_name), cache=_work("_cache"),
+        root=_inputs(), out=_work(settings.save_name), cache=_work("_cache"),
         frame=Frame(settings.width, settings.height, settings.frames), steps=settings.steps, rank=settings.rank,
         alpha=settings.alpha or None, targets=[name.strip() for name in settings.targets.split(",") if name.strip()],
         batch=settings.batch_size, learning_rate=settings.learning_rate, seed=settings.seed,
@@ -273,7 +273,12 @@ def datasets() -> list[str]:
 
 
 def dataset_folder(name: str) -> Path:
-    return _within(Path(folder_paths.get_input_directory()).absolute(), name, "dataset")
+    return _within(_inputs(), name, "dataset")
+
+
+def _inputs() -> Path:
+    """ComfyUI's input folder, out of which no table leads."""
+    return Path(folder_paths.get_input_directory()).absolute()
 
 
 def find_table(name: str) -> None:

@@ -60,6 +60,7 @@ class Request:
         steps: 0 takes ``epochs`` instead.
         restart: forget an earlier run in ``out`` instead of going on with it.
         dtype: of frozen base weights; None is the device's default. Full training keeps float32.
+        root: what the clips of a table must lie in; None is the folder ``clips``.
         sample_every: steps between grids of samples; 0 draws none.
         sample_prompts: of the grids; without any, prompts of the first clips.
     """
@@ -96,6 +97,7 @@ class Request:
     dtype: str | None = None
     restart: bool = False
     cache: Path | None = None
+    root: Path | None = None
 
     def __post_init__(self):
         for name in (*_LEAST, "learning_rate", "ema", "caption_dropout", "alpha", "shift"):
@@ -257,7 +259,7 @@ def check(request: Request, files: TrainFiles) -> tuple[DiTFile, list[Clip]]:
         check_resumable(request.out / STATE, _plan(request, 1), steps=bool(request.steps))
     clips = request.clips
     if isinstance(clips, Path):
-        clips = read_folder(clips, request.frame, metadata=request.metadata)
+        clips = read_folder(clips, request.frame, metadata=request.metadata, root=request.root)
     return base, usable(clips, lambda clip: clip.check(), skip_bad=request.skip_bad_clips)
 
 
