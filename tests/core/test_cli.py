@@ -426,3 +426,14 @@ def test_make_tiny_touches_nothing_that_is_there(capsys, tmp_path: Path):
     assert "exists already" in capsys.readouterr().err
     assert mine.read_bytes() == b"28 GB" and list(tmp_path.iterdir()) == [mine]
     assert main(["make-tiny", str(mine)]) == 2 and "Cannot make the folder" in capsys.readouterr().err
+
+
+def test_make_tiny_puts_tasks_into_one_models_folder(capsys, tmp_path: Path):
+    """In ComfyUI's layout they share the text encoder; a real one of that name is left alone."""
+    for task in ("t2v-A14B", "i2v-A14B"):
+        assert main(["make-tiny", str(tmp_path), "--task", task, "--layout", "comfyui"]) == 0
+    real = tmp_path / "vae/wan_2.1_vae.safetensors"
+    save_file({"x": torch.zeros(1)}, real)
+    before = real.read_bytes()
+    assert main(["make-tiny", str(tmp_path), "--layout", "comfyui"]) == 2 and "wan_2.1_vae" in capsys.readouterr().err
+    assert real.read_bytes() == before

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Made in a folder beside, then moved: what is in OUT already is never touched."""
+    """Made in a folder beside, then moved: of what is in OUT already only small checkpoints' files are replaced."""
     from ..tiny import write_tiny
 
     out: Path = args.out
@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=".wan_core-", dir=out) as fresh:
         made = write_tiny(fresh, args.task, layout=args.layout, seed=args.seed)
         places = {file: out / file.relative_to(fresh) for file in made}
-        taken = [place for file, place in places.items() if os.path.lexists(place) and not _same(file, place)]
+        taken = [place for file, place in places.items()
+                 if os.path.lexists(place) and not (_same(file, place) or _tiny(place))]  # fmt: skip
         if taken:
             raise WanError(f"{', '.join(str(place) for place in taken[:3])}{' ...' * (len(taken) > 3)} exists already: "
                            "choose an empty folder, or move that away.")
@@ -53,4 +54,17 @@ def _same(one: Path, other: Path) -> bool:
     try:
         return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
     except OSError:
+        return False
+
+
+def _tiny(file: Path) -> bool:
+    """Whether a safetensors file says that it was made here, as tasks of one folder share some."""
+    from safetensors import SafetensorError, safe_open
+
+    from ..tiny import MARK
+
+    try:
+        with safe_open(file, framework="pt") as content:
+            return MARK in (content.metadata() or {})
+    except (SafetensorError, OSError):
         return False
