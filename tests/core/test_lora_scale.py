@@ -196,6 +196,8 @@ def test_settings_beside_belong_to_pefts_own_file_only(model: Path, tmp_path: Pa
     other = read(model, write(model, tmp_path / "style.safetensors", {}))
     own = read(model, write(model, tmp_path / "adapter_model.safetensors", {}))
     assert set(scales(other).values()) == {1.0} and set(scales(own).values()) == {2.0}
+    (tmp_path / "style.safetensors").unlink()
+    assert set(scales(read(model, tmp_path)).values()) == {2.0}  # the folder itself, as PEFT saved it
     settings.write_text(json.dumps({"r": 32, "lora_alpha": 8}), encoding="utf-8")
     foreign = read(model, tmp_path / "adapter_model.safetensors")
     assert set(scales(foreign).values()) == {1.0} and "another file's" in foreign.report()
