@@ -17,6 +17,7 @@ from comfy.utils import ProgressBar
 
 from ..wan_core.errors import WanError
 from ..wan_core.quant.registry import MADE_ON_LOAD
+from ..wan_core.safe_text import safe_text as safe_text  # for the nodes: the one door for text of files and names
 
 if TYPE_CHECKING:
     from ..wan_core.engine import Engine
@@ -161,7 +162,7 @@ def show_text(node_id: str | None, text: str) -> None:
     from server import PromptServer
 
     if node_id is not None and getattr(PromptServer, "instance", None) is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+        PromptServer.instance.send_progress_text(safe_text(text), node_id)
 
 
 class Chunks:
