@@ -59,4 +59,5 @@ class LoadModel(io.ComfyNode):
         file: DiTFile = host.read_header(read_dit, FOLDER, model_name)
         find_backend(attention, host.device(), resolve_dtype(dtype, host.device(), file.checkpoint.dtype))
         note = quantised_note(file, dtype, host.device())
-        return io.NodeOutput(ModelRecipe(file, dtype=dtype, attention=attention, notes=(note,) if note else ()))
+        model = ModelRecipe(file, dtype=dtype, attention=attention, notes=(note,) if note else ())
+        return io.NodeOutput(model, ui=host.told("\n".join(model.notes)))

@@ -1,7 +1,7 @@
 // @ts-check
 /// <reference path="./types.d.ts" />
 import { api } from '../../scripts/api.js'
-import { app } from '../../scripts/app.js'
+import { nodeOf } from './graph.js'
 import { texts } from './texts.js'
 
 /**
@@ -46,20 +46,6 @@ export function addPreview(node) {
 function panelOf(id) {
   const node = nodeOf(id)
   return node ? panels.get(node) : undefined
-}
-
-/**
- * A node by the id it runs under: "5", or "5:3" for node 3 in the subgraph of node 5.
- * @param {string} id
- * @returns {Node | null | undefined}
- */
-function nodeOf(id) {
-  const hosts = String(id).split(':')
-  const last = /** @type {string} */ (hosts.pop())
-  /** @type {Graph | undefined} */
-  let graph = app.rootGraph ?? app.graph
-  for (const host of hosts) graph = graph?.getNodeById(host)?.subgraph
-  return graph?.getNodeById(last)
 }
 
 /**

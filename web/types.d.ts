@@ -8,6 +8,7 @@ declare module '*/scripts/app.js' {
       canvas: HTMLCanvasElement
       ds: { scale: number; offset: [number, number] }
       selected_nodes: Record<string, Node>
+      processMouseWheel(event: WheelEvent): void
     }
     rootGraph?: Graph
     graph: Graph
@@ -17,10 +18,12 @@ declare module '*/scripts/app.js' {
 declare module '*/scripts/api.js' {
   export const api: {
     addEventListener(type: string, listener: (event: CustomEvent) => void): void
+    fetchApi(route: string): Promise<Response>
   }
 }
 
 interface Graph {
+  id?: string
   getNodeById(id: string): Node | null | undefined
 }
 
@@ -33,6 +36,8 @@ interface Extension {
   commands?: { id: string; label: string; icon: string; function: () => void }[]
   nodeCreated?(node: Node): void
   setup?(): void
+  afterConfigureGraph?(): void
+  onNodeOutputsUpdated?(outputs: Record<string, { text?: unknown } | undefined>): void
   getNodeMenuItems?(node: Node): MenuItem[]
   getSelectionToolboxCommands?(item: Node): string[]
 }
@@ -62,6 +67,7 @@ interface Widget {
 interface DOMWidgetOptions {
   serialize: boolean
   hideOnZoom: boolean
+  hideInPanel?: boolean
   getMinHeight(): number
   getMaxHeight(): number | undefined
 }
