@@ -88,6 +88,7 @@ class Panel {
       serialize: false,
       hideOnZoom: false,
       hideInPanel: true,
+      selectOn: [], // a node that is selected comes to the front, and its element loses what is marked in it
       getMinHeight: () => this.height(),
       getMaxHeight: () => this.height()
     }

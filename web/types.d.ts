@@ -68,6 +68,7 @@ interface DOMWidgetOptions {
   serialize: boolean
   hideOnZoom: boolean
   hideInPanel?: boolean
+  selectOn?: string[]
   getMinHeight(): number
   getMaxHeight(): number | undefined
 }
