@@ -1,6 +1,7 @@
 // @ts-check
 /// <reference path="./types.d.ts" />
 import { app } from '../../scripts/app.js'
+import { listAsText } from './combos.js'
 import { watchExpertSwitch } from './expert_switch.js'
 import { openPresets, presetsOf } from './menus.js'
 import { addPreview, watchPreviews } from './preview.js'
@@ -21,7 +22,10 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass === 'WanCoreExpertSwitch') watchExpertSwitch(node)
     if (node.comfyClass === 'WanCoreSampler') addPreview(node)
-    if (node.comfyClass?.startsWith('WanCore')) addText(node)
+    if (node.comfyClass?.startsWith('WanCore')) {
+      listAsText(node)
+      addText(node)
+    }
   },
 
   afterConfigureGraph() {

@@ -88,7 +88,7 @@ class Panel {
       serialize: false,
       hideOnZoom: false,
       hideInPanel: true,
-      selectOn: [], // a node that is selected comes to the front, and its element loses what is marked in it
+      selectOn: [], // whoever marks a text does not mean the node, which the Delete key would remove
       getMinHeight: () => this.height(),
       getMaxHeight: () => this.height()
     }

@@ -28,7 +28,10 @@ interface Graph {
 }
 
 declare const LiteGraph: {
-  ContextMenu: new (items: MenuItem[], options: { event: MouseEvent }) => unknown
+  ContextMenu: {
+    new (items: MenuItem[], options: { event: MouseEvent }): unknown
+    prototype: { addItem(name: string | null, value: unknown, options?: unknown): HTMLElement }
+  }
 }
 
 interface Extension {
@@ -57,6 +60,8 @@ interface Node {
 
 interface Widget {
   name: string
+  type?: string
+  onClick?(...args: unknown[]): unknown
   value: unknown
   label?: string
   disabled?: boolean

@@ -53,7 +53,7 @@ _INSERT = """([name, blocks]) => {
     const lora = LiteGraph.createNode('WanCoreLora')
     const swap = LiteGraph.createNode('WanCoreBlockSwap')
     for (const [node, x] of [[lora, 0], [swap, 420]]) {
-        node.pos = [x, 1100]
+        node.pos = [x, 1500]  // below all others
         app.graph.add(node)
     }
     lora.widgets.find(widget => widget.name === 'lora_name').value = name
@@ -231,6 +231,34 @@ def test_a_text_can_be_marked_copied_and_scrolled(app, workflow: Path) -> None:
     app.page.mouse.wheel(0, 300)
     app.page.wait_for_function("view => JSON.stringify([app.canvas.ds.scale, ...app.canvas.ds.offset]) !== "
                                "JSON.stringify(view)", arg=view)  # fmt: skip
+
+
+def test_menus_list_file_names_as_text(app, workflow: Path) -> None:
+    """As far as the pack can see to it: in the menus of its own nodes."""
+    app.drop(workflow)
+    app.fit()
+    if app.nodes2:
+        node = app.page.locator(f"[data-node-id='{app.page.evaluate(_LORA_ID)}']")
+        node.get_by_text(NAME[:12], exact=False).first.click()
+    else:
+        app.page.mouse.click(*app.page.evaluate(_LORA_NAME_AT))
+    app.page.wait_for_function("name => [...document.querySelectorAll('.litemenu-entry, [role=option], "
+                               "[role=dialog] *, .p-popover *')].some(e => e.textContent.trim() === name)", arg=NAME)
+    app.page.wait_for_timeout(500)
+    assert ran(app) == []
+    app.page.keyboard.press("Escape")
+
+
+_LORA_ID = "app.graph.nodes.find(node => node.type === 'WanCoreLora').id"
+
+_LORA_NAME_AT = """() => {
+    const node = app.graph.nodes.find(node => node.type === 'WanCoreLora')
+    const widget = node.widgets.find(widget => widget.name === 'lora_name')
+    const {scale, offset} = app.canvas.ds
+    const {left, top} = app.canvas.canvas.getBoundingClientRect()
+    return [left + (node.pos[0] + node.size[0] / 2 + offset[0]) * scale,
+            top + (node.pos[1] + widget.last_y + 10 + offset[1]) * scale]
+}"""
 
 
 def tell(app, kind: str, text: str) -> None:
