@@ -40,6 +40,7 @@ def hostile_lora(models: Path) -> Iterator[str]:
 @pytest.fixture
 def workflow(app, hostile_lora: str, tmp_path: Path) -> Path:
     """The shipped T2V workflow with the LoRA and a block swap between the experts and the sampler."""
+    app.page.evaluate("app.refreshComboInNodes()")  # the page may be older than the file
     app.drop(ROOT / "workflows/wan22_t2v_a14b.json")
     app.page.evaluate(_INSERT, [hostile_lora, 3 + 2 * app.nodes2 + (app.frontend == "newest")])
     path = tmp_path / "texts.json"
@@ -84,7 +85,7 @@ def test_texts_are_shown_once_as_text_and_come_back(app, workflow: Path) -> None
     app.drop(workflow)  # a new graph, that the server has all results of
     app.set_widgets(SIZE)
     app.run()
-    app.page.wait_for_function("document.querySelectorAll('.wan-core-text:not(:empty)').length >= 2")
+    wait_for_texts(app, 2)
     assert without(texts(app), "WanCoreSampler") == without(shown, "WanCoreSampler")
     assert ran(app) == []
 
@@ -121,6 +122,10 @@ def ran(app) -> list[str]:
 def texts(app) -> dict[str, str]:
     """What each of our nodes says, by its type; nothing that is empty."""
     return app.page.evaluate(_TEXTS)
+
+
+def wait_for_texts(app, count: int) -> None:
+    app.page.wait_for_function(f"Object.keys(({_TEXTS})()).length >= {count}")
 
 
 def without(texts: dict[str, str], name: str) -> dict[str, str]:
@@ -162,13 +167,13 @@ def test_a_page_loaded_again_shows_them_again(app, workflow: Path) -> None:
     app.drop(workflow)
     app.set_widgets(SIZE)
     app.run()
-    app.page.wait_for_function("document.querySelectorAll('.wan-core-text:not(:empty)').length >= 3")
+    wait_for_texts(app, 3)
     shown = texts(app)
     app.page.wait_for_timeout(1500)  # in which the frontend keeps the graph for itself
     app.page.reload()
     app.page.wait_for_function("window.app?.extensionManager && app.graph?.nodes.some(n => n.type === 'WanCoreLora')",
                                timeout=60_000)  # fmt: skip
-    app.page.wait_for_function("document.querySelectorAll('.wan-core-text:not(:empty)').length >= 3")
+    wait_for_texts(app, 3)
     assert without(texts(app), "WanCoreSampler") == without(shown, "WanCoreSampler")
     assert texts(app)["WanCoreSampler"].partition("\n")[0] == shown["WanCoreSampler"].partition("\n")[0]
     assert ran(app) == []
