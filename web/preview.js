@@ -12,7 +12,7 @@ import { texts } from './texts.js'
 
 const LINE_HEIGHT = 18
 const TEXT_HEIGHT = 2 * LINE_HEIGHT
-const MARGINS = 20 // that the classic canvas leaves around a widget
+const MARGIN = 10 // that the classic canvas leaves around a widget
 const HIGHEST = 400 // of a picture, in pixels of the graph
 const NOWHERE = '-1' // a place where no node is
 
@@ -83,10 +83,12 @@ class Panel {
     const options = {
       serialize: false,
       hideOnZoom: false,
+      margin: 0,
       getMinHeight: () => this.height(),
       getMaxHeight: () => (this.line ? undefined : 0)
     }
-    node.addDOMWidget('wan_core_preview', 'wan_core_preview', this.element, options).serialize = false
+    this.widget = node.addDOMWidget('wan_core_preview', 'wan_core_preview', this.element, options)
+    this.widget.serialize = false
   }
 
   /** @param {News} news */
@@ -124,6 +126,7 @@ class Panel {
     counting.add(this)
     if (!first) return
     this.element.style.display = 'flex'
+    this.widget.options.margin = MARGIN // of nothing it would be a negative height, which some frontends ignore
     this.fit()
   }
 
@@ -153,8 +156,8 @@ class Panel {
   height() {
     const { naturalWidth, naturalHeight, hidden } = this.image
     if (!this.line) return 0
-    if (hidden || !naturalWidth) return TEXT_HEIGHT + MARGINS
-    return TEXT_HEIGHT + MARGINS + Math.min((this.node.size[0] * naturalHeight) / naturalWidth, HIGHEST)
+    if (hidden || !naturalWidth) return TEXT_HEIGHT + 2 * MARGIN
+    return TEXT_HEIGHT + 2 * MARGIN + Math.min((this.node.size[0] * naturalHeight) / naturalWidth, HIGHEST)
   }
 
   /** Makes the node high enough, never smaller: a user may have made it larger. */

@@ -11,7 +11,7 @@ import { lastTexts, textOf } from './history.js'
  */
 
 const HIGHEST = 240 // of a text, in pixels of the graph; the rest is scrolled to
-const MARGINS = 20 // that the classic canvas leaves around a widget
+const MARGIN = 10 // that the classic canvas leaves around a widget
 const STYLE = `font: 12px/16px sans-serif; white-space: pre-wrap; overflow-wrap: anywhere; padding: 4px 8px;
   box-sizing: border-box; max-height: ${HIGHEST}px; overflow-x: hidden; overflow-y: auto; border-radius: 4px;
   background: var(--comfy-input-bg); user-select: text; -webkit-user-select: text; cursor: text; outline: none`
@@ -88,11 +88,13 @@ class Panel {
       serialize: false,
       hideOnZoom: false,
       hideInPanel: true,
+      margin: 0,
       selectOn: [], // whoever marks a text does not mean the node, which the Delete key would remove
       getMinHeight: () => this.height(),
       getMaxHeight: () => this.height()
     }
-    node.addDOMWidget('wan_core_text', 'wan_core_text', this.element, options).serialize = false
+    this.widget = node.addDOMWidget('wan_core_text', 'wan_core_text', this.element, options)
+    this.widget.serialize = false
   }
 
   get empty() {
@@ -108,6 +110,7 @@ class Panel {
     this.element.textContent = text
     this.element.style.color = `var(${error ? '--error-text' : '--input-text'})`
     this.element.style.display = text ? 'block' : 'none'
+    this.widget.options.margin = text ? MARGIN : 0 // of nothing it would be a negative height, which some ignore
     this.element.scrollTop = 0
     this.fit()
   }
@@ -115,12 +118,12 @@ class Panel {
   /** What the widget needs at the node's width. */
   height() {
     if (this.empty) return 0
-    const width = Math.round(this.node.size[0]) - MARGINS
+    const width = Math.round(this.node.size[0]) - 2 * MARGIN
     const text = this.element.textContent
     if (this.measured?.text !== text || this.measured.width !== width) {
       this.measured = { text, width, height: heightOf(text ?? '', width) }
     }
-    return this.measured.height + MARGINS
+    return this.measured.height + 2 * MARGIN
   }
 
   /** Makes the node high enough, never smaller: a user may have made it larger. */

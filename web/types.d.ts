@@ -66,6 +66,7 @@ interface Widget {
   label?: string
   disabled?: boolean
   serialize?: boolean
+  options: { margin?: number }
   callback?: (...args: unknown[]) => unknown
 }
 
@@ -73,6 +74,7 @@ interface DOMWidgetOptions {
   serialize: boolean
   hideOnZoom: boolean
   hideInPanel?: boolean
+  margin: number
   selectOn?: string[]
   getMinHeight(): number
   getMaxHeight(): number | undefined
