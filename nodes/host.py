@@ -14,15 +14,18 @@ import comfy.model_management as management
 import folder_paths
 import torch
 from comfy.utils import ProgressBar
+from comfy_api.latest import ui
 
 from ..wan_core.errors import WanError
 from ..wan_core.quant.registry import MADE_ON_LOAD
+from ..wan_core.safe_text import safe_text as safe_text  # the nodes take it from here
 
 if TYPE_CHECKING:
     from ..wan_core.engine import Engine
 
 log = logging.getLogger(__name__)
 
+TEXT_EVENT = "wan_core.text"
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
 WEIGHT_DTYPES = [*DTYPES, *MADE_ON_LOAD]  # of models whose matrices may be quantised while they are loaded
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$", re.IGNORECASE)
@@ -225,11 +228,44 @@ def check_cancelled(*_: object) -> None:
 
 
 def show_text(node_id: str | None, text: str) -> None:
-    """A text on a node in the editor, below its widgets."""
+    """A text on a node in the editor of whoever queued the prompt; it replaces the node's text before.
+
+    Every text for the editor passes through here or ``text_output``, as ``safe_text``; ``web/says.js`` shows it as
+    text. Not ComfyUI's own ``send_progress_text``: some frontends read that as HTML, and two of four places show none.
+    """
     from server import PromptServer
 
-    if node_id is not None and getattr(PromptServer, "instance", None) is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+    server = getattr(PromptServer, "instance", None)
+    client = getattr(server, "client_id", None)
+    if node_id is not None and client is not None:
+        server.send_sync(TEXT_EVENT, {"node": shown_as(node_id), "text": safe_text(text)}, client)
+
+
+def text_output(text: str) -> ui.PreviewText | None:
+    """A text as the node's ``ui`` output, which ComfyUI's history keeps for programs and for a page loaded anew."""
+    return ui.PreviewText(safe_text(text)) if text else None
+
+
+def told(text: str) -> ui.PreviewText | None:
+    """Shows a text at once on the node that runs, and returns it as its ``ui`` output; None if there is none."""
+    if text:
+        show_text(current_node(), text)
+    return text_output(text)
+
+
+def current_node() -> str | None:
+    """The id of the node that runs. Not taken from a hidden input, which would tie what ComfyUI caches to the id."""
+    from comfy_execution.utils import get_executing_context
+
+    context = get_executing_context()
+    return None if context is None else context.node_id
+
+
+def shown_as(node_id: str) -> str:
+    """The node that stands on the canvas, where the one that runs was put into the graph by another node."""
+    from comfy_execution.progress import get_progress_state
+
+    return get_progress_state().dynprompt.get_display_node_id(node_id)
 
 
 class Chunks:

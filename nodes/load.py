@@ -62,7 +62,8 @@ class LoadModel(io.ComfyNode):
         find_backend(attention, host.device(), resolve_dtype(dtype, host.device(), file.checkpoint.dtype))
         note = quantised_note(file, dtype, host.device())
         notes = (*file.notes, note) if note else file.notes
-        return io.NodeOutput(ModelRecipe(file, dtype=dtype, attention=attention, notes=notes))
+        model = ModelRecipe(file, dtype=dtype, attention=attention, notes=notes)
+        return io.NodeOutput(model, ui=host.told("\n".join(model.notes)))
 
 
 def _read(path: Path) -> DiTFile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..wan_core.checkpoint.read import open_checkpoint
 from ..wan_core.config import PerExpert
@@ -100,8 +100,7 @@ class Lora(io.ComfyNode):
             low=_low(low_name), first_step=first_step, last_step=None if last_step == _LAST else last_step, merge=merge,
         )  # fmt: skip
         log.info("Wan LoRA: %s", report.replace("\n", "; "))
-        host.show_text(cls.hidden.unique_id, report)
-        return io.NodeOutput(changed, ui=ui.PreviewText(report))
+        return io.NodeOutput(changed, ui=host.told(report))
 
 
 def _fingerprint(name: str) -> tuple:
