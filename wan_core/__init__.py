@@ -18,9 +18,9 @@ __version__ = "0.1.0"
 __all__ = ["load_dit", "load_text_encoder", "load_vae"]
 
 _HOMES = {
-    "load_dit": ".models.load_dit",
-    "load_vae": ".models.load_vae",
-    "load_text_encoder": ".models.text_encoder",
+    "load_dit": ".loading.dit",
+    "load_vae": ".loading.vae",
+    "load_text_encoder": ".loading.text",
 }
 
 

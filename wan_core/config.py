@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .errors import WanError
+
 HEAD_DIM = 128  # every Wan DiT: heads = dim / 128
 TEXT_LENGTH = 512  # rows of the text embedding that cross-attention sees
 TRAIN_STEPS = 1000  # timesteps run from 0 (clean) to 1000 (noise)
@@ -165,10 +167,23 @@ HIGH_NOISE_FOLDER = "high_noise_model"
 LOW_NOISE_FOLDER = "low_noise_model"
 
 
+# Relatives that no row of the table describes, by their DiT's input channels.
+_RELATIVES = {
+    32: "Wan2.1 Fun Camera", 52: "Wan2.2 Fun-A14B-Control", 100: "Wan2.2 Fun-5B-InP or Fun-5B-Control-Camera",
+    148: "Wan2.2 Fun-5B-Control",
+}  # fmt: skip
+
+
 def variant_of(channels: int) -> Variant:
     """The variant whose DiT takes this many input channels (they differ between all variants in the table).
 
     Raises:
-        KeyError: no variant has so many; ``checkpoint.detect`` refuses such files before this is asked.
+        WanError: no variant has so many.
     """
-    return next(row for row in VARIANTS.values() if row.in_channels == channels)
+    found = next((row for row in VARIANTS.values() if row.in_channels == channels), None)
+    if found is None:
+        relative = f", as {_RELATIVES[channels]} does" if channels in _RELATIVES else ""
+        known = ", ".join(f"{row.display_name} ({row.in_channels})" for row in VARIANTS.values())
+        raise WanError(f"This diffusion model takes {channels} channels{relative}, which this version does not run. "
+                       f"Supported: {known}.")  # fmt: skip
+    return found
