@@ -15,6 +15,9 @@ async def comfy_entrypoint() -> WanCoreExtension:
     """The pack's nodes, for ComfyUI. Logs the traceback of a failure, of which ComfyUI itself prints one line."""
     try:
         from .nodes import WanCoreExtension
+        from .nodes.logs import make_log_safe
+
+        make_log_safe(__name__)
     except Exception:
         logging.exception("The Wan2.2 nodes could not be loaded")
         raise

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import torch
 
+from wan_core.cli.arguments import Parser, number, path, whole
+from wan_core.cli.guard import guarded
 from wan_core.errors import WanError
+from wan_core.media.geometry import latent_frames
 from wan_core.tools.convert import convert
 from wan_core.train.data import Frame
 
@@ -23,38 +26,43 @@ FORMATS = {"vae16": "fp16", "vae48": "fp16"}  # of the files; all others are fp8
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m nano", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path(".cache/nano"), help="folder of states and caches")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the finished files, laid out as ComfyUI's")
+    parser = Parser(prog="python -m nano", description=__doc__)
+    parser.add_argument("--work", type=path, default=Path(".cache/nano"), help="folder of states and caches")
+    parser.add_argument("--out", type=path, default=None, help="folder for the finished files, laid out as ComfyUI's")
     parser.add_argument("--stages", default=",".join(STAGES), help=f"comma-separated, of {','.join(STAGES)}")
-    parser.add_argument("--seconds", type=float, default=None, help="stop a stage after so long; the next call goes on")
-    parser.add_argument("--scale", type=float, default=1.0, help="of all steps; small values try the way")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures, a multiple of 32")
-    parser.add_argument("--frames", type=int, default=17)
-    parser.add_argument("--clips", type=int, default=Settings.clips, help="clips the transformers are trained on")
+    parser.add_argument("--seconds", type=number(0, 1e9), default=None,
+                        help="stop a stage after so long; the next call goes on")
+    parser.add_argument("--scale", type=number(above=0), default=1.0, help="of all steps; small values try the way")
+    parser.add_argument("--size", type=_side, default=64, help="side of the pictures, a multiple of 32")
+    parser.add_argument("--frames", type=whole(1), default=17)
+    parser.add_argument("--clips", type=whole(1), default=Settings.clips, help="clips the transformers are trained on")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 is PyTorch's choice")
+    parser.add_argument("--threads", type=whole(0, 4096), default=0, help="of the CPU; 0 is PyTorch's choice")
+    parser.add_argument("--debug", action="store_true", help="show Python's traceback of an error")
     return parser.parse_args(argv)
 
 
+def _side(text: str) -> int:
+    side = whole(32)(text)
+    if side % 32:
+        raise argparse.ArgumentTypeError(f"expected a multiple of 32, found {side}")
+    return side
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    settings = Settings(frame=Frame(args.size, args.size, args.frames), clips=args.clips, scale=args.scale,
-                        precision=args.precision)  # fmt: skip
-    family = Family(settings, args.work, tell=_tell, seconds=args.seconds)
-    try:
+    def work() -> None:
+        args = parse(argv)
+        latent_frames(args.frames)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        settings = Settings(frame=Frame(args.size, args.size, args.frames), clips=args.clips, scale=args.scale,
+                            precision=args.precision)  # fmt: skip
+        family = Family(settings, args.work, tell=_tell, seconds=args.seconds)
         run(family, args.stages.split(","))
         if args.out:
             export(family, args.out)
-    except WanError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        _tell("stopped; the same command goes on")
-        return 130
-    return 0
+
+    return guarded(work, debug="--debug" in (argv or sys.argv), cancelled="Stopped; the same command goes on.")
 
 
 def run(family: Family, stages: list[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from wan_core.cli.arguments import Parser, path, whole
+from wan_core.cli.guard import guarded
 from wan_core.media.video import to_bytes, unfinished
 from wan_core.train.data import Frame
 from wan_core.train.report import sample_grid
@@ -23,11 +25,11 @@ SHOWN = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m nano.pictures", description=__doc__)
-    parser.add_argument("--family", type=Path, default=Path("nano"))
-    parser.add_argument("--demo", type=Path, default=Path("output"), help="folder of the demo's mp4 files")
-    parser.add_argument("--out", type=Path, default=Path("docs/images"))
-    parser.add_argument("--clips", type=int, default=10)
+    parser = Parser(prog="python -m nano.pictures", description=__doc__)
+    parser.add_argument("--family", type=path, default=Path("nano"))
+    parser.add_argument("--demo", type=path, default=Path("output"), help="folder of the demo's mp4 files")
+    parser.add_argument("--out", type=path, default=Path("docs/images"))
+    parser.add_argument("--clips", type=whole(1), default=10)
     args = parser.parse_args()
     judge = Judge(lambda stage: args.family / FILES[stage], Frame(64, 64, 17), Sampling())
     contact_sheet(judge, args.out / "nano_contact.png", args.clips)
@@ -70,4 +72,4 @@ def first_frames(folder: Path, side: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from wan_core.train.nano.prefixes import PlacedTask, PlaceTask
 
 from wan_core.config import NEGATIVE_PROMPT, VAES, DiTConfig, VAEConfig, VAEKind, Variant
 from wan_core.errors import WanError
@@ -35,7 +36,6 @@ from wan_core.train.vae import Phase, VAERecipe, VAETask, calibrate, new_vae, re
 from .dataset import RandomClips, scenes, subject, training_clips
 from .evaluate import Rate
 from .judge import ARRANGEMENTS, I2V, T2V, TI2V, VAE_STAGE, Judge, held_out_prompts
-from .place import PlacedTask, PlaceTask
 from .text import ReaderTask, make_tokenizer, new_encoder, save_encoder, tokenizer_of
 from .world import FEW_LOOKS, MANY_LOOKS, Scene
 

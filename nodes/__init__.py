@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .experts import ExpertSwitch
+from .finding import findable
 from .latents import EmptyLatent, ImageToVideo
 from .load import LoadModel
 from .lora import Lora
@@ -34,6 +35,8 @@ NODES: list[type[io.ComfyNode]] = [
     VAEDecode,
     TrainLora,
 ]
+for _node in NODES:
+    findable(_node)
 
 
 class WanCoreExtension(ComfyExtension):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..wan_core.recipe import ModelRecipe, pair
 from ..wan_core.sampling.experts import MODES, Switch
+from . import host
 from .types import WanModel
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class ExpertSwitch(io.ComfyNode):
         model = pair(high, low, _switch(mode, boundary))
         for note in model.notes:
             log.log(logging.WARNING if note.startswith("Warning") else logging.INFO, "Wan Expert Switch: %s", note)
-        return io.NodeOutput(model, ui=ui.PreviewText("\n".join(model.notes)))
+        return io.NodeOutput(model, ui=host.told("\n".join(model.notes)))
 
 
 def _switch(mode: str, boundary: float) -> Switch:

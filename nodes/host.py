@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -14,18 +14,21 @@ import comfy.model_management as management
 import folder_paths
 import torch
 from comfy.utils import ProgressBar
+from comfy_api.latest import ui
 
 from ..wan_core.errors import WanError
 from ..wan_core.quant.registry import MADE_ON_LOAD
+from ..wan_core.safe_text import safe_text as safe_text  # the nodes take it from here
 
 if TYPE_CHECKING:
     from ..wan_core.memory.engine import Engine
 
 log = logging.getLogger(__name__)
 
+TEXT_EVENT = "wan_core.text"
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
 WEIGHT_DTYPES = [*DTYPES, *MADE_ON_LOAD]  # of models whose matrices may be quantised while they are loaded
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$", re.IGNORECASE)
 
 File = TypeVar("File")
 
@@ -42,15 +45,36 @@ def engine() -> Engine:
 
 
 def model_names(folder: str) -> list[str]:
-    """What a loader offers: the files of one of ComfyUI's model folders, with sharded checkpoints as one entry each."""
+    """What a loader offers: the files of one of ComfyUI's model folders, with sharded checkpoints as one entry each.
+
+    Files of whole models in ``checkpoints`` follow, as each loader finds its part in them.
+    """
+    own = _names_in(folder)
+    if folder not in _PARTS:
+        return own
+    return [*own, *(name for name in _names_in(_WHOLE) if name not in set(own))]
+
+
+def _names_in(folder: str) -> list[str]:
     files = {name for part in _with_gguf(folder) for name in folder_paths.get_filename_list(part)}
+    files |= set(_without_ending(folder))
     shards = [name for name in files if _SHARD.search(name)]
     sharded = {os.path.dirname(name) for name in shards} - {""}
     whole = [name for name in files if name not in shards]
     return sorted([*whole, *(name for name in sharded if _has_index(folder, name))])
 
 
+_WHOLE = "checkpoints"  # ComfyUI's folder of files that hold a model, its text encoder and its VAE
+_PARTS = ("diffusion_models", "text_encoders", "vae")
 _GGUF_FOLDERS = {"diffusion_models": "unet_gguf", "text_encoders": "clip_gguf"}
+_ANY_FOLDERS = {folder: f"wan_core_{folder}" for folder in (*_PARTS, _WHOLE)}
+# Endings of what lies beside models and is none, or not yet.
+_OTHER_FILES = """
+    .txt .md .json .jsonl .yaml .yml .toml .ini .cfg .csv .png .jpg .jpeg .webp .gif .mp4 .webm .html .htm .pdf .zip .7z
+    .rar .gz .tar .py .sh .bat .url .lnk .sha256 .md5 .log .lock .metadata .incomplete .part .partial .tmp .crdownload
+    .download .aria2 .!qb .onnx .model
+"""
+_NO_MODELS = frozenset(_OTHER_FILES.split())
 
 
 def _with_gguf(folder: str) -> list[str]:
@@ -67,12 +91,44 @@ def _with_gguf(folder: str) -> list[str]:
     return [folder, name]
 
 
+def _without_ending(folder: str) -> list[str]:
+    """Files that ComfyUI does not list because their ending is missing or odd, but that begin as checkpoints do.
+
+    They are listed under a name of our own with ComfyUI's own search, which it repeats only when a folder changes.
+    """
+    name = _ANY_FOLDERS.get(folder)
+    if name is None:
+        return []
+    known = folder_paths.folder_names_and_paths
+    places, endings = known[folder]
+    known[name] = (places, set())  # no endings: every file
+    return [file for file in folder_paths.get_filename_list(name)
+            if _may_be_model(file, endings) and any(_begins_as_model(Path(base, file)) for base in places)]  # fmt: skip
+
+
+def _may_be_model(file: str, listed: Collection[str]) -> bool:
+    ending = os.path.splitext(file)[1].lower()
+    hidden = any(part.startswith(".") for part in Path(file).parts)
+    return not hidden and ending not in listed and ending not in _NO_MODELS and ending != ".gguf"
+
+
+def _begins_as_model(path: Path) -> bool:
+    """Whether a file begins as safetensors, GGUF or a zipped or plain pickle does."""
+    try:
+        with path.open("rb") as stream:
+            first = stream.read(9)
+    except OSError:
+        return False
+    return first[:4] in (b"GGUF", b"PK\x03\x04") or first[:2] in (b"\x80\x02", b"\x80\x04") or first[8:] == b"{"
+
+
 def _places(folder: str) -> list[str]:
     return list(dict.fromkeys(place for part in _with_gguf(folder) for place in folder_paths.get_folder_paths(part)))
 
 
 def _has_index(folder: str, name: str) -> bool:
-    return any(any(Path(base, name).glob("*.index.json")) for base in folder_paths.get_folder_paths(folder))
+    return any(file.name.lower().endswith(".index.json") for base in folder_paths.get_folder_paths(folder)
+               if Path(base, name).is_dir() for file in Path(base, name).iterdir())  # fmt: skip
 
 
 def model_path(folder: str, name: str) -> Path:
@@ -82,7 +138,7 @@ def model_path(folder: str, name: str) -> Path:
         WanError: the list does not offer it.
     """
     if name in model_names(folder):
-        for base in _places(folder):
+        for base in (*_places(folder), *(_places(_WHOLE) if folder in _PARTS else ())):
             if Path(base, name).exists():
                 return Path(base, name)
     places = " or ".join(folder_paths.get_folder_paths(folder))
@@ -90,26 +146,41 @@ def model_path(folder: str, name: str) -> Path:
 
 
 def read_header(read: Callable[[Path], File], folder: str, name: str) -> File:
-    """What ``read`` makes of a checkpoint; read again only when the file was changed.
+    """What ``read`` makes of a checkpoint; read again only when it was changed, or what it was understood by.
+
+    That is a config, an index or a tokenizer beside the file: one that appears, changes or goes counts.
 
     Raises:
         WanError: as ``read``.
     """
     path = model_path(folder, name)
-    now = stamp(path)
-    known = _headers.get((read, path))
-    if known is None or known[0] != now:
-        known = _headers[read, path] = now, read(path)
-    return known[1]
+    now, known = stamp(path), _headers.get((read, path))
+    if known is None or known[0] != now or known[1] != _looked_at(known[2]):
+        found = read(path)
+        known = _headers[read, path] = now, _looked_at(found), found
+    return known[2]
 
 
-_headers: dict[tuple[Callable, Path], tuple[tuple, object]] = {}
+_headers: dict[tuple[Callable, Path], tuple[tuple, tuple, object]] = {}
 
 
-def fingerprint(folder: str, name: str) -> tuple:
-    """Changes when the file is replaced on disk, so that ComfyUI runs the loader again."""
+def _looked_at(file: object) -> tuple:
+    """The state of everything that a header was read from; () for what knows no such thing."""
+    checkpoint = getattr(file, "checkpoint", file)
     try:
-        return stamp(model_path(folder, name))
+        return getattr(checkpoint, "fingerprint", ())
+    except OSError as error:
+        return (str(error),)
+
+
+def fingerprint(folder: str, name: str, read: Callable[[Path], object] | None = None) -> tuple:
+    """Changes when the file is replaced on disk, so that ComfyUI runs the loader again.
+
+    With ``read``, also when something appears, changes or goes by which it understands the file.
+    """
+    try:
+        beside = _looked_at(read_header(read, folder, name)) if read else ()
+        return (*stamp(model_path(folder, name)), *beside)
     except (WanError, OSError) as error:
         return (str(error),)
 
@@ -157,11 +228,44 @@ def check_cancelled(*_: object) -> None:
 
 
 def show_text(node_id: str | None, text: str) -> None:
-    """A text on a node in the editor, below its widgets."""
+    """A text on a node in the editor of whoever queued the prompt; it replaces the node's text before.
+
+    Every text for the editor passes through here or ``text_output``, as ``safe_text``; ``web/says.js`` shows it as
+    text. Not ComfyUI's own ``send_progress_text``: some frontends read that as HTML, and two of four places show none.
+    """
     from server import PromptServer
 
-    if node_id is not None and getattr(PromptServer, "instance", None) is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+    server = getattr(PromptServer, "instance", None)
+    client = getattr(server, "client_id", None)
+    if node_id is not None and client is not None:
+        server.send_sync(TEXT_EVENT, {"node": shown_as(node_id), "text": safe_text(text)}, client)
+
+
+def text_output(text: str) -> ui.PreviewText | None:
+    """A text as the node's ``ui`` output, which ComfyUI's history keeps for programs and for a page loaded anew."""
+    return ui.PreviewText(safe_text(text)) if text else None
+
+
+def told(text: str) -> ui.PreviewText | None:
+    """Shows a text at once on the node that runs, and returns it as its ``ui`` output; None if there is none."""
+    if text:
+        show_text(current_node(), text)
+    return text_output(text)
+
+
+def current_node() -> str | None:
+    """The id of the node that runs. Not taken from a hidden input, which would tie what ComfyUI caches to the id."""
+    from comfy_execution.utils import get_executing_context
+
+    context = get_executing_context()
+    return None if context is None else context.node_id
+
+
+def shown_as(node_id: str) -> str:
+    """The node that stands on the canvas, where the one that runs was put into the graph by another node."""
+    from comfy_execution.progress import get_progress_state
+
+    return get_progress_state().dynprompt.get_display_node_id(node_id)
 
 
 class Chunks:

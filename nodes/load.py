@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from comfy_api.latest import io
 
 from ..wan_core.dtypes import resolve_dtype
@@ -48,15 +50,23 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name: str) -> bool | str:
-        return host.check_file(read_dit, FOLDER, model_name)
+        return host.check_file(_read, FOLDER, model_name)
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, dtype: str, attention: str) -> tuple:
-        return host.fingerprint(FOLDER, model_name)
+        return host.fingerprint(FOLDER, model_name, _read)
 
     @classmethod
     def execute(cls, model_name: str, dtype: str, attention: str) -> io.NodeOutput:
-        file: DiTFile = host.read_header(read_dit, FOLDER, model_name)
+        file: DiTFile = host.read_header(_read, FOLDER, model_name)
         find_backend(attention, host.device(), resolve_dtype(dtype, host.device(), file.checkpoint.dtype))
         note = quantised_note(file, dtype, host.device())
-        return io.NodeOutput(ModelRecipe(file, dtype=dtype, attention=attention, notes=(note,) if note else ()))
+        notes = (*file.notes, note) if note else file.notes
+        model = ModelRecipe(file, dtype=dtype, attention=attention, notes=notes)
+        return io.NodeOutput(model, ui=host.told("\n".join(model.notes)))
+
+
+def _read(path: Path) -> DiTFile:
+    file = read_dit(path)
+    ModelRecipe(file).variant  # noqa: B018 - refuses one that this version does not know
+    return file

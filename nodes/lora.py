@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..wan_core.config import PerExpert
 from ..wan_core.errors import WanError
 from ..wan_core.files.checkpoint import open_checkpoint
 from ..wan_core.lora.attach import AUTO, with_lora
+from ..wan_core.lora.scale import config_beside
 from ..wan_core.lora.twins import find_twin
 from ..wan_core.recipe import ModelRecipe
 from . import host
@@ -86,7 +87,7 @@ class Lora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, low_name: str, **_: object) -> tuple:
-        named = tuple(host.fingerprint(FOLDER, name) for name in (lora_name, low_name) if name not in (AUTO, NONE))
+        named = tuple(_fingerprint(name) for name in (lora_name, low_name) if name not in (AUTO, NONE))
         return (*named, _fingerprint_of_twin(lora_name)) if low_name == AUTO else named
 
     @classmethod
@@ -99,8 +100,17 @@ class Lora(io.ComfyNode):
             low=_low(low_name), first_step=first_step, last_step=None if last_step == _LAST else last_step, merge=merge,
         )  # fmt: skip
         log.info("Wan LoRA: %s", report.replace("\n", "; "))
-        host.show_text(cls.hidden.unique_id, report)
-        return io.NodeOutput(changed, ui=ui.PreviewText(report))
+        return io.NodeOutput(changed, ui=host.told(report))
+
+
+def _fingerprint(name: str) -> tuple:
+    """Changes also with PEFT's settings beside the file, which hold its scale."""
+    own = host.fingerprint(FOLDER, name)
+    try:
+        settings = config_beside(host.model_path(FOLDER, name))
+        return (own, host.stamp(settings)) if settings else (own,)
+    except (WanError, OSError):
+        return (own,)
 
 
 def _fingerprint_of_twin(name: str) -> tuple:

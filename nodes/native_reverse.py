@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..wan_core.config import VARIANTS, DiTConfig
@@ -24,6 +24,7 @@ from ..wan_core.foreign import Foreign
 from ..wan_core.memory.engine import pad_text
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling.guidance import Condition
+from . import host
 from .graph import model_file
 from .types import WanModel
 
@@ -59,7 +60,7 @@ class FromModel(io.ComfyNode):
         recipe = from_model(model, model_file(cls.hidden.prompt, node) or f"the MODEL at node {node}")
         for note in recipe.notes:
             log.info("Wan from ComfyUI MODEL: %s", note)
-        return io.NodeOutput(recipe, ui=ui.PreviewText("\n".join((str(recipe), *recipe.notes))))
+        return io.NodeOutput(recipe, ui=host.told("\n".join((str(recipe), *recipe.notes))))
 
 
 def from_model(patcher: Any, name: str) -> ModelRecipe:

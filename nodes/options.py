@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..wan_core.errors import WanError
 from ..wan_core.foreign import only_own
@@ -65,9 +65,7 @@ class BlockSwap(io.ComfyNode):
         swap = min(blocks, model.high.config.layers) if mode == BLOCKS else 0
         limit = {BLOCKS: None, LIMIT: vram_limit, AUTO: AUTO}[mode]
         changed = replace(model, swap_blocks=swap, vram_limit=limit, prefetch=prefetch)
-        text = describe(changed)
-        host.show_text(cls.hidden.unique_id, text)
-        return io.NodeOutput(changed, ui=ui.PreviewText(text))
+        return io.NodeOutput(changed, ui=host.told(describe(changed)))
 
 
 def describe(model: ModelRecipe) -> str:

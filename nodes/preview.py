@@ -114,7 +114,7 @@ class Screen:
         from server import PromptServer
 
         self.server = getattr(PromptServer, "instance", None)
-        self.node = None if node_id is None or self.server is None else _shown_as(node_id)
+        self.node = None if node_id is None or self.server is None else host.shown_as(node_id)
         self.client = getattr(self.server, "client_id", None)
         self.run = time.time_ns() // 1_000_000  # tells a late picture of an earlier run from one of this run
         self._said = -_NEWS
@@ -134,13 +134,6 @@ class Screen:
     def _send(self, news: dict) -> None:
         if self.there:
             self.server.send_sync(EVENT, {"node": self.node, "run": self.run} | news, self.client)
-
-
-def _shown_as(node_id: str) -> str:
-    """The node that stands on the canvas, where the one that runs was put into the graph by another node."""
-    from comfy_execution.progress import get_progress_state
-
-    return get_progress_state().dynprompt.get_display_node_id(node_id)
 
 
 class _Picture:

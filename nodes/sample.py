@@ -125,7 +125,9 @@ class Sampler(io.ComfyNode):
         settings = Settings(
             seed, steps, guidance, shift, solver, schedule, denoise, start_step, end_step, add_noise, sigmas
         )
-        return io.NodeOutput(sample(model, positive, negative, latent, settings, node_id=cls.hidden.unique_id))
+        notes = Notes(model, cls.hidden.unique_id)
+        sampled = sample(model, positive, negative, latent, settings, notes)
+        return io.NodeOutput(sampled, ui=host.text_output(notes.text))
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,12 +180,12 @@ def _check_settings(settings: Settings, *, has_sigmas: bool) -> bool:
 
 
 def sample(
-    model: ModelRecipe, positive: list, negative: list, latent: dict, settings: Settings, *, node_id: str | None = None
+    model: ModelRecipe, positive: list, negative: list, latent: dict, settings: Settings, notes: Notes
 ) -> dict:
     """A LATENT -> the LATENT after the steps, both raw. Everything is checked before the first weight is read.
 
     Args:
-        node_id: of the node that shows what the run takes.
+        notes: take what is said of the run.
 
     Raises:
         WanError: what does not fit together.
@@ -197,10 +199,9 @@ def sample(
     noise = _noise(settings.seed, latent, raw.shape)
     start = _start(clean, noise, plan, settings)
     steps = min(settings.end, plan.steps) - settings.start
-    notes = Notes(node_id, model)
     if model.low is None and model.variant.experts == 2 and steps == plan.steps:
-        log.warning("Wan Sampler: one expert of %s does all %d steps. Join both with Wan Expert Switch.", model, steps)
-    with Steps(node_id, model, settings.guidance, plan, settings.start, settings.end) as shown:
+        notes.warned(f"One expert of {model} does all {steps} steps. Join both with Wan Expert Switch.")
+    with Steps(notes.node_id, model, settings.guidance, plan, settings.start, settings.end) as shown:
         x = denoise_in_memory(
             host.engine(), model, settings.guidance, device, start, plan, settings.solver, *conditions,
             given=_given(latent, clean, noise, model.variant), start=settings.start, end=settings.end,
@@ -212,21 +213,27 @@ def sample(
 
 @dataclass(eq=False)
 class Notes:
-    """What is said of a run's memory: on the sampler's node where a limit was asked for, and whenever it ran out."""
+    """What is said of a run on the sampler's node: warnings, and its memory where a limit was asked for or ran out."""
 
-    node_id: str | None
     model: ModelRecipe
-    said: tuple[str, ...] = ()
+    node_id: str | None = None
+    warnings: tuple[str, ...] = ()
+    plan: str = ""
+
+    @property
+    def text(self) -> str:
+        return "\n".join(filter(None, (*self.warnings, self.plan)))
 
     def planned(self, plan: Plan) -> None:
         log.info("Wan Sampler: %s", str(plan).replace("\n", "; "))
-        if self.model.vram_limit is not None or self.model.swap_blocks or self.said:
-            host.show_text(self.node_id, "\n".join((*self.said, str(plan))))
+        if self.model.vram_limit is not None or self.model.swap_blocks or self.warnings:
+            self.plan = str(plan)
+            host.show_text(self.node_id, self.text)
 
     def warned(self, note: str) -> None:
         log.warning("Wan Sampler: %s", note)
-        self.said += (note,)
-        host.show_text(self.node_id, note)
+        self.warnings += (note,)
+        host.show_text(self.node_id, self.text)
 
 
 def _noise(seed: int, latent: dict, shape: torch.Size) -> torch.Tensor:

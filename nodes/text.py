@@ -56,7 +56,7 @@ class LoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, text_encoder_name: str, dtype: str, device: str) -> tuple:
-        return host.fingerprint(FOLDER, text_encoder_name)
+        return host.fingerprint(FOLDER, text_encoder_name, _read)
 
     @classmethod
     def execute(cls, text_encoder_name: str, dtype: str, device: str) -> io.NodeOutput:

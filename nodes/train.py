@@ -146,15 +146,17 @@ class TrainLora(io.ComfyNode):
         from ..wan_core.train.data import files_of
 
         try:
-            files = files_of(dataset_folder(dataset or ""))
+            files = files_of(dataset_folder(dataset or ""), _inputs())
             return tuple(host.stamp(file) if file.is_file() else None for file in files)
         except (OSError, WanError) as error:
             return (str(error),)
 
     @classmethod
     def execute(cls, model: ModelRecipe, vae: object, clip: object, **settings: object) -> io.NodeOutput:
-        file, plot = train(model, vae, clip, Settings(**settings))
-        return io.NodeOutput(str(file), plot, ui=ui.PreviewImage(plot, cls=cls))
+        progress = Progress(host.current_node())
+        file, plot = train(model, vae, clip, Settings(**settings), progress)
+        shown = ui.PreviewImage(plot, cls=cls).as_dict() | host.text_output(progress.text).as_dict()
+        return io.NodeOutput(str(file), plot, ui=shown)
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,9 @@ class Settings:
     resume: bool
 
 
-def train(model: ModelRecipe, vae: object, clip: object, settings: Settings) -> tuple[Path, torch.Tensor]:
+def train(
+    model: ModelRecipe, vae: object, clip: object, settings: Settings, progress: Progress
+) -> tuple[Path, torch.Tensor]:
     """The LoRA file, and the plot of the loss as an IMAGE.
 
     Raises:
@@ -198,13 +202,13 @@ def train(model: ModelRecipe, vae: object, clip: object, settings: Settings) -> 
         # ComfyUI runs nodes in inference mode, whose tensors have no gradients.
         with torch.inference_mode(False), torch.enable_grad():
             made = run(request, parts, device=host.device(), text_device=host.text_device(clip.device),
-                       hooks=_hooks(request))  # fmt: skip
+                       hooks=_hooks(request, progress))  # fmt: skip
     finally:
         gc.collect()  # the wrapped layers of a model in training hold each other
         management.soft_empty_cache()
     goal.parent.mkdir(parents=True, exist_ok=True)
     _copy(made, goal)
-    log.info("Wan Train LoRA: wrote %s", goal)
+    progress.remark(f"Wrote {goal}")
     return goal, _image(request.out / "loss.png")
 
 
@@ -214,7 +218,7 @@ def _request(model: ModelRecipe, expert: str, settings: Settings) -> Request:
 
     return Request(
         task=model.variant.task, expert=expert, clips=dataset_folder(settings.dataset),
-        out=_work(settings.save_name), cache=_work("_cache"),
+        root=_inputs(), out=_work(settings.save_name), cache=_work("_cache"),
         frame=Frame(settings.width, settings.height, settings.frames), steps=settings.steps, rank=settings.rank,
         alpha=settings.alpha or None, targets=[name.strip() for name in settings.targets.split(",") if name.strip()],
         batch=settings.batch_size, learning_rate=settings.learning_rate, seed=settings.seed,
@@ -273,7 +277,12 @@ def datasets() -> list[str]:
 
 
 def dataset_folder(name: str) -> Path:
-    return _within(Path(folder_paths.get_input_directory()).absolute(), name, "dataset")
+    return _within(_inputs(), name, "dataset")
+
+
+def _inputs() -> Path:
+    """ComfyUI's input folder, out of which no table leads."""
+    return Path(folder_paths.get_input_directory()).absolute()
 
 
 def find_table(name: str) -> None:
@@ -333,11 +342,38 @@ def _copy(file: Path, goal: Path) -> None:
 # --- ComfyUI's side of a run
 
 
-def _hooks(request: Request) -> Hooks:
+def _hooks(request: Request, progress: Progress) -> Hooks:
     from ..wan_core.train.run import Hooks
 
-    return Hooks(on_step=Losses(request), on_clip=Clips(), check=host.check_cancelled, before_load=free_models,
-                 tell=lambda text: log.info("Wan Train LoRA: %s", text))  # fmt: skip
+    return Hooks(on_step=Losses(request, progress), on_clip=Clips(progress), check=host.check_cancelled,
+                 before_load=free_models, tell=progress.remark)  # fmt: skip
+
+
+class Progress:
+    """What the node says of its run: remarks, which stay, and below them how far it is."""
+
+    EVERY = 1.0  # seconds between two texts of how far it is, at least
+
+    def __init__(self, node_id: str | None):
+        self.node_id = node_id
+        self.remarks: list[str] = []
+        self.line = ""
+        self._shown = float("-inf")
+
+    @property
+    def text(self) -> str:
+        return "\n".join(filter(None, (*self.remarks, self.line)))
+
+    def remark(self, text: str) -> None:
+        log.info("Wan Train LoRA: %s", text)
+        self.remarks.append(text)
+        host.show_text(self.node_id, self.text)
+
+    def at(self, line: str, *, last: bool) -> None:
+        self.line = line
+        if last or time.monotonic() - self._shown >= self.EVERY:
+            self._shown = time.monotonic()
+            host.show_text(self.node_id, self.text)
 
 
 def free_models() -> None:
@@ -350,19 +386,22 @@ def free_models() -> None:
 class Clips:
     """A progress bar over the clips that are encoded."""
 
-    def __init__(self):
+    def __init__(self, progress: Progress):
+        self.progress = progress
         self.bar: ProgressBar | None = None
 
     def __call__(self, done: int, total: int) -> None:
         self.bar = self.bar or ProgressBar(total)
         self.bar.update_absolute(done, total)
+        self.progress.at(f"clip {done} of {total} encoded", last=done == total)
 
 
 class Losses:
     """A progress bar over the steps with the plot of the loss as its picture, and a place to cancel."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, progress: Progress):
         self.folder = request.out
+        self.progress = progress
         self.bar: ProgressBar | None = None
         self.losses: list[float] = []
         self.drawn = float("-inf")
@@ -374,7 +413,11 @@ class Losses:
             self.bar = ProgressBar(report.steps)
             self.losses = [float(row["loss"]) for row in read_log(self.folder / "log.csv")][: report.step - 1]
         self.losses.append(report.loss)
-        self.bar.update_absolute(report.step, report.steps, self._picture(report.step == report.steps))
+        last = report.step == report.steps
+        self.bar.update_absolute(report.step, report.steps, self._picture(last))
+        recent = self.losses[-20:]
+        self.progress.at(f"step {report.step} of {report.steps}, loss {sum(recent) / len(recent):.4f} over the last "
+                         f"{len(recent)} steps", last=last)  # fmt: skip
         host.check_cancelled()
 
     def _picture(self, last: bool, every: float = 2.0) -> tuple | None:

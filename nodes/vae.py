@@ -53,7 +53,7 @@ class LoadVAE(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str, dtype: str) -> tuple:
-        return host.fingerprint(FOLDER, vae_name)
+        return host.fingerprint(FOLDER, vae_name, read_vae)
 
     @classmethod
     def execute(cls, vae_name: str, dtype: str) -> io.NodeOutput:

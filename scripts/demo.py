@@ -56,7 +56,7 @@ def main() -> int:
     lay_out(base)
 
     setup.say(f"starting ComfyUI ({comfyui})")
-    with Server.start(python, comfyui, base, *device, "--disable-api-nodes") as server:
+    with Server.start(python, comfyui, base, *device, "--disable-api-nodes", "--preview-method", "auto") as server:
         made = [make_video(server, task, path) for task, path in WORKFLOWS.items()]
         report(made)
         if options.ui:

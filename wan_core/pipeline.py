@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .config import VAES, VARIANTS, PerExpert, Variant
+from .config import VAES, VARIANTS, PerExpert, VAEConfig, Variant
 from .dtypes import resolve_dtype
 from .errors import WanError
 from .layouts.folder import find_parts
@@ -24,11 +24,13 @@ from .loading.text import TextFile, read_text_encoder
 from .loading.vae import VAEFile, read_vae
 from .lookup import look_up
 from .media import geometry as latents
-from .media.geometry import fitted, image_tensor, video_size
+from .media.geometry import fitted, fitted_size, image_tensor
+from .memory import plan as plans
 from .memory.devices import available_bytes
 from .memory.engine import Engine, largest_matrix, text_bytes
-from .memory.plan import AUTO, GB, MARGIN, decode_bytes, plan
+from .memory.plan import AUTO, GB, MARGIN, decode_bytes
 from .memory.run import denoise_in_memory
+from .models.dit.attention import find_backend
 from .models.dit.features.clip_tokens import ClipTokens
 from .models.vae.tiles import Tiles, decode_tiled_chunks, encode_tiled_chunks, fitting_tiles
 from .recipe import ModelRecipe, pair
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
+
+_SMALLEST_TILE = 64  # pixels: what two tiles share, and is thrown away
 
 
 @dataclass(frozen=True)
@@ -84,30 +88,41 @@ class Request:
         """With every open choice made, and checked before anything is loaded.
 
         Raises:
-            WanError: a size, length, solver or schedule that cannot be; an image that is missing or not wanted.
+            WanError: a number, solver or schedule that cannot be; an image that is missing, not wanted, or cannot be
+                read.
         """
         done = replace(
             self,
             negative_prompt=self.negative_prompt or variant.negative,
             size=self.size or variant.size,
-            frames=self.frames or variant.frames,
+            frames=variant.frames if self.frames is None else self.frames,
             steps=variant.steps if self.steps is None else self.steps,
             shift=variant.shift_for(self.size or variant.size) if self.shift is None else self.shift,
             guidance=self.guidance or variant.guidance,
             seed=self.seed if self.seed >= 0 else random.randint(0, sys.maxsize),
         )
+        done._check_numbers()
         look_up(SOLVERS, done.solver, "solver")
         done.timetable()
         latents.latent_frames(done.frames)
         check_pictures(variant, done.pictures)
-        if not done.pictures:
-            latents.latent_shape(variant, *done.size, done.frames)
+        latents.latent_shape(variant, *video_size(done, variant), done.frames)
         return done
 
     @property
     def pictures(self) -> dict[int, Path]:
         """The images by the number of their frame; the last is -1."""
         return {place: file for place, file in ((0, self.image), (-1, self.end_image)) if file is not None}
+
+    def _check_numbers(self) -> None:
+        if min(self.size) < 1:
+            raise WanError(f"The size is {self.size[0]}x{self.size[1]}: expected sides of 1 pixel or more.")
+        if not all(map(math.isfinite, (self.guidance.low, self.guidance.high))):
+            raise WanError(f"The guidance is {self.guidance.low} and {self.guidance.high}: expected numbers, say 4.")
+        if self.seed >= 2**64:
+            raise WanError(f"The seed is {self.seed}: expected a number below 2^64.")
+        if self.vae_tile is not None:
+            _tiles(self.vae_tile)
 
     def timetable(self) -> Schedule:
         return schedule(self.schedule, self.steps, self.shift, solver=self.solver)
@@ -168,6 +183,7 @@ def generate(
     """
     recipe, variant = models.dit, models.dit.variant
     request = request.completed(variant)
+    check_fits(models, request, engine, device)
     positive, negative = _encode_prompts(models, request, engine, text_device or device)
     start = _start(models, request, engine, device)
     latent = denoise_in_memory(
@@ -176,7 +192,86 @@ def generate(
     )  # fmt: skip
     if engine.keep_one:
         engine.release("dit")
-    return Result(latent[0].cpu(), request.seed, lambda: _decode(models, request, engine, latent, device))
+    return Result(latent[0].cpu(), request.seed, lambda: decode(
+        models.vae, latent[0], engine, device, tile=request.vae_tile, room=_room(models, engine, device),
+    ))  # fmt: skip
+
+
+def check_run(models: Models, request: Request, engine: Engine, device: torch.device) -> None:
+    """``check_fits``, and a memory limit or number of blocks that cannot be: all that headers tell of a run.
+
+    Raises:
+        WanError: see ``check_fits`` and ``plan``.
+    """
+    check_fits(models, request, engine, device)
+    plans.plan(models.dit, _latent(models, request), device, guided=_guided(request), free=available_bytes(device))
+
+
+def _latent(models: Models, request: Request) -> tuple[int, ...]:
+    """The shape of a completed request's latent, [1, C, T, h, w]."""
+    variant = models.dit.variant
+    return 1, *latents.latent_shape(variant, *video_size(request, variant), request.frames)
+
+
+def check_fits(models: Models, request: Request, engine: Engine, device: torch.device) -> None:
+    """Refuse what the device cannot hold or compute, before anything is loaded or allocated.
+
+    Args:
+        request: completed.
+
+    Raises:
+        WanError: sampling, or decoding in the tiles that are asked for, takes more memory than there is; an attention
+            backend that does not run here.
+    """
+    find_backend(models.dit.attention, device, _dtype_of(models, device))
+    latent = _latent(models, request)
+    plans.check_fits(models.dit, latent, device, guided=_guided(request))
+    size = tuple(side * VAES[models.vae.config.kind].spatial_stride for side in latent[3:])
+    check_decode(models.vae, size, device, tile=request.vae_tile, room=_room(models, engine, device))
+
+
+def check_decode(
+    file: VAEFile, size: tuple[int, int], device: torch.device, *, tile: int | None = None, room: float = math.inf
+) -> None:
+    """Refuse frames of this height and width that cannot be decoded; arguments as of ``decode``.
+
+    Raises:
+        WanError: a tile or a frame takes more memory than there is.
+    """
+    where, tiles = _vae_layout(file.config, tile, size, room, device)
+    height, width = (min(size[0], tiles.height), min(size[1], tiles.width)) if tiles else size
+    plans.check_frames_fit(file.config, height, width, where)
+
+
+def check_latent(file: VAEFile, latent: torch.Tensor) -> None:
+    """
+    Raises:
+        WanError: no latent [C, T, h, w] of this VAE, or one that holds no numbers.
+    """
+    spec = VAES[file.config.kind]
+    if latent.ndim != 4 or latent.shape[0] != file.config.channels or min(latent.shape) < 1:
+        raise WanError(f"The latent is {list(latent.shape)}, but {file.checkpoint.path} is a {spec.kind} VAE and takes "
+                       f"[{file.config.channels}, frames, height, width]: use the VAE that belongs to the model.")
+    if not torch.isfinite(latent).all():
+        raise WanError("The latent holds values that are no numbers (NaN or infinite): the run that made it failed.")
+
+
+def decode(
+    file: VAEFile, latent: torch.Tensor, engine: Engine, device: torch.device, *, tile: int | None = None,
+    room: float = math.inf,
+) -> Iterator[torch.Tensor]:  # fmt: skip
+    """A normalised latent [C, T, h, w] -> chunks [3, f, H, W] in -1..1 on the CPU, as they are decoded.
+
+    Args:
+        tile: side of the tiles in pixels; None: tiles where ``room``, in bytes, asks for them.
+    """
+    size = tuple(side * VAES[file.config.kind].spatial_stride for side in latent.shape[2:])
+    device, tiles = _vae_layout(file.config, tile, size, room, device)
+    vae = engine.vae(file, device, torch.float32)  # as the official pipelines do, whatever the DiT runs in
+    latent = latent[None]
+    chunks = decode_tiled_chunks(vae, latent.cpu(), tiles) if tiles else vae.decode_chunks(latent.to(device))
+    for chunk in chunks:
+        yield chunk[0].cpu()
 
 
 def needs(models: Models, request: Request, device: torch.device, text_device: torch.device) -> str:
@@ -185,30 +280,32 @@ def needs(models: Models, request: Request, device: torch.device, text_device: t
     Raises:
         WanError: a memory limit that sampling does not fit into.
     """
-    variant, file = models.dit.variant, models.vae
+    file = models.vae
     room = _room(models, Engine(), device)
     text = text_bytes(models.text, text_device, _dtype_of(models, text_device))
     streamed = f", streamed {largest_matrix(models.text, text_device, _dtype_of(models, text_device)) / GB:.2f} GB"
-    latent = (1, *latents.latent_shape(variant, *_video_size(request, variant), request.frames))
-    guided = (request.guidance.low, request.guidance.high) != (1, 1)
-    free = available_bytes(device)
-    sampling = plan(models.dit, latent, device, guided=guided, free=free)
+    latent = _latent(models, request)
+    sampling = plans.plan(models.dit, latent, device, guided=_guided(request), free=available_bytes(device))
     height, width = (side * VAES[file.config.kind].spatial_stride for side in latent[3:])
-    where, tiles = _vae_layout(models, request, (height, width), room, device)
-    decode = decode_bytes(file.config, *((tiles.height, tiles.width) if tiles else (height, width)))
-    tiled = f" in tiles of {tiles.width}x{tiles.height}" if tiles else ""
-    return "\n".join([
+    lines = [
         f"{models.dit}, {width}x{height}, {request.frames} frames",
         f"Text encoder: {text / GB:.2f} GB on {text_device}{streamed if text > room else ''}",
         f"Sampling: {sampling}",
-        f"VAE decode: {decode / GB:.2f} GB on {where}{tiled}",
-    ])  # fmt: skip
+    ]
+    try:
+        plans.check_fits(models.dit, latent, device, guided=_guided(request))
+    except WanError as error:
+        return "\n".join([*lines, str(error)])
+    where, tiles = _vae_layout(file.config, request.vae_tile, (height, width), room, device)
+    taken = decode_bytes(file.config, *((tiles.height, tiles.width) if tiles else (height, width)))
+    tiled = f" in tiles of {tiles.width}x{tiles.height}" if tiles else ""
+    return "\n".join([*lines, f"VAE decode: {taken / GB:.2f} GB on {where}{tiled}"])
 
 
-def _video_size(request: Request, variant: Variant) -> tuple[int, int]:
+def video_size(request: Request, variant: Variant) -> tuple[int, int]:
     """Width and height of the video; an image decides the aspect ratio."""
-    images = [_open_image(file) for file in request.pictures.values()]
-    return video_size(variant, request.size, [(image.width, image.height) for image in images])
+    images = [latents.open_image(file) for file in request.pictures.values()]
+    return fitted_size(variant, request.size, [(image.width, image.height) for image in images])
 
 
 def _recipe(path: Path, variant: Variant, dtype: str, attention: str) -> ModelRecipe:
@@ -244,8 +341,9 @@ def _room(models: Models, engine: Engine, device: torch.device) -> float:
 
 
 def _start(models: Models, request: Request, engine: Engine, device: torch.device) -> Start:
-    variant, originals = models.dit.variant, {place: _open_image(file) for place, file in request.pictures.items()}
-    size = video_size(variant, request.size, [(image.width, image.height) for image in originals.values()])
+    variant = models.dit.variant
+    originals = {place: latents.open_image(file) for place, file in request.pictures.items()}
+    size = fitted_size(variant, request.size, [(image.width, image.height) for image in originals.values()])
     pictures = {place: image.to(device) for place, image in fitted(variant, originals, size).items()}
 
     def encode(chunks: Iterator[torch.Tensor], frames: int) -> torch.Tensor:
@@ -270,34 +368,12 @@ def _clip_tokens(
     return (ClipTokens(torch.cat(seen, dim=1)),)
 
 
-def _open_image(path: Path) -> Image:
-    from PIL import Image as images
-    from PIL import UnidentifiedImageError
-
-    try:
-        return images.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise WanError(f"{path} is not an image that can be read ({error}).") from error
-
-
-def _decode(
-    models: Models, request: Request, engine: Engine, latent: torch.Tensor, device: torch.device
-) -> Iterator[torch.Tensor]:
-    """Frames as they are decoded, on the CPU."""
-    size = tuple(side * VAES[models.vae.config.kind].spatial_stride for side in latent.shape[3:])
-    device, tiles = _vae_layout(models, request, size, _room(models, engine, device), device)
-    vae = engine.vae(models.vae, device, torch.float32)  # as the official pipelines do, whatever the DiT runs in
-    chunks = decode_tiled_chunks(vae, latent.cpu(), tiles) if tiles else vae.decode_chunks(latent.to(device))
-    for chunk in chunks:
-        yield chunk[0].cpu()
-
-
 def _encode(
     models: Models, request: Request, engine: Engine, frames: Iterator[torch.Tensor], count: int, size: tuple[int, int],
     device: torch.device,
 ) -> torch.Tensor:  # fmt: skip
     """Chunks [1, 3, f, H, W] -> latent [1, C, T, h, w] on the device."""
-    where, tiles = _vae_layout(models, request, size, _room(models, engine, device), device)
+    where, tiles = _vae_layout(models.vae.config, request.vae_tile, size, _room(models, engine, device), device)
     vae = engine.vae(models.vae, where, torch.float32)  # as the official pipelines do, whatever the DiT runs in
     if tiles:
         encoded = list(encode_tiled_chunks(vae, frames, tiles, total_frames=count))
@@ -307,16 +383,26 @@ def _encode(
 
 
 def _vae_layout(
-    models: Models, request: Request, size: tuple[int, int], room: float, device: torch.device
+    spec: VAEConfig, tile: int | None, size: tuple[int, int], room: float, device: torch.device
 ) -> tuple[torch.device, Tiles | None]:
     """Where the VAE runs and in which tiles, for frames of this height and width: what was asked for, else what the
     memory limit leaves room for; the CPU where that is too little for the smallest tile."""
-    if request.vae_tile:
-        return device, Tiles.square(request.vae_tile)
+    if tile is not None:
+        return device, _tiles(tile)
     if math.isinf(room):
         return device, None
-    tiles = fitting_tiles(models.vae.config, *size, room, torch.float32)
-    if tiles is None or decode_bytes(models.vae.config, tiles.height, tiles.width) <= room:
+    tiles = fitting_tiles(spec, *size, room, torch.float32)
+    if tiles is None or decode_bytes(spec, tiles.height, tiles.width) <= room:
         return device, tiles
     log.warning("No tile of %dx%d fits the memory limit: the VAE runs on the CPU.", size[1], size[0])
     return torch.device("cpu"), None
+
+
+def _tiles(side: int) -> Tiles:
+    if side < _SMALLEST_TILE:
+        raise WanError(f"Tiles of {side} pixels a side: expected {_SMALLEST_TILE} or more, say 512.")
+    return Tiles.square(side)
+
+
+def _guided(request: Request) -> bool:
+    return (request.guidance.low, request.guidance.high) != (1, 1)

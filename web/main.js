@@ -1,11 +1,16 @@
 // @ts-check
 /// <reference path="./types.d.ts" />
 import { app } from '../../scripts/app.js'
+import { listAsText } from './combos.js'
 import { watchExpertSwitch } from './expert_switch.js'
 import { openPresets, presetsOf } from './menus.js'
 import { addPreview, watchPreviews } from './preview.js'
+import { addText, restoreTexts, showOutputs, watchTexts } from './says.js'
 
 watchPreviews() // now, not in setup(): before the frontend itself listens to what it passes on
+watchTexts()
+
+let restored = false
 
 app.registerExtension({
   name: 'wan_core.Nodes',
@@ -17,7 +22,18 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass === 'WanCoreExpertSwitch') watchExpertSwitch(node)
     if (node.comfyClass === 'WanCoreSampler') addPreview(node)
+    if (node.comfyClass?.startsWith('WanCore')) {
+      listAsText(node)
+      addText(node)
+    }
   },
+
+  afterConfigureGraph() {
+    if (!restored) void restoreTexts() // the graph that was open before the page was loaded again
+    restored = true
+  },
+
+  onNodeOutputsUpdated: showOutputs,
 
   getNodeMenuItems: presetsOf,
 

@@ -1,7 +1,7 @@
 // @ts-check
 /// <reference path="./types.d.ts" />
 import { api } from '../../scripts/api.js'
-import { app } from '../../scripts/app.js'
+import { nodeOf } from './graph.js'
 import { texts } from './texts.js'
 
 /**
@@ -12,7 +12,7 @@ import { texts } from './texts.js'
 
 const LINE_HEIGHT = 18
 const TEXT_HEIGHT = 2 * LINE_HEIGHT
-const MARGINS = 20 // that the classic canvas leaves around a widget
+const MARGIN = 10 // that the classic canvas leaves around a widget
 const HIGHEST = 400 // of a picture, in pixels of the graph
 const NOWHERE = '-1' // a place where no node is
 
@@ -46,20 +46,6 @@ export function addPreview(node) {
 function panelOf(id) {
   const node = nodeOf(id)
   return node ? panels.get(node) : undefined
-}
-
-/**
- * A node by the id it runs under: "5", or "5:3" for node 3 in the subgraph of node 5.
- * @param {string} id
- * @returns {Node | null | undefined}
- */
-function nodeOf(id) {
-  const hosts = String(id).split(':')
-  const last = /** @type {string} */ (hosts.pop())
-  /** @type {Graph | undefined} */
-  let graph = app.rootGraph ?? app.graph
-  for (const host of hosts) graph = graph?.getNodeById(host)?.subgraph
-  return graph?.getNodeById(last)
 }
 
 /**
@@ -97,10 +83,12 @@ class Panel {
     const options = {
       serialize: false,
       hideOnZoom: false,
+      margin: 0,
       getMinHeight: () => this.height(),
       getMaxHeight: () => (this.line ? undefined : 0)
     }
-    node.addDOMWidget('wan_core_preview', 'wan_core_preview', this.element, options).serialize = false
+    this.widget = node.addDOMWidget('wan_core_preview', 'wan_core_preview', this.element, options)
+    this.widget.serialize = false
   }
 
   /** @param {News} news */
@@ -138,6 +126,7 @@ class Panel {
     counting.add(this)
     if (!first) return
     this.element.style.display = 'flex'
+    this.widget.options.margin = MARGIN // of nothing it would be a negative height, which some frontends ignore
     this.fit()
   }
 
@@ -167,8 +156,8 @@ class Panel {
   height() {
     const { naturalWidth, naturalHeight, hidden } = this.image
     if (!this.line) return 0
-    if (hidden || !naturalWidth) return TEXT_HEIGHT + MARGINS
-    return TEXT_HEIGHT + MARGINS + Math.min((this.node.size[0] * naturalHeight) / naturalWidth, HIGHEST)
+    if (hidden || !naturalWidth) return TEXT_HEIGHT + 2 * MARGIN
+    return TEXT_HEIGHT + 2 * MARGIN + Math.min((this.node.size[0] * naturalHeight) / naturalWidth, HIGHEST)
   }
 
   /** Makes the node high enough, never smaller: a user may have made it larger. */

@@ -8,6 +8,7 @@ declare module '*/scripts/app.js' {
       canvas: HTMLCanvasElement
       ds: { scale: number; offset: [number, number] }
       selected_nodes: Record<string, Node>
+      processMouseWheel(event: WheelEvent): void
     }
     rootGraph?: Graph
     graph: Graph
@@ -17,15 +18,20 @@ declare module '*/scripts/app.js' {
 declare module '*/scripts/api.js' {
   export const api: {
     addEventListener(type: string, listener: (event: CustomEvent) => void): void
+    fetchApi(route: string): Promise<Response>
   }
 }
 
 interface Graph {
+  id?: string
   getNodeById(id: string): Node | null | undefined
 }
 
 declare const LiteGraph: {
-  ContextMenu: new (items: MenuItem[], options: { event: MouseEvent }) => unknown
+  ContextMenu: {
+    new (items: MenuItem[], options: { event: MouseEvent }): unknown
+    prototype: { addItem(name: string | null, value: unknown, options?: unknown): HTMLElement }
+  }
 }
 
 interface Extension {
@@ -33,6 +39,8 @@ interface Extension {
   commands?: { id: string; label: string; icon: string; function: () => void }[]
   nodeCreated?(node: Node): void
   setup?(): void
+  afterConfigureGraph?(): void
+  onNodeOutputsUpdated?(outputs: Record<string, { text?: unknown } | undefined>): void
   getNodeMenuItems?(node: Node): MenuItem[]
   getSelectionToolboxCommands?(item: Node): string[]
 }
@@ -52,16 +60,22 @@ interface Node {
 
 interface Widget {
   name: string
+  type?: string
+  onClick?(...args: unknown[]): unknown
   value: unknown
   label?: string
   disabled?: boolean
   serialize?: boolean
+  options: { margin?: number }
   callback?: (...args: unknown[]) => unknown
 }
 
 interface DOMWidgetOptions {
   serialize: boolean
   hideOnZoom: boolean
+  hideInPanel?: boolean
+  margin: number
+  selectOn?: string[]
   getMinHeight(): number
   getMaxHeight(): number | undefined
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 from comfy_server import PACK, Client, PromptRejected, Server
@@ -47,6 +48,15 @@ def test_node_is_offered(client: Client, node: str) -> None:
     inputs = about["input"].get("required", {}) | about["input"].get("optional", {})
     undocumented = [name for name, (_, *more) in inputs.items() if not (more and more[0].get("tooltip"))]
     assert not undocumented, f"inputs without a tooltip: {undocumented}"
+
+
+def test_search_words_and_folded_inputs_where_comfyui_knows_them(client: Client, comfyui_path: Path) -> None:
+    """0.3.75's schemas know neither."""
+    schemas = (comfyui_path / "comfy_api/latest/_io.py").read_text(encoding="utf-8")
+    for node in NODE_IDS:
+        assert bool(client.object_info(node)[node].get("search_aliases")) is ("search_aliases" in schemas), node
+    merge = client.object_info("WanCoreLora")["WanCoreLora"]["input"]["optional"]["merge"][1]
+    assert merge.get("advanced", False) is ("advanced: bool" in schemas)
 
 
 def test_harness_runs_a_prompt(client: Client) -> None:

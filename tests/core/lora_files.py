@@ -112,6 +112,89 @@ def lokr(weights: Weights, *, one: bool, two: bool, name: Callable[[str], str] =
     return file, merged
 
 
+def tucker(weights: Weights, kind: str) -> Made:
+    """Products around a core in the middle, as convolutions have them; here of a kernel of one."""
+    file, merged = {}, dict(weights)
+    for path in paths(weights):
+        weight, name = weights[f"{path}.weight"], flat(path)
+        if kind == "lora":
+            up, core, down = draw(len(weight), RANK, size=0.3), draw(RANK, RANK, 1, 1), draw(RANK, weight.shape[1])
+            parts = {"lora_up.weight": up, "lora_mid.weight": core, "lora_down.weight": down * 0.05}
+            update = up @ core[..., 0, 0] @ parts["lora_down.weight"]
+        else:
+            less = (1, 1) if kind == "loha" else (4, 8)
+            rows, columns = len(weight) // less[0], weight.shape[1] // less[1]
+            made = [(draw(RANK, RANK, 1, 1), draw(RANK, rows, size=0.5), draw(RANK, columns, size=0.5)) for _ in "12"]
+            products = [a.T @ core[..., 0, 0] @ b for core, a, b in made]
+            if kind == "loha":
+                parts = {}
+                for number, (core, a, b) in enumerate(made, 1):
+                    parts |= {f"hada_t{number}": core, f"hada_w{number}_a": a, f"hada_w{number}_b": b}
+                update = products[0] * products[1] * 0.2
+                parts["hada_w1_a"] = parts["hada_w1_a"] * 0.2
+            else:
+                core, a, b = made[0]
+                parts = {"lokr_w1": draw(4, 8, size=0.1), "lokr_t2": core, "lokr_w2_a": a, "lokr_w2_b": b}
+                update = torch.kron(parts["lokr_w1"], products[0])
+        parts["alpha"] = torch.tensor(ALPHA)
+        file |= {f"{name}.{role}": part.clone() for role, part in parts.items()}
+        merged[f"{path}.weight"] = weight + STRENGTH * ALPHA / RANK * update
+    return file, merged
+
+
+def glora(weights: Weights, *, old: bool) -> Made:
+    """The weight times a product, plus a product; LyCORIS has changed the order of the factors once."""
+    file, merged = {}, dict(weights)
+    for path in paths(weights):
+        weight = weights[f"{path}.weight"]
+        (rows, columns), scale = weight.shape, ALPHA / RANK
+        one, two = draw(columns, RANK, size=0.2), draw(RANK, columns, size=0.1)
+        up, down = draw(rows, RANK, size=0.3), draw(RANK, columns, size=0.05)
+        a1, a2, b1, b2 = (two, one, down, up) if old else (one, two, up, down)
+        parts = {"a1.weight": a1, "a2.weight": a2, "b1.weight": b1, "b2.weight": b2, "alpha": torch.tensor(ALPHA)}
+        file |= {f"{flat(path)}.{role}": part for role, part in parts.items()}
+        merged[f"{path}.weight"] = weight + STRENGTH * scale * (weight @ one @ two + up @ down)
+    return file, merged
+
+
+def rotation(block: Tensor, limit: float) -> Tensor:
+    skew = block - block.transpose(-1, -2)
+    if limit and skew.norm() > limit:
+        skew = skew * limit / (skew.norm() + 1e-8)
+    one = torch.eye(block.shape[-1])
+    return torch.linalg.solve(one - skew.transpose(-1, -2), (one + skew).transpose(-1, -2)).transpose(-1, -2)
+
+
+def oft(weights: Weights, limit: float, side: int = 16) -> Made:
+    """Groups of rows turned; ComfyUI gives the strength twice."""
+    file, merged = {}, dict(weights)
+    for path in paths(weights):
+        weight = weights[f"{path}.weight"]
+        blocks = draw(len(weight) // side, side, side, size=0.2)
+        turn = torch.block_diag(*rotation(blocks, limit))
+        file |= {f"{flat(path)}.oft_blocks": blocks, f"{flat(path)}.alpha": torch.tensor(limit)}
+        merged[f"{path}.weight"] = weight + STRENGTH**2 * (turn.T @ weight - weight)
+    return file, merged
+
+
+def boft(weights: Weights, limit: float, side: int = 16, stages: int = 3) -> Made:
+    """Stages of turned rows that lie further apart each time, and a length of each row."""
+    file, merged = {}, dict(weights)
+    for path in paths(weights):
+        weight = weights[f"{path}.weight"]
+        blocks, rescale = draw(stages, len(weight) // side, side, side, size=0.2), 1 + draw(len(weight), 1, size=0.1)
+        turns, turned = rotation(blocks, limit), weight
+        for stage in range(stages):
+            apart = side // 2 * 2**stage
+            order = torch.arange(len(weight)).view(-1, 2, apart).transpose(1, 2).flatten()
+            turn = torch.block_diag(*(STRENGTH * turns[stage] + (1 - STRENGTH) * torch.eye(side)))
+            turned = torch.empty_like(turned).index_copy_(0, order, turn @ turned[order])
+        file |= {f"{flat(path)}.oft_blocks": blocks, f"{flat(path)}.rescale": rescale}
+        file[f"{flat(path)}.alpha"] = torch.tensor(limit)
+        merged[f"{path}.weight"] = weight + STRENGTH * (turned * rescale - weight)
+    return file, merged
+
+
 def replaced(weights: Weights) -> Made:
     file = {f"{prefixed(path)}.set_weight": draw(*weights[f"{path}.weight"].shape, size=0.1) for path in paths(weights)}
     return file, dict(weights) | {f"{path}.weight": file[f"{prefixed(path)}.set_weight"] for path in paths(weights)}
@@ -158,5 +241,14 @@ DIALECTS_OF_LORA = {
     "lokr_one": Dialect(lambda w: lokr(w, one=True, two=False)),
     "lokr_two": Dialect(lambda w: lokr(w, one=False, two=True)),
     "lokr_both": Dialect(lambda w: lokr(w, one=True, two=True)),
+    "lora_core": Dialect(lambda w: tucker(w, "lora")),
+    "loha_core": Dialect(lambda w: tucker(w, "loha")),
+    "lokr_core": Dialect(lambda w: tucker(w, "lokr"), False),  # it fails to multiply them, and leaves them out
+    "glora": Dialect(lambda w: glora(w, old=False)),
+    "glora_old": Dialect(lambda w: glora(w, old=True)),
+    "oft": Dialect(lambda w: oft(w, 0.0)),
+    "oft_limited": Dialect(lambda w: oft(w, 3.0)),
+    "boft": Dialect(lambda w: boft(w, 0.0)),
+    "boft_limited": Dialect(lambda w: boft(w, 5.0)),
     "set_weight": Dialect(replaced),
 }  # fmt: skip

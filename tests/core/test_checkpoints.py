@@ -222,7 +222,7 @@ def test_wrong_shapes_are_listed(folders, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("key", "name"), [("img_emb.proj.0.weight", "Wan2.1 I2V"), ("vace_blocks.0.x.weight", "VACE")]
+    ("key", "name"), [("control_adapter.conv.weight", "Wan2.2 Fun Control-Camera"), ("vace_blocks.0.x.weight", "VACE")]
 )
 def test_relatives_are_named(folders, tmp_path: Path, key: str, name: str):
     with pytest.raises(WanError, match=f"{name}.*which this version does not run"):

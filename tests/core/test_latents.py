@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torchvision.transforms import functional as transforms
 
 from wan_core.config import VAES, VARIANTS
 from wan_core.errors import WanError
+from wan_core.media import geometry as latents
 from wan_core.media.geometry import (
     condition_chunks,
     condition_video,
@@ -201,3 +204,58 @@ def test_previews_are_comfyui_s(in_comfyui):
 def test_a_latent_of_no_known_space_has_no_preview():
     with pytest.raises(WanError, match="4 channels.*16 or 48"):
         preview_rgb(torch.zeros(4, 1, 2, 2))
+
+
+# --- picture files
+
+
+RAMP = np.tile(np.linspace(0, 1, 256), (32, 1))
+EXPECTED = (RAMP * 255).round().astype(int)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels"),
+    [
+        ("8.png", (RAMP * 255).round().astype(np.uint8)),
+        ("16.png", (RAMP * 65535).astype(np.uint16)),
+        ("16.tif", (RAMP * 65535).astype(np.uint16)),
+        ("16big.tif", (RAMP * 65535).astype(">u2")),
+        ("32.tif", (RAMP * 65535).astype(np.int32)),
+        ("32bytes.tif", (RAMP * 255).round().astype(np.int32)),
+        ("32whole.tif", (RAMP * (2**31 - 1)).astype(np.int32)),
+        ("32unsigned.tif", (RAMP * (2**32 - 1)).astype(np.uint32)),
+        ("float.tif", RAMP.astype(np.float32)),
+        ("dark16.png", (RAMP * 200).astype(np.uint16)),
+    ],
+)
+def test_deep_pictures_keep_their_greys(tmp_path: Path, name: str, pixels: np.ndarray):
+    """Within one of 255 grey values; a dark 16-bit picture stays dark."""
+    Image.fromarray(pixels).save(tmp_path / name)
+    opened = latents.open_image(tmp_path / name)
+    expected = EXPECTED if name != "dark16.png" else np.zeros_like(EXPECTED)
+    assert opened.mode == "RGB" and np.abs(np.asarray(opened)[..., 0].astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_pictures_are_turned_upright(tmp_path: Path, ending: str, deep: bool):
+    """All eight orientations of Exif, against Pillow's own transpositions; 16 bits in PNG alone."""
+    picture = np.zeros((32, 48), np.uint8)
+    picture[:16, :24] = 200
+    for number in range(1, 9):
+        exif = Image.Exif()
+        exif[0x112] = number
+        stored = Image.fromarray(picture.astype(np.uint16) * 257 if deep and ending == "png" else picture)
+        stored.save(tmp_path / f"{number}.{ending}", exif=exif)
+        method = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.get(number)
+        expected = Image.fromarray(picture) if method is None else Image.fromarray(picture).transpose(method)
+        opened = np.asarray(latents.open_image(tmp_path / f"{number}.{ending}"), dtype=int)[..., 0]
+        assert opened.shape == np.asarray(expected).shape and np.abs(opened - np.asarray(expected)).mean() < 6
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text", b"\x89PNG\r\n\x1a\n\0\0", b"BM" + b"\xff" * 60])
+def test_what_is_no_picture(tmp_path: Path, content: bytes | None):
+    if content is not None:
+        (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(WanError, match="No such image" if content is None else "not an image"):
+        latents.open_image(tmp_path / "x.png")

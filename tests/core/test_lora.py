@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.core.lora_files import DIALECTS_OF_LORA, STRENGTH, Dialect, low_rank, prefixed
+from tests.core.lora_files import DIALECTS_OF_LORA, STRENGTH, Dialect, draw, low_rank, prefixed
 from wan_core.config import DiTConfig
 from wan_core.errors import WanError
 from wan_core.layouts.dit import DIALECTS
@@ -197,6 +197,24 @@ BROKEN = {
     "dora": {"lora_A.weight": (4, 128), "lora_B.weight": (128, 4), "dora_scale": (7, 1)},
     "loha": {"hada_w1_a": (128, 4), "hada_w1_b": (3, 128), "hada_w2_a": (128, 4), "hada_w2_b": (4, 128)},
     "lokr": {"lokr_w1": (4, 4), "lokr_w2_a": (32, 4), "lokr_w2_b": (3, 32)},
+    "rank_0": {"lora_A.weight": (0, 128), "lora_B.weight": (128, 0), "alpha": ()},
+    "core": {"lora_A.weight": (4, 128), "lora_B.weight": (128, 4), "lora_mid.weight": (5, 4, 1, 1)},
+    "loha_no_rank": {"hada_w1_a": (128, 4), "hada_w1_b": (4, 128), "hada_w2_a": (128, 0), "hada_w2_b": (0, 128)},
+    "loha_second": {"hada_w1_a": (128, 4), "hada_w1_b": (4, 128), "hada_w2_a": (64, 4), "hada_w2_b": (4, 128)},
+    "loha_vector": {"hada_w1_a": (128, 4), "hada_w1_b": (4, 128), "hada_w2_a": (128,), "hada_w2_b": (4, 128)},
+    "loha_one_core": {"hada_w1_a": (4, 128), "hada_w1_b": (4, 128), "hada_w2_a": (4, 128), "hada_w2_b": (4, 128),
+                      "hada_t1": (4, 4, 1, 1)},
+    "lokr_core": {"lokr_w1": (4, 4), "lokr_w2_a": (4, 32), "lokr_w2_b": (4, 32), "lokr_t2": (4, 5, 1, 1)},
+    "lokr_core_of_none": {"lokr_w1": (4, 4), "lokr_w2": (32, 32), "lokr_t2": (4, 4, 1, 1)},
+    "lokr_split": {"lokr_w1_a": (4, 2, 3), "lokr_w1_b": (2, 4), "lokr_w2": (32, 32)},
+    "glora_channels": {"a1.weight": (64, 4), "a2.weight": (4, 64), "b1.weight": (128, 4), "b2.weight": (4, 128)},
+    "glora_rank_0": {"a1.weight": (128, 0), "a2.weight": (0, 128), "b1.weight": (128, 0), "b2.weight": (0, 128)},
+    "oft": {"oft_blocks": (8, 16, 15)},
+    "oft_alpha": {"oft_blocks": (8, 16, 16), "alpha": (2,)},
+    "boft_odd": {"oft_blocks": (1, 128, 1, 1)},
+    "boft_stages": {"oft_blocks": (6, 8, 16, 16)},
+    "boft_no_stage": {"oft_blocks": (0, 8, 16, 16)},
+    "boft_rescale": {"oft_blocks": (2, 8, 16, 16), "rescale": (64, 1)},
 }
 
 
@@ -205,6 +223,65 @@ def test_tensors_that_contradict_each_other_are_refused_before_a_run(base: Path,
     save_file({f"{Q}.{role}": torch.zeros(shape) for role, shape in shapes.items()}, tmp_path / "broken.safetensors")
     with pytest.raises(WanError, match=r"broken: what it has for blocks\.0\.self_attn\.q.*Found diffusion_model"):
         read_lora(tmp_path / "broken.safetensors", read_dit(base))
+
+
+OTHER_SHAPES = {
+    "vectors": {"lora_A.weight": (128,), "lora_B.weight": (128,)},
+    "numbers": {"lora_A.weight": (), "lora_B.weight": ()},
+    "oft_rows": {"oft_blocks": (7, 16, 16)},
+    "oft_5d": {"oft_blocks": (1, 1, 8, 16, 16)},
+    "oft_matrix": {"oft_blocks": (128, 128)},
+    "glora_ranks": {"a1.weight": (128, 4), "a2.weight": (4, 128), "b1.weight": (128, 4), "b2.weight": (3, 128)},
+    "glora_turns": {"a1.weight": (128, 4), "a2.weight": (3, 128), "b1.weight": (128, 4), "b2.weight": (4, 128)},
+    "glora_vectors": {"a1.weight": (4,), "a2.weight": (4,), "b1.weight": (4,), "b2.weight": (4,)},
+    "set": {"set_weight": ()},
+    "huge": {"hada_w1_a": (4, 0), "hada_w1_b": (1 << 40, 0), "hada_w2_a": (4, 0), "hada_w2_b": (0, 1 << 40)},
+}
+
+
+@pytest.mark.parametrize("shapes", OTHER_SHAPES.values(), ids=list(OTHER_SHAPES))
+def test_tensors_of_no_such_weight_are_refused_before_a_run(base: Path, tmp_path: Path, shapes: dict):
+    save_file({f"{Q}.{role}": torch.empty(shape) for role, shape in shapes.items()}, tmp_path / "other.safetensors")
+    with pytest.raises(WanError, match=r"another model|changes nothing"):
+        read_lora(tmp_path / "other.safetensors", read_dit(base))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rotations_of_no_numbers_are_refused(base: Path, tmp_path: Path, bad: float):
+    save_file({f"{Q}.oft_blocks": torch.full((8, 16, 16), bad)}, tmp_path / "oft.safetensors")
+    with pytest.raises(WanError, match=r"self_attn\.q\.oft_blocks make no rotations"):
+        velocity(base, (tmp_path / "oft.safetensors", 1.0))
+
+
+def test_a_convolutions_cores_and_channels(base: Path, tmp_path: Path):
+    """Cores, LoKr, GLoRA and DoRA by input channel on the patch embedding, which ComfyUI's formulas leave to images."""
+    weight = weights_of(base)["patch_embedding.weight"]
+    torch.manual_seed(2)
+    one, kernel = "diffusion_model.patch_embedding", (1, 2, 2)
+    a, b, core = draw(4, 128, size=0.3), draw(4, 16, size=0.3), draw(4, 4, *kernel)
+    factor, second, w2 = draw(4, 2, size=0.3), draw(32, 8, *kernel, size=0.3), draw(4, 16, size=0.3)
+    a1, a2, b1, b2 = draw(16, 4), draw(4, 16), draw(128, 4), draw(4, 16, *kernel)
+    cored = torch.einsum("mnxyz,mr,nc->rcxyz", core, a, b)
+    kron = torch.einsum("ac,rdxyz->arcdxyz", factor, second).reshape(weight.shape)
+    down = draw(4, 16, *kernel, size=0.3)
+    total = weight + torch.einsum("rn,ncxyz->rcxyz", a.T, down)
+    length = total.square().sum((0, 2, 3, 4), keepdim=True).sqrt()
+    dora = length * (1 + draw(1, 16, 1, 1, 1, size=0.2))
+    cases = [
+        ({"lora_up.weight": a.T.contiguous(), "lora_mid.weight": core, "lora_down.weight": b}, cored),
+        ({"hada_w1_a": a, "hada_w1_b": b, "hada_t1": core, "hada_w2_a": a * 2, "hada_w2_b": w2, "hada_t2": core},
+         cored * torch.einsum("mnxyz,mr,nc->rcxyz", core, a * 2, w2)),
+        ({"lokr_w1": factor, "lokr_w2": second}, kron),
+        ({"a1.weight": a1, "a2.weight": a2, "b1.weight": b1, "b2.weight": b2},
+         torch.einsum("rcxyz,cj,jk->rkxyz", weight, a1, a2) + torch.einsum("rj,jcxyz->rcxyz", b1, b2)),
+        ({"lora_up.weight": a.T.contiguous(), "lora_down.weight": down, "dora_scale": dora},
+         total * dora / length - weight),
+    ]  # fmt: skip
+    for number, (parts, update) in enumerate(cases):
+        file, merged = tmp_path / f"{number}.safetensors", tmp_path / f"{number}_merged.safetensors"
+        save_file({f"{one}.{role}": part.clone() for role, part in parts.items()}, file)
+        save_file(weights_of(base) | {"patch_embedding.weight": weight + STRENGTH * update}, merged)
+        assert close(velocity(base, (file, STRENGTH)), velocity(merged), 1e-5), parts.keys()
 
 
 def test_an_empty_file_is_refused(base: Path, tmp_path: Path):

@@ -16,11 +16,12 @@ from tests.core.quant_files import is_matrix, write_gguf
 from tests.core.test_lora import CONFIG, close, inputs, velocity, weights_of
 from wan_core.config import PerExpert
 from wan_core.errors import WanError
+from wan_core.layouts.dit import packs
 from wan_core.loading.dit import build_dit, read_dit
-from wan_core.lora.apply import adaptation_of
+from wan_core.lora.apply import PatchedLinear, adaptation_of
 from wan_core.lora.attach import with_lora
 from wan_core.lora.files import read_lora
-from wan_core.lora.use import Loras, LoraUse
+from wan_core.lora.use import Loras, LoraUse, bytes_beside
 from wan_core.memory import stream as offload
 from wan_core.memory.engine import Engine, dit_bytes
 from wan_core.memory.stream import HostLane
@@ -35,8 +36,9 @@ from wan_core.sampling.guidance import Condition
 from wan_core.sampling.schedules import schedule
 from wan_core.tools.tiny import _random_weights
 
-# One that is added, one that is merged each time, one that needs the whole matrix, one of vectors too.
-KINDS = ("A_B_alpha_everywhere", "lokr_two", "dora_columns", "differences")
+# One that is added, one that is merged each time, one that needs the whole matrix, one of vectors too; then those that
+# change a weight by what it is.
+KINDS = ("A_B_alpha_everywhere", "lokr_two", "dora_columns", "differences", "glora", "oft", "boft")
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +202,19 @@ def test_the_memory_that_is_told_of_grows_with_the_adapters(files):
     assert engine.bytes_on("cpu") - before == pytest.approx(beside + alphas, abs=alphas)
     run(engine, plain)
     assert engine.bytes_on("cpu") == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_adapters_hold_is_what_is_counted(files, kind: str):
+    """Beside packed matrices, to the byte but for alphas, which are not kept; rotations in float32."""
+    file = read_dit(files["base"])
+    lora, dit = read_lora(files[kind], file), build_dit(file, dtype="fp8_e4m3fn")
+    adaptation_of(dit, file).set([lora], [STRENGTH])
+    held = sum(buffer.nbytes for layer in dit.modules() if isinstance(layer, PatchedLinear)
+               for adapter in layer.adapters for buffer in adapter.buffers())  # fmt: skip
+    beside = [key for key in lora.parts if packs(key)]
+    told = sum(bytes_beside([LoraUse(lora, STRENGTH)], key, dit.dtype) for key in beside)
+    assert held and held <= told <= held + 4 * len(beside)
 
 
 def test_each_expert_has_its_own(files):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from wan_core.errors import WanError
 from wan_core.files.checkpoint import Checkpoint
 from wan_core.files.marks import TensorInfo
 from wan_core.loading.dit import DiTFile, build_dit, read_dit
-from wan_core.memory.plan import activation_bytes, decode_bytes, plan, smaller, weights_of
+from wan_core.memory.plan import activation_bytes, check_fits, check_frames_fit, decode_bytes, plan, smaller, weights_of
 from wan_core.memory.tracing import peak_bytes
 from wan_core.models.dit import dit
 from wan_core.models.dit.dit import Block, TextStates, WanDiT, keeps_float32
 from wan_core.models.dit.layers import Timed
+from wan_core.pipeline import read_models
 from wan_core.recipe import ModelRecipe
-from wan_core.tools.tiny import _random_weights
+from wan_core.tools.tiny import TinySizes, _random_weights, write_tiny
 
 A14B = DiTConfig(16, 16, 5120, 13824, layers=40, text_dim=4096, freq_dim=256, heads=40)
 TI2V_5B = DiTConfig(48, 48, 3072, 14336, layers=30, text_dim=4096, freq_dim=256, heads=24)
@@ -198,3 +200,27 @@ def test_a_long_video_is_answered_in_place(monkeypatch: pytest.MonkeyPatch, toke
     monkeypatch.setattr(dit, "TOKENS_AT_ONCE", tokens)
     parts = model(x, t, context)
     assert (parts - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+# --- what no machine holds
+
+
+def test_sizes_that_no_machine_holds(tmp_path: Path):
+    """Refused within seconds and without an allocation of their size; what fits by a byte is not."""
+    write_tiny(tmp_path, "ti2v-5B", sizes=TinySizes(dim=128, ffn_dim=128, layers=2, text_dim=64, text_layers=1))
+    models, device = read_models(tmp_path, "ti2v-5B"), "cpu"
+    for width, height, frames in ((16384, 16384, 1025), (2**30, 2**30, 2**31 - 3), (32, 32, 2**40 + 1)):
+        shape = (1, 48, (frames - 1) // 4 + 1, height // 16, width // 16)
+        with pytest.raises(WanError, match=r"takes at least .* of memory, but cpu has"):
+            check_fits(models.dit, shape, device)
+    shape = (1, 48, 3, 8, 8)
+    needed = min(plan(replace(models.dit, swap_blocks=swapped), shape, device).total for swapped in (0, 2))
+    check_fits(models.dit, shape, device, total=needed)
+    with pytest.raises(WanError, match="Choose a smaller size"):
+        check_fits(models.dit, shape, device, total=needed - 1)
+    frame = decode_bytes(models.vae.config, 128, 256)
+    check_frames_fit(models.vae.config, 128, 256, device, total=frame)
+    with pytest.raises(WanError, match="Decode in tiles"):
+        check_frames_fit(models.vae.config, 128, 256, device, total=frame - 1)
+    with pytest.raises(WanError, match="Decode in tiles"):
+        check_frames_fit(models.vae.config, 2**40, 2**40, device)

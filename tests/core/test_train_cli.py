@@ -289,3 +289,136 @@ def test_a_lora_on_a_quantised_base_is_that_on_its_values(checkpoints: Path, cli
 def quantise(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     wide = ("q.weight", "k.weight", "v.weight", "o.weight")
     return {key: tensor.to(torch.float8_e4m3fn) if key.endswith(wide) else tensor for key, tensor in weights.items()}
+
+
+# --- what lies in the output folder
+
+
+FOREIGN = {"lora.safetensors": [], "log.csv": [], "loss.png": [], "state.pt": [],
+           "sample_000002.png": ["--sample_every", "2"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_files_are_never_replaced(checkpoints: Path, clips: Path, tmp_path: Path, capsys, name: str):
+    (tmp_path / name).write_bytes(b"mine")
+    assert main([*flags(checkpoints, clips, tmp_path), *FOREIGN[name]]) == 2
+    said = capsys.readouterr().err
+    assert name in said and "Traceback" not in said
+    assert (tmp_path / name).read_bytes() == b"mine" and list(tmp_path.iterdir()) == [tmp_path / name]
+    with pytest.raises(WanError):  # nor where a run shall be forgotten
+        files = files_in(checkpoints / "t2v-A14B", "t2v-A14B", "low")
+        run(replace(a_request(clips, tmp_path), restart=True, sample_every=2), files)
+    assert (tmp_path / name).read_bytes() == b"mine"
+
+
+def test_a_foreign_lora_in_a_runs_own_folder(checkpoints: Path, clips: Path, tmp_path: Path, capsys):
+    assert main(flags(checkpoints, clips, tmp_path)) == 0
+    save_file({"x": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    before = (tmp_path / "lora.safetensors").read_bytes()
+    assert main(flags(checkpoints, clips, tmp_path)) == 2 and "lora.safetensors" in capsys.readouterr().err
+    assert (tmp_path / "lora.safetensors").read_bytes() == before
+
+
+def test_the_same_run_again_and_a_new_one_in_its_folder(checkpoints: Path, clips: Path, tmp_path: Path, capsys):
+    """Going on replaces the run's own file; a new run, whose state was taken away, gives the old LoRA a number."""
+    for _ in range(2):
+        assert main(flags(checkpoints, clips, tmp_path)) == 0
+    assert not (tmp_path / "lora_2.safetensors").exists()
+    old = (tmp_path / "lora.safetensors").read_bytes()
+    (tmp_path / "state.pt").unlink()
+    assert main(flags(checkpoints, clips, tmp_path, seed=7)) == 0
+    assert "is now lora_2.safetensors" in capsys.readouterr().out
+    assert (tmp_path / "lora_2.safetensors").read_bytes() == old != (tmp_path / "lora.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "inside", "other", "parts"])
+def test_a_damaged_state(checkpoints: Path, clips: Path, tmp_path: Path, capsys, damage: str):
+    assert main(flags(checkpoints, clips, tmp_path)) == 0
+    state = tmp_path / "state.pt"
+    whole, lora = state.read_bytes(), (tmp_path / "lora.safetensors").read_bytes()
+    if damage == "other":
+        torch.save({"weights": {}}, state)
+    elif damage == "parts":
+        saved = torch.load(state, weights_only=True)
+        name = next(iter(saved["weights"]))
+        torch.save({**saved, "weights": {**saved["weights"], name: torch.zeros(3)}}, state)
+    else:
+        state.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"state",
+                           "inside": whole[:200] + b"\xff" * 400 + whole[600:]}[damage])  # fmt: skip
+    broken = state.read_bytes()
+    capsys.readouterr()
+    assert main(flags(checkpoints, clips, tmp_path)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert str(state) in said and ("damaged" in said or "no state" in said) and "move it away" in said.lower()
+    assert state.read_bytes() == broken and (tmp_path / "lora.safetensors").read_bytes() == lora
+    state.unlink()
+    assert main(flags(checkpoints, clips, tmp_path)) == 0  # as the message says
+
+
+_FULL = """
+import resource, sys
+from wan_core.__main__ import main
+from wan_core.train import loop
+
+save = loop._save
+
+def full(task, plan, state, *rest):
+    if state.step == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    save(task, plan, state, *rest)
+
+loop._save = full
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_is_full_at_a_checkpoint(checkpoints: Path, clips: Path, tmp_path: Path):
+    """The system refuses to write the third state: the one before stays, nothing half-written, and the run goes on."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = flags(checkpoints, clips, tmp_path / "full", save_steps=1)
+    done = subprocess.run([sys.executable, "-c", _FULL, *words], env=environment, capture_output=True, text=True)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert said.startswith("Error: Cannot write") and "state.pt" in said and "too large" in said
+    names = {file.name for file in (tmp_path / "full").iterdir()}
+    assert names <= {"state.pt", "log.csv", "loss.png", "cache"}
+    assert torch.load(tmp_path / "full/state.pt", weights_only=True)["step"] == 2
+    assert main(words) == 0 and main(flags(checkpoints, clips, tmp_path / "whole", save_steps=1)) == 0
+    full, whole = (load_file(tmp_path / name / "lora.safetensors") for name in ("full", "whole"))
+    assert all(torch.equal(full[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("name", ["../a.mp4", "/etc/passwd", "x/../../a.mp4"])
+@pytest.mark.parametrize("column", ["video", "start_image"])
+def test_a_table_names_files_inside_its_folder_only(
+    checkpoints: Path, clips: Path, tmp_path: Path, capsys, name: str, column: str
+):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.mp4").write_bytes((clips / "a.mp4").read_bytes())
+    row = {"video": "a.mp4", "prompt": "a", "start_image": ""} | {column: name}
+    with (data / "metadata.csv").open("w", newline="") as out:
+        csv.writer(out).writerows([list(row), list(row.values())])
+    assert main(flags(checkpoints, data, tmp_path / "out")) == 2
+    assert "not inside" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *({name: value} for name in ("learning_rate", "weight_decay", "ema", "caption_dropout", "shift", "lora_alpha")
+          for value in ("nan", "inf", "", "much")),
+        *({name: value} for name in ("lora_rank", "num_frames", "width", "max_steps", "save_steps", "seed")
+          for value in ("nan", "1.5", "", "9" * 30)),
+        {"lora_rank": 100_000}, {"lora_rank": -1}, {"width": 0}, {"height": -32}, {"num_frames": 6},
+        {"lora_alpha": 0}, {"width": 16384, "height": 16384, "num_frames": 1025},
+        {"output_path": ""}, {"output_path": __file__}, {"dataset_base_path": __file__}, {"ckpt_dir": __file__},
+        {"dit": "/no/such.safetensors"}, {"vae": "/"}, {"device": "meta"}, {"sample_prompt": "\udcff"},
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_whatever_is_typed_is_answered_in_words(checkpoints: Path, clips: Path, tmp_path: Path, capsys, more: dict):
+    assert main(flags(checkpoints, clips, tmp_path / "out", **more)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Error: ") and len(said.splitlines()) == 1 and "unforeseen" not in said
+    assert not (tmp_path / "out").exists()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 
 from ..tools.convert import TARGETS, convert
+from .arguments import path
 
 _WORST = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="a diffusion model, text encoder or VAE")
-    parser.add_argument("target", metavar="OUT", help="the file to write, or the folder for layouts that are one")
+    parser.add_argument("source", type=path, metavar="IN", help="a diffusion model, text encoder or VAE")
+    parser.add_argument("target", type=path, metavar="OUT",
+                        help="the file to write, or the folder for layouts that are one")
     parser.add_argument("--to", required=True, choices=list(TARGETS), metavar="FORMAT",
                         help=f"one of {', '.join(TARGETS)}")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from ..config import VARIANTS, PerExpert
 from ..errors import WanError
+from .arguments import SEEDS, boolean, number, path, size, whole, words
 from .loras import add_lora_argument, with_loras
+from .output import Output
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +21,7 @@ log = logging.getLogger(__name__)
 _EXAMPLE_PROMPT = {
     "t2v-A14B": "Two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted "
                 "stage.",
+    "t2i-14B": "一个朴素端庄的美人",
     "i2v-A14B": "Summer beach vacation style, a white cat wearing sunglasses sits on a surfboard.",
 }
 
@@ -25,28 +29,30 @@ _EXAMPLE_PROMPT = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--task", choices=list(VARIANTS), default="t2v-A14B", help="the model to run")
-    add("--ckpt_dir", required=True, help="folder of the checkpoint, as downloaded")
-    add("--size", type=_size, default=(1280, 720), metavar="W*H",
-        help="width*height; with an image its area, the image decides the aspect ratio")
-    add("--frame_num", type=int, help="frames of the video, 4n+1")
-    add("--prompt", help="what to show")
-    add("--negative_prompt", default="", help="what to avoid; the official list if not given")
-    add("--image", type=Path, help="start image (i2v-A14B, ti2v-5B)")
-    add("--base_seed", type=int, default=-1, help="the same seed gives the same video; negative draws one")
+    add("--ckpt_dir", type=path, required=True, help="folder of the checkpoint, as downloaded")
+    add("--size", type=size, metavar="W*H",
+        help="width*height; with an image its area, the image decides the aspect ratio (default: the model's)")
+    add("--frame_num", type=whole(1), help="frames of the video, 4n+1")
+    add("--prompt", type=words, help="what to show")
+    add("--negative_prompt", type=words, default="", help="what to avoid; the official list if not given")
+    add("--image", "--first_frame", type=path, help="start image (I2V models, flf2v-14B, ti2v-5B)")
+    add("--end_image", "--last_frame", type=path, help="end image (I2V models, flf2v-14B)")
+    add("--base_seed", type=whole(-SEEDS, SEEDS - 1), default=-1,
+        help="the same seed gives the same video; negative draws one")
     add("--sample_solver", default="unipc", help="unipc, dpm++, euler or heun")
     add("--sample_schedule", default="auto",
         help="auto (the solver's official grid), unipc, dpm++, simple or diffusers")
-    add("--sample_steps", type=int, help="denoising steps")
-    add("--sample_shift", type=float, help="how much of the schedule is spent at high noise")
+    add("--sample_steps", type=whole(1, 10_000), help="denoising steps")
+    add("--sample_shift", type=number(above=0), help="how much of the schedule is spent at high noise")
     add("--sample_guide_scale", type=_guidance, metavar="X or LOW,HIGH", help="classifier-free guidance")
-    add("--offload_model", type=_bool, default=None, metavar="True|False",
+    add("--offload_model", type=boolean, default=None, metavar="True|False",
         help="keep one model at a time on the device (default: True on a GPU)")
     add_lora_argument(parser)
     add("--vram_limit", type=_limit, metavar="GB|auto",
         help="device memory that a model may take: blocks of the transformer stream from their file as needed")
-    add("--swap_blocks", type=int, default=0, metavar="N", help="stream so many blocks, whatever the memory")
-    add("--prefetch", type=int, metavar="N", help="streamed blocks on the device before their turn (default: 1)")
-    add("--vae_tile", type=int, metavar="N",
+    add("--swap_blocks", type=whole(), default=0, metavar="N", help="stream so many blocks, whatever the memory")
+    add("--prefetch", type=whole(), metavar="N", help="streamed blocks on the device before their turn (default: 1)")
+    add("--vae_tile", type=whole(64), metavar="N",
         help="encode and decode in tiles of so many pixels a side (default: only where --vram_limit asks for it)")
     add("--plan", action="store_true", help="say what the run needs of the device, and end")
     add("--convert_model_dtype", action="store_true",
@@ -55,39 +61,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")
     add("--dtype", default="auto", help="bfloat16, float16, float32, auto; fp8_e4m3fn or int8 quantise while loading")
     add("--attention", default="auto", help="auto, sdpa, sage, flash2 or flash3")
-    add("--save_file", type=Path, help="the mp4 to write (default: a name from task, size, prompt and time)")
-    add("--save_tensors", type=Path, metavar="FILE.safetensors",
+    add("--save_file", type=path, metavar="FILE",
+        help="what to write: .mp4 .mkv .mov .webm, .gif .webp, or .png .jpg, a file a frame (default: an mp4 named by "
+        "task, size, prompt and time)")
+    add("--save_tensors", type=path, metavar="FILE.safetensors",
         help="also write 'latent' [C,T,h,w] (normalised) and 'video' [3,F,H,W] (-1..1), float32")
+    add("--overwrite", action="store_true",
+        help="replace whatever has the name; without it only what this program saved is replaced")
     for flag in ("--ulysses_size", "--dit_fsdp", "--t5_fsdp", "--use_prompt_extend"):
         add(flag, nargs="?", const="True", default=None, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> None:
     _refuse_unsupported(args)
-    from ..media.video import check_writable
+    from ..dtypes import resolve_dtype
+    from ..media import geometry as latents
     from ..memory.devices import resolve_device
     from ..memory.engine import Engine
-    from ..pipeline import generate, needs, read_models
+    from ..pipeline import check_run, generate, needs, read_models, video_size
 
-    file = args.save_file or default_name(args)
-    for target in () if args.plan else (file, args.save_tensors):
-        if target:
-            check_writable(target)
-    device = resolve_device(args.device)
-    request = request_from(args).completed(VARIANTS[args.task])
+    output = Output(args.save_file or default_name(args), args.save_tensors, args.overwrite, _inputs(args))
+    if not args.plan:
+        output.check()
+    device, variant = resolve_device(args.device), VARIANTS[args.task]
+    resolve_dtype(args.dtype, device)
+    request = request_from(args).completed(variant)
     models = read_models(args.ckpt_dir, args.task, dtype=args.dtype, attention=args.attention)
     models = replace(models, dit=replace(with_loras(models.dit, args.lora), **_swap(args)))
     if args.plan:
         print(needs(models, request, device, _text_device(args, device)))
         return
+    engine = Engine(keep_one=args.offload_model is not False and device.type != "cpu" or args.offload_model is True)
+    check_run(models, request, engine, device)
+    width, height = video_size(request, variant)
+    output.check_size(width, height, request.frames, latents.latent_shape(variant, width, height, request.frames))
     for note in models.dit.notes:
         log.info(note)
     log.info("%s, %s frames, %s, %s steps, seed %s, on %s", models.dit, request.frames, request.solver, request.steps,
              request.seed, device)  # fmt: skip
-    engine = Engine(keep_one=args.offload_model is not False and device.type != "cpu" or args.offload_model is True)
     with _Bar(request.steps) as bar:
         result = generate(models, request, engine, device=device, text_device=_text_device(args, device), on_step=bar)
-    _save(result, file, args.save_tensors, VARIANTS[args.task].fps)
+    notes = {"task": args.task, "vae": variant.vae, "seed": str(result.seed)}
+    output.save(result.latent, result.video(), variant.fps, notes, f"--ckpt_dir {shlex.quote(str(args.ckpt_dir))}")
+
+
+def _inputs(args: argparse.Namespace) -> list[Path]:
+    loras = [file for option in args.lora for file in (option.file, option.low) if file]
+    return [file for file in (args.image, args.end_image, *loras) if file]
 
 
 def _swap(args: argparse.Namespace) -> dict:
@@ -101,35 +121,25 @@ def request_from(args: argparse.Namespace):
     from ..pipeline import Request
 
     prompt = args.prompt if args.prompt is not None else _EXAMPLE_PROMPT.get(args.task, _EXAMPLE_PROMPT["t2v-A14B"])
+    shift, guidance = args.sample_shift, args.sample_guide_scale
+    if official := VARIANTS[args.task].command_line:
+        shift = official[0] if shift is None else shift
+        guidance = PerExpert(official[1], official[1]) if guidance is None else guidance
     return Request(
-        prompt, args.negative_prompt, image=args.image, size=args.size, frames=args.frame_num, steps=args.sample_steps,
-        shift=args.sample_shift, guidance=args.sample_guide_scale, solver=args.sample_solver,
+        prompt, args.negative_prompt, image=args.image, end_image=args.end_image, size=args.size, frames=args.frame_num,
+        steps=args.sample_steps, shift=shift, guidance=guidance, solver=args.sample_solver,
         schedule=args.sample_schedule, seed=args.base_seed, vae_tile=args.vae_tile,
     )  # fmt: skip
 
 
 def default_name(args: argparse.Namespace) -> Path:
-    """As the official script names its files, without characters that some file systems refuse."""
-    width, height = args.size
-    words = "".join(c if c.isalnum() else "_" for c in (args.prompt or "example"))[:50]
-    return Path(f"{args.task}_{width}x{height}_{words}_{datetime.now():%Y%m%d_%H%M%S}.mp4")
-
-
-def _save(result, file: Path, tensors: Path | None, fps: int) -> None:
-    from ..media.video import save_video, unfinished
-
-    if tensors is None:
-        save_video(result.video(), file, fps)
-    else:
-        import torch
-        from safetensors.torch import save_file
-
-        video = torch.cat(list(result.video()), dim=1)
-        save_video([video], file, fps)
-        with unfinished(tensors) as partial:
-            save_file({"latent": result.latent.float().contiguous(), "video": video.contiguous()}, partial)
-        print(f"Tensors: {tensors}")
-    print(f"Video: {file} (seed {result.seed})")
+    """As the official script names its files, without characters that some file systems refuse, and not too long."""
+    variant = VARIANTS[args.task]
+    width, height = args.size or variant.size
+    ending = "png" if (args.frame_num or variant.frames) == 1 else "mp4"
+    prompt = "".join(c if c.isalnum() else "_" for c in (args.prompt or "example"))[:50]
+    prompt = prompt.encode()[:150].decode(errors="ignore")
+    return Path(f"{args.task}_{width}x{height}_{prompt}_{datetime.now():%Y%m%d_%H%M%S}.{ending}")
 
 
 def _text_device(args: argparse.Namespace, device):
@@ -139,45 +149,24 @@ def _text_device(args: argparse.Namespace, device):
 
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:
+    if args.vram_limit is not None and args.swap_blocks:
+        raise WanError("Give --vram_limit or --swap_blocks, not both: a limit decides how many blocks stream.")
     for flag, harmless in (("ulysses_size", ("1",)), ("dit_fsdp", ()), ("t5_fsdp", ()), ("use_prompt_extend", ())):
         value = getattr(args, flag)
         if value is not None and value not in (*harmless, "False"):
             raise WanError(f"--{flag} is not supported by this version: run without it.")
 
 
-def _size(text: str) -> tuple[int, int]:
-    try:
-        width, height = (int(part) for part in text.lower().replace("x", "*").split("*"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected width*height such as 1280*720, found {text!r}") from None
-    return width, height
-
-
 def _guidance(text: str) -> PerExpert:
-    try:
-        low, *high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected one number or LOW,HIGH, found {text!r}") from None
-    if len(high) > 1:
+    parts = text.split(",")
+    if len(parts) > 2:
         raise argparse.ArgumentTypeError(f"expected one number or LOW,HIGH, found {text!r}")
+    low, *high = map(number(-1000, 1000), parts)
     return PerExpert(low=low, high=high[0] if high else low)
 
 
 def _limit(text: str) -> float | str:
-    if text == "auto":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected gigabytes such as 8, or auto, found {text!r}") from None
-
-
-def _bool(text: str) -> bool:
-    if text.lower() in ("true", "yes", "t", "y", "1"):
-        return True
-    if text.lower() in ("false", "no", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
+    return text if text == "auto" else number(above=0)(text)
 
 
 class _Bar:

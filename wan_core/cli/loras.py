@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import PerExpert
+from .arguments import path
 
 if TYPE_CHECKING:
     from ..recipe import ModelRecipe
 
 log = logging.getLogger(__name__)
+
+_STRONGEST = 100  # as ComfyUI's LoRA loaders
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,14 @@ def parse_lora(text: str) -> LoraOption:
         except ValueError:
             if len(before) > 1:  # not the letter of a drive
                 raise argparse.ArgumentTypeError(f"expected FILE or FILE:strength, found {text!r}") from None
+    if not abs(strength) <= _STRONGEST:  # NaN is not
+        raise argparse.ArgumentTypeError(f"expected FILE:strength with a strength within -{_STRONGEST} to "
+                                         f"{_STRONGEST}, found {text!r}")
     files = [names] if Path(names).exists() else names.split(",")
     if len(files) > 2 or not all(files):
         raise argparse.ArgumentTypeError(f"expected FILE or HIGH,LOW, with :strength or without, found {text!r}")
-    return LoraOption(Path(files[0]), Path(files[1]) if len(files) == 2 else None, strength)
+    first, *second = map(path, files)
+    return LoraOption(first, second[0] if second else None, strength)
 
 
 def with_loras(recipe: ModelRecipe, options: Sequence[LoraOption]) -> ModelRecipe:

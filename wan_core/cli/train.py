@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import VARIANTS
 from ..errors import WanError
+from .arguments import SEEDS, number, path, whole, words
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -19,48 +19,51 @@ _TARGETS = "q,k,v,o,ffn.0,ffn.2"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=list(VARIANTS), required=True)
-    parser.add_argument("--ckpt_dir", type=Path, default=None, help="folder of the checkpoint, as downloaded")
-    parser.add_argument("--dit", type=Path, default=None, help="file of the expert (for LoRAs also a quantised "
+    parser.add_argument("--ckpt_dir", type=path, default=None, help="folder of the checkpoint, as downloaded")
+    parser.add_argument("--dit", type=path, default=None, help="file of the expert (for LoRAs also a quantised "
                         "one) instead of the folder's; with --vae and --text_encoder too no --ckpt_dir is needed")
-    parser.add_argument("--vae", type=Path, default=None)
-    parser.add_argument("--text_encoder", type=Path, default=None)
-    parser.add_argument("--tokenizer", type=Path, default=None, help="where the text encoder's file has none inside")
+    parser.add_argument("--vae", type=path, default=None)
+    parser.add_argument("--text_encoder", type=path, default=None)
+    parser.add_argument("--tokenizer", type=path, default=None, help="where the text encoder's file has none inside")
     parser.add_argument("--expert", choices=["high", "low", "only"], default=None, help="which of the two to train")
-    parser.add_argument("--dataset_base_path", type=Path, required=True, help="folder with metadata.csv: "
+    parser.add_argument("--dataset_base_path", type=path, required=True, help="folder with metadata.csv: "
                         "video,prompt, and for I2V perhaps start_image,end_image; images count as one frame")
-    parser.add_argument("--dataset_metadata_path", type=Path, default=None, help="the table, if it lies elsewhere")
-    parser.add_argument("--dataset_repeat", type=int, default=1, help="times that a clip counts in an epoch")
+    parser.add_argument("--dataset_metadata_path", type=path, default=None, help="the table, if it lies elsewhere")
+    parser.add_argument("--dataset_repeat", type=whole(), default=1, help="times that a clip counts in an epoch")
     parser.add_argument("--skip_bad_clips", action="store_true", help="name short and unreadable clips and go on")
-    parser.add_argument("--width", type=int, default=832, help="clips are scaled to cover this and cut")
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--num_frames", type=int, default=49, help="from the beginning of each clip: 4n + 1")
-    parser.add_argument("--output_path", type=Path, required=True, help="folder of the result, its log and its state")
-    parser.add_argument("--lora_rank", type=int, default=32, help="0 trains all weights")
-    parser.add_argument("--lora_alpha", type=float, default=None, help="default: the rank")
+    parser.add_argument("--width", type=whole(), default=832, help="clips are scaled to cover this and cut")
+    parser.add_argument("--height", type=whole(), default=480)
+    parser.add_argument("--num_frames", type=whole(), default=49, help="from the beginning of each clip: 4n + 1")
+    parser.add_argument("--output_path", type=path, required=True, help="folder of the result, its log and its state")
+    parser.add_argument("--lora_rank", type=whole(), default=32, help="0 trains all weights")
+    parser.add_argument("--lora_alpha", type=number(), default=None, help="default: the rank")
     parser.add_argument("--lora_target_modules", default=_TARGETS, help="layers of the blocks that the LoRA adapts")
-    parser.add_argument("--min_timestep_boundary", type=float, default=None, help="fraction; default: the expert's own")
-    parser.add_argument("--max_timestep_boundary", type=float, default=None, help="fraction; default: the expert's own")
-    parser.add_argument("--shift", type=float, default=None, help="default: the variant's own")
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="rises for 20 steps, then a cosine")
-    parser.add_argument("--weight_decay", type=float, default=0.01)
-    parser.add_argument("--num_epochs", type=int, default=5)
-    parser.add_argument("--max_steps", type=int, default=0, help="instead of epochs")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    parser.add_argument("--caption_dropout", type=float, default=0.1, help="share of steps without the caption")
-    parser.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights; 0 keeps none")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--min_timestep_boundary", type=number(), default=None,
+                        help="fraction; default: the expert's own")
+    parser.add_argument("--max_timestep_boundary", type=number(), default=None,
+                        help="fraction; default: the expert's own")
+    parser.add_argument("--shift", type=number(), default=None, help="default: the variant's own")
+    parser.add_argument("--learning_rate", type=number(), default=1e-4, help="rises for 20 steps, then a cosine")
+    parser.add_argument("--weight_decay", type=number(), default=0.01)
+    parser.add_argument("--num_epochs", type=whole(), default=5)
+    parser.add_argument("--max_steps", type=whole(), default=0, help="instead of epochs")
+    parser.add_argument("--batch_size", type=whole(), default=1)
+    parser.add_argument("--gradient_accumulation_steps", type=whole(), default=1)
+    parser.add_argument("--caption_dropout", type=number(), default=0.1, help="share of steps without the caption")
+    parser.add_argument("--ema", type=number(), default=0.0, help="decay of averaged weights; 0 keeps none")
+    parser.add_argument("--seed", type=whole(-SEEDS // 2, SEEDS - 1), default=0)
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                         help="of matrix products; auto: bf16 where the device is fast in it")
     parser.add_argument("--no_gradient_checkpointing", action="store_true", help="faster, with more memory")
     parser.add_argument("--use_gradient_checkpointing_offload", action="store_true", help="slower, with less memory")
-    parser.add_argument("--save_steps", type=int, default=0, help="default: save every two minutes")
+    parser.add_argument("--save_steps", type=whole(), default=0, help="default: save every two minutes")
     parser.add_argument("--t5_cpu", action="store_true", help="encode the prompts on the CPU")
-    parser.add_argument("--sample_every", type=int, default=0, help="steps between grids of samples, as PNG; 0: none")
-    parser.add_argument("--sample_prompt", action="append", default=[], metavar="TEXT",
+    parser.add_argument("--sample_every", type=whole(), default=0,
+                        help="steps between grids of samples, as PNG; 0: none")
+    parser.add_argument("--sample_prompt", type=words, action="append", default=[], metavar="TEXT",
                         help="a row of the grids, may be given several times; default: prompts of the first clips")
-    parser.add_argument("--sample_steps", type=int, default=20)
-    parser.add_argument("--cache_path", type=Path, default=None, help="latents and embeddings; default: in the output")
+    parser.add_argument("--sample_steps", type=whole(), default=20)
+    parser.add_argument("--cache_path", type=path, default=None, help="latents and embeddings; default: in the output")
     parser.add_argument("--device", default=None, help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")
 
 

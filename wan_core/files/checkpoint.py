@@ -6,6 +6,7 @@ that wants to run code is refused).
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pickle
@@ -44,6 +45,7 @@ class Checkpoint:
         self.metadata = dict(metadata)
         self._stored = dict(stored)  # the tensors as they lie in the file, the pieces of packed matrices among them
         self.tensors = understand(path, self._stored, self.metadata, self._piece)
+        self.beside: tuple[Path, ...] = ()  # files that reading the model looked for or at, there or not
         self.close()
 
     def __contains__(self, key: str) -> bool:
@@ -59,8 +61,23 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> tuple:
-        """Changes when any of the files does: (path, size, modification time) of each."""
+        """Changes when any of the files does, and when what lies beside them appears, changes or goes.
+
+        (path, size, modification time) of each; of a file that is not there, the path alone.
+        """
+        beside = sorted(self.path.glob("*.json")) if self.path.is_dir() else []
+        return (*self.state_of_files, *map(_state_beside, (*beside, *self.beside)))
+
+    @property
+    def state_of_files(self) -> tuple:
+        """The part of the fingerprint that is about the files which hold the tensors."""
         return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files)
+
+    def only(self, keys: Iterable[str]) -> Checkpoint:
+        """The same checkpoint with some of its tensors: one model of a file that holds several."""
+        part = copy.copy(self)
+        part.tensors = {key: self.tensors[key] for key in keys}
+        return part
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -101,6 +118,14 @@ class Checkpoint:
     @cached_property
     def _open(self) -> dict[Path, Mapping[str, torch.Tensor]]:
         return {}
+
+
+def _state_beside(file: Path) -> tuple:
+    try:
+        state = file.stat()
+    except OSError:
+        return (str(file),)
+    return str(file), state.st_size, state.st_mtime_ns
 
 
 def _open_file(file: Path) -> Mapping[str, torch.Tensor]:

@@ -18,13 +18,14 @@ class HeaderRead(Protocol):
 def check_unchanged(file: HeaderRead) -> None:
     """Refuse a file that was replaced, truncated or removed after its header was read.
 
-    Reading a mapped page past the new end of a file would kill the process, so this is asked before every read.
+    Reading a mapped page past the new end of a file would kill the process, so this is asked before every read. What
+    changes beside the files, such as a config, does not concern weights that are being read.
 
     Raises:
         WanError: it was.
     """
     try:
-        same = file.checkpoint.fingerprint == file.fingerprint
+        same = set(file.checkpoint.state_of_files) <= set(file.fingerprint)
     except OSError:
         same = False
     if not same:

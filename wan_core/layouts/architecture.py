@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..config import PATCH
+from ..errors import WanError
 
 Shapes = Mapping[str, tuple[int, ...]]
 Metadata = Mapping[str, str]
@@ -145,3 +147,19 @@ def nearest(shapes: Shapes) -> str:
     listed = ", ".join(f"{name} ({known[name][0]} in, {known[name][1]} out)" for name in near)
     extras = [name for name, there in (("CLIP tokens", facts.clip), ("a reference frame", facts.reference)) if there]
     return f"{into} channels in, {out} out{', with ' + ' and '.join(extras) if extras else ''}; nearest: {listed}"
+
+
+def check_runs(path: Path, shapes: Shapes, metadata: Metadata) -> None:
+    """Refuse a model that this version does not compute, by its name.
+
+    Raises:
+        WanError: one of its families, or none that is known.
+    """
+    if 0 in Facts(shapes, metadata).channels:
+        return  # not whole: who reads the dimensions says what is missing
+    family = family_of(shapes, metadata)
+    if family is None:
+        raise WanError(f"{path} is a relative of Wan which this version does not run: {nearest(shapes)}. Use the "
+                       "program that it was published with.")
+    if not family.runs:
+        raise WanError(f"{path} is {family.name}, which this version does not run. {family.instead}")

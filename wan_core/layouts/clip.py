@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..errors import WanError
 from ..files.checkpoint import Checkpoint
 from ..models.clip.vit import ClipConfig
 from .keys import Renames
+from .prefixes import Marks, Place
 
 _HEAD_DIM = 80  # of ViT-H/14: 16 heads at a width of 1280
 
@@ -43,33 +45,33 @@ _ROWS = {
     ],
 }
 DIALECTS = {name: Renames(rows) for name, rows in _ROWS.items()}
-_MARKS = {
-    "official": "visual.transformer.0.attn.to_qkv.weight",
-    "huggingface": "vision_model.encoder.layers.0.self_attn.q_proj.weight",
-}
+MARKS: Marks = {
+    "official": (("visual.transformer.0.attn.to_qkv.weight",), ("visual.patch_embedding.weight",)),
+    "huggingface": (("vision_model.encoder.layers.0.self_attn.q_proj.weight",),
+                    ("vision_model.embeddings.patch_embedding.weight",)),
+}  # fmt: skip
 
 
-def recognise(keys: Collection[str]) -> str | None:
-    """The dialect of these keys, or None when they are no CLIP vision model."""
-    return next((dialect for dialect, mark in _MARKS.items() if mark in keys), None)
-
-
-def names(checkpoint: Checkpoint, dialect: str) -> dict[str, str]:
-    """Our key -> the checkpoint's, for all that is used of it: neither the text half nor what follows the last but one
-    block."""
-    found = {DIALECTS[dialect].to_own(key): key for key in checkpoint.tensors}
+def names_in(place: Place, path: Path | None = None, outside: Collection[str] = ()) -> dict[str, str]:
+    """Our key -> the file's, of the half that looks at pictures."""
+    found = {DIALECTS[place.dialect].to_own(key): theirs for key, theirs in place.keys.items()}
     found.pop(None, None)
-    last = _layers(found) - 1
-    return {own: key for own, key in found.items() if not own.startswith(f"transformer.{last}.")}
+    return found
 
 
-def read_config(checkpoint: Checkpoint, dialect: str) -> ClipConfig:
+def used(names: Mapping[str, str]) -> dict[str, str]:
+    """Of a file's tensors those that are computed with: the last block is not."""
+    last = _layers(names) - 1
+    return {own: key for own, key in names.items() if not own.startswith(f"transformer.{last}.")}
+
+
+def read_config(checkpoint: Checkpoint, names: Mapping[str, str], dialect: str) -> ClipConfig:
     """Every dimension from the shapes; the heads from a config.json in the same folder where diffusers wrote one.
 
     Raises:
         WanError: a tensor is missing or misshapen, or another CLIP than Wan's (patches with a bias, no class token).
     """
-    shapes = {DIALECTS[dialect].to_own(key): info.shape for key, info in checkpoint.tensors.items()}
+    shapes = {own: checkpoint.tensors[theirs].shape for own, theirs in names.items()}
     try:
         dim, channels, patch, _ = shapes["patch_embedding.weight"]
         positions, width = shapes["pos_embedding"][-2:]

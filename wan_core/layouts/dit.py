@@ -12,8 +12,7 @@ from ..files.checkpoint import Checkpoint, _some
 from ..models.dit import features
 from ..models.dit.features.clip_tokens import ClipTokensConfig
 from .keys import IDENTITY, Renames
-
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+from .prefixes import Marks, Place, find_places, own_names
 
 _OUTSIDE_BLOCKS = [
     ("patch_embedding", "patch_embedding"),
@@ -44,7 +43,6 @@ _IN_BLOCK = [
     ("scale_shift_table", "modulation"),
 ]
 
-# "prefixed" is "official" below one of _PREFIXES, as trainers save it.
 DIALECTS: dict[str, Renames] = {
     "official": IDENTITY,
     "diffusers": Renames(
@@ -53,58 +51,97 @@ DIALECTS: dict[str, Renames] = {
     ),
 }
 
-# Layers of relatives that this version does not run, and whose they are.
-_RELATIVES = {
-    "vace_blocks.": "VACE",
-    "control_adapter.": "Wan Fun Camera",
-    "ref_conv.": "Wan Fun Control with a reference image",
-    "audio_proj.": "a speech or audio model",
-    "casual_audio_encoder.": "Wan2.2 S2V (speech)",
-    "face_adapter.": "Wan2.2 Animate",
-    "motion_encoder.": "Wan2.2 Animate",
+MARKS: Marks = {
+    "official": (("blocks.0.self_attn.q.weight",), ("head.modulation", "patch_embedding.weight")),
+    "diffusers": (("blocks.0.attn1.to_q.weight",), ("proj_out.weight", "patch_embedding.weight")),
 }
+
+# Modules of relatives that `architecture` does not know by their own layers.
+_RELATIVES = {
+    "vace_blocks": "VACE",
+    "control_adapter": "Wan Fun Control-Camera",
+    "casual_audio_encoder": "Wan2.2 S2V (speech)",
+    "audio_injector": "Wan2.2 S2V (speech)",
+    "audio_proj": "a speech or audio model",
+    "audio_cross_attn": "MultiTalk or InfiniteTalk (speech)",
+    "face_adapter": "Wan2.2 Animate",
+    "face_encoder": "Wan2.2 Animate",
+    "motion_encoder": "Wan2.2 Animate",
+    "pose_patch_embedding": "Wan2.2 Animate",
+    "patch_embedding_mask": "SCAIL-2",
+    "patch_embedding_pose": "SCAIL",
+    "patch_embedding_global": "Wan-Dancer",
+    "patch_embedding_fuse": "SteadyDancer",
+    "condition_embedding_spatial": "SteadyDancer",
+    "cam_encoder": "ReCamMaster",
+    "controlnet_patch_embedding": "Uni3C",
+    "ref_conv": "Wan Fun Control with a reference image",
+    "fps_embedding": "SkyReels V2",
+}
+# Words in the names of modules through which something enters a model that ours does not take.
+_INPUT_WORDS = """
+    audio speech voice face pose motion camera cam control controlnet vace img image ref reference subject identity
+    adapter inject injector cond condition conditioning guidance fps trajectory track embed embedding embedder add
+    added adaln
+"""
+_INPUTS = frozenset(_INPUT_WORDS.split())
+_NO_INPUTS = frozenset(("rope", "rotary", "freqs", "norm_added_q"))  # tables of positions, and a norm that nobody uses
 
 
 def recognise(keys: Collection[str]) -> str | None:
     """The dialect of these keys, or None when they are no Wan DiT."""
-    if "blocks.0.attn1.to_q.weight" in keys and "proj_out.weight" in keys:
-        return "diffusers"
-    if "blocks.0.self_attn.q.weight" in keys and "head.modulation" in keys:
-        return "official"
-    if any(f"{prefix}blocks.0.self_attn.q.weight" in keys for prefix in _PREFIXES):
-        return "prefixed"
-    return None
+    return next((place.dialect for place in find_places(keys, MARKS)), None)
 
 
 def names(checkpoint: Checkpoint, dialect: str) -> dict[str, str]:
-    """Our key -> the checkpoint's key, for every tensor of the file.
+    """Our key -> the checkpoint's key, for every tensor of the model's place; unknown keys stand for themselves."""
+    place = next(place for place in find_places(checkpoint.tensors, MARKS) if place.dialect == dialect)
+    return names_in(place, checkpoint.path)
+
+
+def names_in(place: Place, path: Path, outside: Collection[str] = ()) -> dict[str, str]:
+    """Our key -> the file's, of one place in it; unknown keys stand for themselves."""
+    return own_names(place, DIALECTS[place.dialect])
+
+
+def refuse_relatives(keys: Collection[str], path: Path) -> None:
+    """Refuse a model with layers of a relative, wherever they lie.
 
     Raises:
-        WanError: a relative of Wan2.2 whose extra layers are not supported, or keys that nobody knows.
+        WanError: there are such layers.
     """
-    strip = next((p for p in _PREFIXES if dialect == "prefixed" and f"{p}head.modulation" in checkpoint), "")
-    theirs = [key for key in checkpoint.tensors if key.startswith(strip)]
-    renames = DIALECTS.get(dialect, IDENTITY)
-    _refuse_relatives([key[len(strip) :] for key in theirs], checkpoint.path)
-    found = {renames.to_own(key[len(strip) :]): key for key in theirs}
-    if None in found:
-        unknown = [key for key in theirs if renames.to_own(key[len(strip) :]) is None]
-        raise WanError(f"{checkpoint.path} has keys that a {dialect} Wan DiT does not have: {_some(unknown)}.")
-    return found
-
-
-def _refuse_relatives(keys: list[str], path: Path) -> None:
-    for prefix, name in _RELATIVES.items():
-        if any(key.startswith(prefix) for key in keys):
+    modules = {word for key in keys for word in key.split(".")[:-1]}
+    for module, name in _RELATIVES.items():
+        if module in modules:
             supported = ", ".join(row.display_name for row in VARIANTS.values())
             raise WanError(f"{path} is {name}, which this version does not run. Supported: {supported}.")
+
+
+def refuse_inputs(wanted: Collection[str], names: Mapping[str, str], path: Path) -> None:
+    """Refuse layers beside a whole model through which it takes what we would not give it.
+
+    Raises:
+        WanError: there are such layers.
+    """
+    known = {word for key in wanted for word in key.split(".")}
+    found = sorted(theirs for own, theirs in names.items() if own not in wanted and _takes_input(own, known))
+    if found:
+        supported = ", ".join(row.display_name for row in VARIANTS.values())
+        raise WanError(f"{path} is a relative of Wan2.2 with inputs of its own ({_some(found)}), which this version "
+                       f"does not run. Supported: {supported}.")  # fmt: skip
+
+
+def _takes_input(key: str, known: Collection[str]) -> bool:
+    modules = [set(module.split("_")) | {module} for module in key.split(".")[:-1] if module not in known]
+    words = set().union(*modules)
+    return not words.isdisjoint(_INPUTS) and words.isdisjoint(_NO_INPUTS)
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None) -> DiTConfig:
     """Every dimension from the shapes (by our keys); ``heads`` from a config.json where there is one.
 
     Raises:
-        WanError: layers are missing, or the channels belong to no variant.
+        WanError: layers are missing, or the width is no multiple of a head's.
     """
     try:
         dim, in_channels = shapes["patch_embedding.weight"][:2]
@@ -113,7 +150,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None)
             out_channels=shapes["head.head.weight"][0] // (PATCH[0] * PATCH[1] * PATCH[2]),
             dim=dim,
             ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
-            layers=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
+            layers=_count_blocks(shapes),
             text_dim=shapes["text_embedding.0.weight"][1],
             freq_dim=shapes["time_embedding.0.weight"][1],
             heads=heads or dim // HEAD_DIM,
@@ -126,17 +163,72 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None)
     return config
 
 
-def heads_beside(path: Path) -> int | None:
-    """The number of heads that a config.json in a checkpoint folder states, if there is one."""
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    if not file.is_file():
-        return None
+def _count_blocks(shapes: Collection[str]) -> int:
+    """How many blocks there are: those numbered without a gap from 0 on."""
+    numbers = {key.split(".")[1] for key in shapes if key.startswith("blocks.") and key.endswith(".self_attn.q.weight")}
+    gap = next((i for i in range(len(numbers)) if str(i) not in numbers), None)
+    if gap is not None:
+        raise KeyError(f"blocks.{gap}")
+    return len(numbers)
+
+
+def config_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> tuple[DiTConfig, tuple[str, ...]]:
+    """Every dimension of a DiT, and what to say of a config.json that was not believed.
+
+    Shapes do not tell the number of heads. A config.json in the checkpoint's folder does, if it is Wan's and of this
+    model; a single file has no config of its own, whatever lies beside it.
+
+    Raises:
+        WanError: see ``read_config``.
+    """
+    file = checkpoint.path / "config.json"
+    if not checkpoint.path.is_dir() or not file.is_file():
+        return read_config(shapes), ()
+    stated = _json_object(file)
+    problem = _not_ours(stated, shapes)
+    if problem is None:
+        return read_config(shapes, stated.get("num_heads", stated.get("num_attention_heads"))), ()
+    config = read_config(shapes)
+    return config, (f"{file} {problem}: it is ignored, and the model has {config.heads} heads, one for each {HEAD_DIM} "
+                    "of its width.",)  # fmt: skip
+
+
+def _json_object(file: Path) -> dict:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    heads = config.get("num_heads", config.get("num_attention_heads")) if isinstance(config, dict) else None
-    return heads if isinstance(heads, int) else None
+        found = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except (ValueError, OSError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# Of a config.json: its names for a dimension -> what the shapes say.
+_STATED = {
+    "dim": "dim", "ffn_dim": "ffn_dim", "num_layers": "layers", "in_dim": "in_channels", "in_channels": "in_channels",
+    "out_dim": "out_channels", "out_channels": "out_channels", "freq_dim": "freq_dim", "text_dim": "text_dim",
+}  # fmt: skip
+_MODEL_TYPES = ("t2v", "i2v", "ti2v")
+
+
+def _not_ours(stated: dict, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why a config.json says nothing of this model, or None."""
+    if not stated:
+        return "is no JSON object"
+    kind = stated.get("_class_name", "")
+    if not (isinstance(kind, str) and "Wan" in kind or not kind and stated.get("model_type") in _MODEL_TYPES):
+        return "is not a Wan model's"
+    heads = stated.get("num_heads", stated.get("num_attention_heads"))
+    if type(heads) is not int or heads <= 0:
+        return "states no number of heads"
+    actual = vars(read_config(shapes, 1))
+    if actual["dim"] % heads:
+        return f"states {heads} heads, which do not divide a width of {actual['dim']}"
+    size = stated.get("attention_head_dim")
+    if size is not None and size != actual["dim"] // heads:
+        return f"states {heads} heads of {size}, but the model is {actual['dim']} wide"
+    for one, name in _STATED.items():
+        if stated.get(one) is not None and stated[one] != actual[name]:
+            return f"states {one} {str(stated[one])[:20]}, but the model's is {actual[name]}"
+    return None
 
 
 def packs(key: str) -> bool:

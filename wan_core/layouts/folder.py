@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,11 @@ from ..config import (
     Variant,
 )
 from ..errors import WanError
+from ..files.checkpoint import open_checkpoint
+from .detect import find, parts_of
+from .text import spiece_key
 
+_ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 COMFY_TEXT_ENCODERS = (
     "umt5_xxl_fp16.safetensors",
     "umt5_xxl_bf16.safetensors",
@@ -51,6 +55,8 @@ def find_parts(folder: str | Path, variant: Variant, wanted: Collection[str] = W
         WanError: there is no such folder, or a part is missing; says which names were looked for.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return _all_in_one([folder], folder.parent, variant, wanted) or _refuse_file(folder, variant)
     if not folder.is_dir():
         raise WanError(f"No such folder: {folder}. --ckpt_dir is the folder of a downloaded checkpoint.")
     missing = []
@@ -60,6 +66,8 @@ def find_parts(folder: str | Path, variant: Variant, wanted: Collection[str] = W
         if not absent:
             return layout
         missing.append(absent)
+    if found := _all_in_one(_checkpoint_files(folder), folder, variant, wanted):
+        return found
     closest = min(missing, key=len)
     raise WanError(f"{folder} lacks {', '.join(str(path.relative_to(folder)) for path in closest)} of "
                    f"{variant.display_name}. Found {_listing(folder)}. Download the rest, or choose another --task.")
@@ -100,6 +108,64 @@ def _diffusers(folder: Path, variant: Variant) -> Parts:
         tokenizer=folder / "tokenizer",
         clip=folder / "image_encoder" if variant.clip else None,
     )
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """Files that may hold a whole model: ComfyUI's ``checkpoints``, or those in the folder itself."""
+    places = [place for place in (folder / "checkpoints", folder) if place.is_dir()]
+    return [file for place in places for file in sorted(place.iterdir())
+            if file.is_file() and file.suffix.lower() in _ENDINGS]  # fmt: skip
+
+
+def _all_in_one(files: Iterable[Path], folder: Path, variant: Variant, wanted: Collection[str]) -> Parts | None:
+    """A variant's model in files that hold its text encoder and VAE too; what they lack comes from the folder.
+
+    Raises:
+        WanError: several files do, and nothing says which is meant.
+    """
+    held = {file: parts for file in files if (parts := _parts_in(file, variant))}
+    models = [file for file, parts in held.items() if "dit" in parts and len(parts) > 1]
+    levels = ("high", "low") if variant.experts == 2 else ("",)
+    chosen = [_one([file for file in models if level in file.name.lower()], variant, level) for level in levels]
+    if None in chosen:
+        return None
+    vae, text = (next((file for file in chosen if part in held[file]), None) for part in ("vae", "text"))
+    beside = [layout(folder, variant) for layout in (_official, _comfyui, _diffusers)]
+    vae = vae or next((parts.vae for parts in beside if parts.vae.exists()), beside[1].vae)
+    tokenizer = next((parts.tokenizer for parts in beside if parts.tokenizer and parts.tokenizer.exists()), None)
+    if text is None:
+        text = next((parts.text_encoder for parts in beside if parts.text_encoder.exists()), beside[1].text_encoder)
+        tokenizer = None  # the one beside it is found by itself
+    elif spiece_key(open_checkpoint(text)):
+        tokenizer = None
+    found = Parts(chosen[0], chosen[1] if len(chosen) > 1 else None, vae, text, tokenizer)
+    return found if all((path := getattr(found, part)) is None or path.exists() for part in wanted) else None
+
+
+def _parts_in(file: Path, variant: Variant) -> tuple[str, ...]:
+    """The parts that a file holds, where its model is this variant's; files that cannot be read hold none."""
+    try:
+        checkpoint = open_checkpoint(file)
+        parts = parts_of(checkpoint)
+        key = find("dit", checkpoint).names["patch_embedding.weight"] if "dit" in parts else None
+    except (WanError, OSError, KeyError):
+        return ()
+    if key and checkpoint.tensors[key].shape[1] != variant.in_channels:
+        return ()
+    return parts
+
+
+def _one(files: list[Path], variant: Variant, level: str) -> Path | None:
+    if len(files) > 1:
+        expert = f", {level}-noise expert," if level else ""
+        raise WanError(f"{len(files)} files hold a whole {variant.display_name}{expert} with its VAE or text encoder: "
+                       f"{', '.join(map(str, files))}. Leave one of them in the folder.")  # fmt: skip
+    return files[0] if files else None
+
+
+def _refuse_file(file: Path, variant: Variant) -> Parts:
+    raise WanError(f"{file} does not hold all of {variant.display_name}. Expected the folder of a downloaded checkpoint"
+                   ", or one file with the model, its text encoder and its VAE.")  # fmt: skip
 
 
 def _listing(folder: Path) -> str:

@@ -15,9 +15,10 @@ import torch
 
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint
-from ..files.gguf import Array, read_header
+from ..files.gguf import MAGIC, Array, read_header
 from ..models.text.tokenizer import SPIECE_FILE, find_tokenizer
-from .text import SPIECE_MODEL
+from ..models.text.tokenizer_check import problem_of
+from .text import spiece_key
 
 _PREFIX = "tokenizer.ggml."
 # The header's name of a special token -> where the trainer's part of the file has its id, and the id by default.
@@ -27,7 +28,10 @@ _NORMAL, _UNKNOWN, _UNUSED = 1, 2, 5
 
 
 def spiece_model(file: Path) -> bytes | None:
-    """The SentencePiece model, or None where the file carries no T5 vocabulary."""
+    """The SentencePiece model, or None where the file is no GGUF, or carries no T5 vocabulary."""
+    with file.open("rb") as stream:
+        if stream.read(len(MAGIC)) != MAGIC:
+            return None
     fields = {key.removeprefix(_PREFIX): value for key, value in read_header(file).fields.items()
               if key.startswith(_PREFIX)}  # fmt: skip
     arrays = [fields.get(name) for name in ("tokens", "scores", "token_type")]
@@ -60,17 +64,22 @@ def gguf_vocabulary(spiece: bytes, rows: int) -> dict[str, Any]:
     return {_PREFIX + name: value for name, value in values.items() if not (isinstance(value, int) and value >> 31)}
 
 
-def spiece_beside(checkpoint: Checkpoint) -> bytes | None:
-    """The SentencePiece model inside a text encoder's file or beside it, or None."""
-    if SPIECE_MODEL in checkpoint:
-        return checkpoint.tensor(SPIECE_MODEL).to(torch.uint8).numpy().tobytes()
-    if checkpoint.path.suffix == ".gguf" and (inside := spiece_model(checkpoint.path)):
+def spiece_inside(checkpoint: Checkpoint) -> bytes | None:
+    """The SentencePiece model that a text encoder's file carries."""
+    if key := spiece_key(checkpoint):
+        return checkpoint.tensor(key).to(torch.uint8).numpy().tobytes()
+    return spiece_model(checkpoint.files[0])
+
+
+def spiece_beside(checkpoint: Checkpoint, rows: int | None = None) -> bytes | None:
+    """The SentencePiece model inside a text encoder's file or beside it that belongs to a table of so many rows."""
+    inside = spiece_inside(checkpoint)
+    if inside and (rows is None or problem_of(inside, rows) is None):
         return inside
     try:
-        file = find_tokenizer(checkpoint.path).with_name(SPIECE_FILE)
+        return find_tokenizer(checkpoint.path, rows, (SPIECE_FILE,)).read_bytes()
     except WanError:
         return None
-    return file.read_bytes() if file.is_file() else None
 
 
 def _piece(text: str, score: float, kind: int) -> bytes:

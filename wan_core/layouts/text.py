@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from ..config import TextConfig
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint
 from .keys import IDENTITY, Renames
+from .prefixes import Marks, Place, find_places, own_names
 
 TABLE = "token_embedding.weight"
 SPIECE_MODEL = "spiece_model"  # the SentencePiece model, as bytes, inside ComfyUI's files
@@ -45,31 +47,42 @@ DIALECTS: dict[str, Renames] = {
     ]),
 }  # fmt: skip
 
-_MARKS = {
-    "official": "blocks.0.attn.q.weight",
-    "huggingface": "encoder.block.0.layer.0.SelfAttention.q.weight",
-    "llama.cpp": "enc.blk.0.attn_q.weight",
-}
-_EXTRAS = (SPIECE_MODEL,)
+MARKS: Marks = {
+    "official": (("blocks.0.attn.q.weight",), (TABLE,)),
+    "huggingface": (
+        ("encoder.block.0.layer.0.SelfAttention.q.weight",), ("shared.weight", "encoder.embed_tokens.weight"),
+    ),
+    "llama.cpp": (("enc.blk.0.attn_q.weight",), ("token_embd.weight",)),
+}  # fmt: skip
 # Of a whole sequence-to-sequence checkpoint only the encoder is of use.
 _SECOND_HALF = ("decoder.", "lm_head.", "dec.", "output.")
 
 
 def recognise(keys: Collection[str]) -> str | None:
     """The dialect of a text encoder's keys, or None for another kind of file."""
-    keys = set(keys)
-    return next((dialect for dialect, mark in _MARKS.items() if mark in keys and _has_table(dialect, keys)), None)
+    return next((place.dialect for place in find_places(keys, MARKS)), None)
 
 
 def names(checkpoint: Checkpoint, dialect: str) -> dict[str, str]:
-    """Our key -> the checkpoint's key, for every weight; unknown keys stand for themselves, so loading refuses them.
-    """
-    renames = DIALECTS[dialect]
-    found: dict[str, str] = {}
-    for key in sorted(checkpoint.tensors, key=lambda key: key.startswith("encoder.embed_tokens")):
-        if key not in _EXTRAS and not (dialect != "official" and key.startswith(_SECOND_HALF)):
-            found.setdefault(renames.to_own(key) or key, key)
-    return found
+    """Our key -> the checkpoint's key, for every weight of the encoder's place; unknown keys stand for themselves."""
+    return names_in(next(place for place in find_places(checkpoint.tensors, MARKS) if place.dialect == dialect))
+
+
+def names_in(place: Place, path: Path | None = None, outside: Collection[str] = ()) -> dict[str, str]:
+    """Our key -> the file's, of one place in it; unknown keys stand for themselves."""
+    unused = (SPIECE_MODEL, *(_SECOND_HALF if place.dialect != "official" else ()))
+    keys = {key: theirs for key, theirs in place.keys.items() if not key.startswith(unused)}
+    first = sorted(keys, key=lambda key: key.startswith("encoder.embed_tokens"))
+    return own_names(Place(place.dialect, place.prefix, {key: keys[key] for key in first}), DIALECTS[place.dialect])
+
+
+def spiece_key(checkpoint: Checkpoint) -> str | None:
+    """Under which key a file carries the SentencePiece model, if it does."""
+    return next(filter(is_spiece, checkpoint.tensors), None)
+
+
+def is_spiece(key: str) -> bool:
+    return key.rsplit(".", 1)[-1] == SPIECE_MODEL
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> TextConfig:
@@ -85,7 +98,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> TextConfig:
                        "use models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_fp16.safetensors.")
     try:
         return _config(shapes, layers)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, ZeroDivisionError) as error:
         raise WanError(f"The text encoder's dimensions cannot be read: {error} is missing or has another shape than "
                        "expected. Is it a partial download?") from error
 
@@ -120,7 +133,3 @@ def huggingface_config(config: TextConfig) -> dict:
         "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": config.eps, "is_encoder_decoder": True,
         "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1, "dense_act_fn": "gelu_new",
     }  # fmt: skip
-
-
-def _has_table(dialect: str, keys: Collection[str]) -> bool:
-    return any(DIALECTS[dialect].to_own(key) == TABLE for key in keys if "emb" in key or "shared" in key)

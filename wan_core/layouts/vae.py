@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
 from ..config import VAES, VAEConfig, VAEKind
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint
 from ..models.vae.vae import LATENT_MEAN, LATENT_STD, TEMPORAL
 from .keys import IDENTITY, Renames
+from .prefixes import Marks, Place, find_places, own_names
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -61,16 +63,15 @@ def _diffusers_22() -> list[tuple[str, str]]:
 
 DIALECTS: dict[str, Renames] = {
     "official": IDENTITY,  # Wan2.1_VAE.pth, Wan2.2_VAE.pth and ComfyUI's safetensors
-    "prefixed": Renames((f"model.{part}", part) for part in ("encoder", "decoder", "conv1", "conv2")),
     "diffusers-2.1": Renames(_diffusers_frame() + _diffusers_21()),
     "diffusers-2.2": Renames(_diffusers_frame() + _diffusers_22()),
 }
 
-_HALLMARKS: dict[str, tuple[str, ...]] = {
-    "official": ("encoder.conv1.weight", "decoder.middle.0.residual.0.gamma"),
-    "prefixed": ("model.encoder.conv1.weight", "model.decoder.middle.0.residual.0.gamma"),
-    "diffusers-2.2": ("decoder.mid_block.resnets.0.norm1.gamma", "decoder.up_blocks.0.upsampler.resample.1.weight"),
-    "diffusers-2.1": ("decoder.mid_block.resnets.0.norm1.gamma", "decoder.up_blocks.0.resnets.0.norm1.gamma"),
+_BLOCK = "decoder.mid_block.resnets.0.norm1.gamma"
+MARKS: Marks = {
+    "official": (("encoder.conv1.weight",), ("decoder.middle.0.residual.0.gamma",)),
+    "diffusers-2.2": ((_BLOCK,), ("decoder.up_blocks.0.upsampler.resample.1.weight",)),
+    "diffusers-2.1": ((_BLOCK,), ("decoder.up_blocks.0.resnets.0.norm1.gamma",)),
 }
 
 
@@ -81,21 +82,17 @@ def diffusers_dialect(kind: VAEKind) -> str:
 
 def recognise(keys: Collection[str]) -> str | None:
     """The dialect of a Wan VAE's keys, or None when they are not of one."""
-    return next((name for name, marks in _HALLMARKS.items() if all(mark in keys for mark in marks)), None)
+    return next((place.dialect for place in find_places(keys, MARKS)), None)
 
 
 def names(checkpoint: Checkpoint, dialect: str) -> dict[str, str]:
-    """Our key -> the checkpoint's key.
+    """Our key -> the checkpoint's key, for every tensor of the VAE's place; unknown keys stand for themselves."""
+    return names_in(next(place for place in find_places(checkpoint.tensors, MARKS) if place.dialect == dialect))
 
-    Raises:
-        WanError: a key that the dialect does not know.
-    """
-    renames = DIALECTS[dialect]
-    unknown = sorted(key for key in checkpoint.tensors if renames.to_own(key) is None)
-    if unknown:
-        raise WanError(f"{checkpoint.path} looks like a Wan VAE in the {dialect} layout, but has unexpected tensors: "
-                       f"{', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}. Use the file as published.")
-    return {renames.to_own(key): key for key in checkpoint.tensors}
+
+def names_in(place: Place, path: Path | None = None, outside: Collection[str] = ()) -> dict[str, str]:
+    """Our key -> the file's, of one place in it; unknown keys stand for themselves."""
+    return own_names(place, DIALECTS[place.dialect])
 
 
 def read_config(shapes: Shapes) -> VAEConfig:
@@ -116,7 +113,7 @@ def read_config(shapes: Shapes) -> VAEConfig:
             multipliers=tuple(width // encoder_dim for width in widths),
             blocks=blocks,
         )
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise WanError(f"This looks like the {kind} VAE, but its dimensions cannot be read: {error} is missing. "
                        "Is it a partial download, or pruned to its decoder? The whole file is needed.") from error
     _check_config(config, widths)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, _some
+from ..layouts.extras import misfit
 from ..quant.base import Packed
 from ..quant.linear import pack_layers
 from ..quant.scaled import Scaled
@@ -90,11 +91,7 @@ def _check_names(wanted: Mapping, names: Mapping[str, str], checkpoint: Checkpoi
     missing = sorted(set(wanted) - set(names))
     unexpected = sorted(names[key] for key in set(names) - set(wanted))
     if missing or unexpected:
-        raise WanError(
-            f"{checkpoint.path} does not fit the model that its shapes describe. "
-            f"Missing: {_some(missing) or 'nothing'}. Unexpected: {_some(unexpected) or 'nothing'}. "
-            "Is it a partial download, a LoRA, or a model that this version does not support?"
-        )
+        raise misfit(checkpoint.path, missing, unexpected)
 
 
 def _check_shapes(wanted: Mapping, names: Mapping[str, str], checkpoint: Checkpoint) -> None:

@@ -10,7 +10,7 @@ import torch
 from ..dtypes import resolve_dtype
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..layouts import clip as layout
-from ..layouts.detect import expect
+from ..layouts.detect import find
 from ..models.clip.vit import ClipConfig, ClipVision
 from .build import load_strict
 
@@ -32,9 +32,11 @@ def read_clip(path: str | Path) -> ClipFile:
         WanError: not there, damaged, or something else than Wan's CLIP.
     """
     checkpoint = open_checkpoint(path)
-    dialect = expect("clip", checkpoint)
-    config = layout.read_config(checkpoint, dialect)
-    return ClipFile(checkpoint, layout.names(checkpoint, dialect), config, checkpoint.fingerprint)
+    found = find("clip", checkpoint)
+    config = layout.read_config(checkpoint, found.names, found.place.dialect)
+    names = layout.used(found.names)
+    checkpoint = checkpoint.only(names.values())
+    return ClipFile(checkpoint, names, config, checkpoint.fingerprint)
 
 
 def build_clip(

@@ -13,7 +13,8 @@ from ..dtypes import resolve_dtype
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.unchanged import check_unchanged
 from ..layouts import dit as keys
-from ..layouts.detect import expect
+from ..layouts.architecture import check_runs
+from ..layouts.detect import find
 from ..memory.stream import PREFETCH, BlockSwap
 from ..models.dit.attention import find_backend
 from ..models.dit.dit import WanDiT, keeps_float32
@@ -31,6 +32,7 @@ class DiTFile:
     names: dict[str, str]  # our key -> the checkpoint's key
     config: DiTConfig
     fingerprint: tuple  # of the files when the header was read
+    notes: tuple[str, ...] = ()  # what the user should know of how the file was understood
 
     @property
     def path(self) -> Path:
@@ -44,11 +46,29 @@ def read_dit(path: str | Path) -> DiTFile:
         WanError: not there, damaged, something else than a Wan DiT, or a relative that is not supported.
     """
     checkpoint = open_checkpoint(path)
-    dialect = expect("dit", checkpoint)
-    names = keys.names(checkpoint, dialect)
-    shapes = {own: checkpoint.tensors[theirs].shape for own, theirs in names.items()}
-    config = keys.read_config(shapes, keys.heads_beside(checkpoint.path))
-    return DiTFile(checkpoint, names, config, checkpoint.fingerprint)
+    config, names, notes = understand_dit(checkpoint)
+    for note in notes:
+        log.warning("wan_core: %s", note)
+    checkpoint = checkpoint.only(names.values())
+    return DiTFile(checkpoint, names, config, checkpoint.fingerprint, notes)
+
+
+def understand_dit(checkpoint: Checkpoint) -> tuple[DiTConfig, dict[str, str], tuple[str, ...]]:
+    """Dimensions; our key -> the checkpoint's for every tensor of the model; and what to say of the rest.
+
+    Raises:
+        WanError: see ``read_dit``.
+    """
+    found = find("dit", checkpoint)
+    shapes = {own: checkpoint.tensors[theirs].shape for own, theirs in found.names.items()}
+    check_runs(checkpoint.path, shapes, checkpoint.metadata)
+    keys.refuse_relatives([*found.place.keys, *found.outside], checkpoint.path)
+    config, notes = keys.config_of(checkpoint, shapes)
+    with torch.device("meta"):
+        wanted = WanDiT(config).state_dict().keys()
+    keys.refuse_inputs(wanted, found.names, checkpoint.path)
+    names, more = found.fit(wanted, checkpoint)
+    return config, names, (*notes, *more)
 
 
 def build_dit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,17 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import TEXT_ENCODER_CHECKPOINT, TEXT_LENGTH, TextConfig
+from ..config import TEXT_ENCODER_CHECKPOINT, TEXT_LENGTH, TOKENIZER_FOLDER, TextConfig
 from ..dtypes import resolve_dtype
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..layouts import text as layout
-from ..layouts.detect import expect
-from ..layouts.gguf_tokenizer import spiece_model
-from ..models.text.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_file
+from ..layouts.detect import find
+from ..layouts.gguf_tokenizer import spiece_inside
+from ..models.text.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, places_beside, tokenizer_file
+from ..models.text.tokenizer_check import problem_of
 from ..models.text.umt5 import Umt5Encoder
 from ..quant.registry import MADE_ON_LOAD
 from .build import load_strict
+
+log = logging.getLogger(__name__)
 
 OnBlock = Callable[[int], None]
 
@@ -79,6 +83,7 @@ class TextFile:
     config: TextConfig
     fingerprint: tuple  # of the files when the header was read
     tokenizer: Tokenizer | bytes | Path  # bytes: the SentencePiece model inside the checkpoint
+    notes: tuple[str, ...] = ()  # what the user should know of how the file was understood
 
 
 def read_text_encoder(path: str | Path, tokenizer: Tokenizer | bytes | str | Path | None = None) -> TextFile:
@@ -88,10 +93,27 @@ def read_text_encoder(path: str | Path, tokenizer: Tokenizer | bytes | str | Pat
         WanError: not there, damaged, something else than a umT5 encoder, or no tokenizer.
     """
     checkpoint = open_checkpoint(_text_encoder_in(Path(path)))
-    names = layout.names(checkpoint, expect("text", checkpoint))
-    config = layout.read_config({ours: checkpoint.tensors[theirs].shape for ours, theirs in names.items()})
-    source = _tokenizer_source(checkpoint, tokenizer)
-    return TextFile(checkpoint, names, config, checkpoint.fingerprint, source)
+    config, names, notes = understand_text(checkpoint)
+    source, more = _tokenizer_source(checkpoint, tokenizer, config.vocabulary)
+    notes = (*notes, *more)
+    for note in notes:
+        log.warning("wan_core: %s", note)
+    checkpoint = checkpoint.only(names.values())
+    return TextFile(checkpoint, names, config, checkpoint.fingerprint, source, notes)
+
+
+def understand_text(checkpoint: Checkpoint) -> tuple[TextConfig, dict[str, str], tuple[str, ...]]:
+    """Dimensions; our key -> the checkpoint's for every tensor of the encoder; and what to say of the rest.
+
+    Raises:
+        WanError: see ``read_text_encoder``.
+    """
+    found = find("text", checkpoint)
+    config = layout.read_config({ours: checkpoint.tensors[theirs].shape for ours, theirs in found.names.items()})
+    with torch.device("meta"):
+        wanted = Umt5Encoder(config).state_dict().keys()
+    names, notes = found.fit(wanted, checkpoint)
+    return config, names, notes
 
 
 def build_text_encoder(
@@ -153,15 +175,37 @@ def _text_encoder_in(path: Path) -> Path:
     return next((part for part in parts if part.exists()), path)
 
 
-def _tokenizer_source(checkpoint: Checkpoint, named: Tokenizer | bytes | str | Path | None) -> Tokenizer | bytes | Path:
-    if isinstance(named, (Tokenizer, bytes)):
-        return named
+def _tokenizer_source(
+    checkpoint: Checkpoint, named: Tokenizer | bytes | str | Path | None, rows: int
+) -> tuple[Tokenizer | bytes | Path, tuple[str, ...]]:
+    """The tokenizer to use, and what to say of one that was passed over; the places looked at are noted."""
+    if isinstance(named, Tokenizer):
+        return named, ()
     if named is not None:
-        return tokenizer_file(named)
-    if layout.SPIECE_MODEL in checkpoint:
-        return checkpoint.tensor(layout.SPIECE_MODEL).to(torch.uint8).numpy().tobytes()
-    inside = spiece_model(checkpoint.path) if checkpoint.path.suffix == ".gguf" else None
-    return inside or find_tokenizer(checkpoint.path)
+        return _checked(named if isinstance(named, bytes) else tokenizer_file(named), checkpoint, rows), ()
+    inside = spiece_inside(checkpoint)
+    problem = inside and problem_of(inside, rows)
+    if inside and not problem:
+        return inside, ()
+    try:
+        found = find_tokenizer(checkpoint.path, rows)
+    except WanError as error:
+        raise WanError(f"The tokenizer inside {checkpoint.path} {problem}. {error}") if problem else error from None
+    places = places_beside(checkpoint.path.absolute())
+    checkpoint.beside = tuple(places[: places.index(found) + 1])
+    passed = [(file, problem_of(file, rows)) for file in checkpoint.beside[:-1] if file.is_file()]
+    passed = [("The tokenizer inside it", problem)] * bool(problem) + passed
+    return found, tuple(f"{checkpoint.path.name}: {what} {why}; {found} is used." for what, why in passed)
+
+
+def _checked(source: bytes | Path, checkpoint: Checkpoint, rows: int) -> bytes | Path:
+    """A tokenizer that the user named. One that is too large is refused when it is used."""
+    checkpoint.beside = () if isinstance(source, bytes) else (source,)
+    if problem := problem_of(source, rows, larger=True):
+        what = "The tokenizer given" if isinstance(source, bytes) else str(source)
+        raise WanError(f"{what} {problem}. Use the tokenizer of the text encoder {checkpoint.path}: the folder "
+                       f"{TOKENIZER_FOLDER}/ of the official checkpoint.")  # fmt: skip
+    return source
 
 
 def _is_small(key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from ..config import VAEConfig, VAEKind
 from ..dtypes import resolve_dtype
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..layouts import vae as vae_files
-from ..layouts.detect import expect
+from ..layouts.detect import find
 from ..models.vae.vae import VideoVAE
 from ..models.vae.wan21 import Wan21VAE
 from ..models.vae.wan22 import Wan22VAE
 from .build import load_strict
+
+log = logging.getLogger(__name__)
 
 VAE_CLASSES: dict[VAEKind, type[VideoVAE]] = {"wan2.1": Wan21VAE, "wan2.2": Wan22VAE}
 
@@ -28,6 +31,7 @@ class VAEFile:
     names: dict[str, str]  # our key -> the checkpoint's key
     config: VAEConfig
     fingerprint: tuple  # of the files when the header was read
+    notes: tuple[str, ...] = ()  # what the user should know of how the file was understood
 
 
 def read_vae(path: str | Path) -> VAEFile:
@@ -37,9 +41,25 @@ def read_vae(path: str | Path) -> VAEFile:
         WanError: not there, damaged, or something else than a Wan VAE.
     """
     checkpoint = open_checkpoint(path)
-    names = vae_files.names(checkpoint, expect("vae", checkpoint))
-    config = vae_files.read_config({own: checkpoint.tensors[theirs].shape for own, theirs in names.items()})
-    return VAEFile(checkpoint, names, config, checkpoint.fingerprint)
+    config, names, notes = understand_vae(checkpoint)
+    for note in notes:
+        log.warning("wan_core: %s", note)
+    checkpoint = checkpoint.only(names.values())
+    return VAEFile(checkpoint, names, config, checkpoint.fingerprint, notes)
+
+
+def understand_vae(checkpoint: Checkpoint) -> tuple[VAEConfig, dict[str, str], tuple[str, ...]]:
+    """Dimensions; our key -> the checkpoint's for every tensor of the VAE; and what to say of the rest.
+
+    Raises:
+        WanError: see ``read_vae``.
+    """
+    found = find("vae", checkpoint)
+    config = vae_files.read_config({own: checkpoint.tensors[theirs].shape for own, theirs in found.names.items()})
+    with torch.device("meta"):
+        wanted = VAE_CLASSES[config.kind](config).state_dict().keys()
+    names, notes = found.fit(wanted, checkpoint)
+    return config, names, notes
 
 
 def build_vae(

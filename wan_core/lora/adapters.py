@@ -1,4 +1,4 @@
-"""What a LoRA file does to one weight: one class for each way, found in ``KINDS`` by the roles of its tensors.
+"""What a LoRA file does to one weight: the frame of every kind, and the plain ones; ``kinds`` lists them all.
 
 A weight is seen as a matrix [rows, columns]: of a convolution all but the output channels are columns. Formulas are
 those of ComfyUI's ``comfy/weight_adapter``, computed in float32, some rows at a time.
@@ -7,7 +7,7 @@ those of ComfyUI's ``comfy/weight_adapter``, computed in float32, some rows at a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +15,28 @@ from torch import Tensor, nn
 
 Shapes = Mapping[str, tuple[int, ...]]  # role -> shape
 
-_AT_ONCE = {"cpu": 1 << 20}  # numbers merged in one go
-_AT_ONCE_ELSEWHERE = 1 << 24
-_DECOMPOSED = ("dora", "magnitude")
+DECOMPOSED = frozenset({"dora", "magnitude"})
 
 
 class Adapter(nn.Module):
-    """An update of one weight. Its tensors are buffers under their roles, wherever and in whatever dtype they lie."""
+    """An update of one weight. Its tensors are buffers under their roles, wherever and in whatever dtype they lie.
+
+    Args:
+        scale: of the update; ``alpha`` is what the file's own tensor of this name says, for kinds that mean
+            something else by it.
+    """
 
     needs: tuple[frozenset[str], ...]  # sets of roles, one of which is the kind's
+    optional: frozenset[str] = frozenset()  # roles that change what the others mean
+    beside: frozenset[str] = frozenset({"alpha"}) | DECOMPOSED
+    scaled: bool = True  # whether an alpha scales it
     products: tuple[tuple[str, str], ...] = ()  # roles of matrices that are multiplied, where a file has them
 
-    def __init__(self, parts: Mapping[str, Tensor], alpha: float | None):
+    def __init__(self, parts: Mapping[str, Tensor], *, scale: float = 1.0, alpha: float | None = None):
         super().__init__()
         for role, part in parts.items():
             self.register_buffer(role, part)
-        rank = self.rank({role: tuple(part.shape) for role, part in parts.items()})
-        self.scale = 1.0 if alpha is None or rank is None else alpha / rank
+        self.scale = scale
 
     @classmethod
     def adds(cls, roles: Collection[str]) -> bool:
@@ -43,8 +48,13 @@ class Adapter(nn.Module):
         return self.adds(self._buffers)
 
     @classmethod
-    def size(cls, shapes: Shapes) -> tuple[int, int]:
-        """Rows and columns of the weight that it is for."""
+    def stored_dtype(cls, dtype: torch.dtype) -> torch.dtype:
+        """What tensors of a file's dtype are held in while they wait to be merged."""
+        return dtype
+
+    @classmethod
+    def size(cls, shapes: Shapes) -> tuple[int, int | None]:
+        """Rows and columns of the weight that it is for, None for any; an IndexError where a matrix is none."""
         raise NotImplementedError
 
     @classmethod
@@ -53,37 +63,44 @@ class Adapter(nn.Module):
         return None
 
     @classmethod
-    def coherent(cls, shapes: Shapes) -> bool:
-        """Whether the tensors of one weight go together."""
-        rows, columns = cls.size(shapes)
-        lengths = {role: math.prod(shapes[role]) for role in _BESIDE & shapes.keys()}
+    def coherent(cls, shapes: Shapes, weight: tuple[int, ...]) -> bool:
+        """Whether the tensors for a weight of this shape, whose size is right, go together."""
+        rows, channels = weight[0], weight[1] if len(weight) > 1 else 1
+        lengths = {role: math.prod(shapes[role]) for role in cls.beside & shapes.keys()}
         wanted = {"alpha": 1, "magnitude": rows}
         if "dora" in lengths:
-            wanted["dora"] = columns if shapes["dora"][:1] == (1,) else rows
-        return all(lengths[role] == wanted[role] for role in lengths) and all(
-            math.prod(shapes[left][1:]) == shapes[right][0] for left, right in cls.products if left in shapes
+            wanted["dora"] = channels if shapes["dora"][:1] == (1,) else rows
+        factors = {role for pair in cls.products for role in pair} & shapes.keys()
+        return (
+            all(lengths[role] == wanted[role] for role in lengths)
+            and all(len(shapes[role]) > 1 for role in factors)
+            and all(cls._inner(shapes[left]) == shapes[right][0] for left, right in cls.products if left in shapes)
+            and cls.rank(shapes) != 0
         )
 
-    def delta(self, rows: slice, device: torch.device) -> Tensor:
-        """What strength 1 adds to some rows of the weight, float32."""
+    @staticmethod
+    def _inner(left: tuple[int, ...]) -> int:
+        return math.prod(left[1:])
+
+    def delta(self, weight: Tensor, rows: slice) -> Tensor:
+        """What strength 1 adds to some rows of the weight, which are ``weight`` [rows, columns] now; float32."""
         raise NotImplementedError
 
-    @property
-    def wants_all_rows(self) -> bool:
-        """Whether the rows of a weight cannot be merged independently."""
+    def rows_together(self, rows: int) -> int:
+        """How many rows of a weight, out of so many, have to be merged as one."""
         dora = self._buffers.get("dora")
-        return dora is not None and dora.shape[0] == 1
+        return rows if dora is not None and dora.shape[0] == 1 else 1
 
     def merge_(self, weight: Tensor, rows: slice, strength: float) -> None:
         """Change some rows of a weight [rows, columns], float32."""
-        update = self.delta(rows, weight.device).reshape(weight.shape)
-        if not any(role in self._buffers for role in _DECOMPOSED):
+        update = self.delta(weight, rows).reshape(weight.shape)
+        if not DECOMPOSED & self._buffers.keys():
             weight.add_(update, alpha=strength)
             return
         weight.lerp_(self._decomposed(weight, update, rows), strength)
 
     def _decomposed(self, weight: Tensor, update: Tensor, rows: slice) -> Tensor:
-        """DoRA (arXiv 2402.09353): the sum, with the length of each row, or each column, that was learned.
+        """DoRA (arXiv 2402.09353): the sum, with the length of each row, or each input channel, that was learned.
 
         ComfyUI divides rows by the length of the old weight's, where the paper, and PEFT, take the sum's. Each file
         means what its own program did with it: ``dora_scale`` is ComfyUI's, ``lora_magnitude_vector`` is PEFT's.
@@ -92,37 +109,50 @@ class Adapter(nn.Module):
         if "magnitude" in self._buffers:
             wanted, length = self._part("magnitude", weight.device).view(-1, 1)[rows], total.norm(dim=1, keepdim=True)
             return total * (wanted / length)
-        wanted = self._part("dora", weight.device)
-        if self.wants_all_rows:
-            length = total.norm(dim=0, keepdim=True)
-        else:
-            wanted, length = wanted.view(-1, 1)[rows], weight.norm(dim=1, keepdim=True)
-        return total * (wanted / (length + torch.finfo(torch.float32).eps))
+        wanted, eps = self._part("dora", weight.device), torch.finfo(torch.float32).eps
+        if self.dora.shape[0] == 1:
+            channels = total.view(len(total), wanted.numel(), -1)
+            length = channels.norm(dim=(0, 2), keepdim=True)
+            return (channels * (wanted.view(1, -1, 1) / (length + eps))).view(total.shape)
+        return total * (wanted.view(-1, 1)[rows] / (weight.norm(dim=1, keepdim=True) + eps))
 
     def _part(self, role: str, device: torch.device, rows: slice = slice(None)) -> Tensor:
         return self._buffers[role][rows].to(device, torch.float32)
 
 
 class LowRank(Adapter):
-    """LoRA (arXiv 2106.09685): up [rows, rank] times down [rank, columns]."""
+    """LoRA (arXiv 2106.09685): up [rows, rank] times down [rank, columns].
+
+    With a middle [rank, rank, …] of a convolution, down is [rank, channels].
+    """
 
     needs = (frozenset({"up", "down"}),)
+    optional = frozenset({"mid"})
     products = (("up", "down"),)
 
     @classmethod
     def adds(cls, roles: Collection[str]) -> bool:
-        return not any(role in roles for role in _DECOMPOSED)
+        return not (DECOMPOSED | cls.optional) & set(roles)
 
     @classmethod
     def size(cls, shapes: Shapes) -> tuple[int, int]:
-        return shapes["up"][0], math.prod(shapes["down"][1:])
+        return shapes["up"][0], math.prod(shapes["down"][1:]) * kernel_of(shapes.get("mid", (0, 0)))
 
     @classmethod
     def rank(cls, shapes: Shapes) -> int:
         return shapes["down"][0]
 
-    def delta(self, rows: slice, device: torch.device) -> Tensor:
-        return self._part("up", device, rows).flatten(1) @ self._part("down", device).flatten(1) * self.scale
+    @classmethod
+    def coherent(cls, shapes: Shapes, weight: tuple[int, ...]) -> bool:
+        mid = shapes.get("mid")
+        fits = mid is None or mid[:2] == (math.prod(shapes["up"][1:]), shapes["down"][0])
+        return fits and super().coherent(shapes, weight)
+
+    def delta(self, weight: Tensor, rows: slice) -> Tensor:
+        up, down = self._part("up", weight.device, rows).flatten(1), self._part("down", weight.device).flatten(1)
+        if "mid" in self._buffers:
+            down = torch.einsum("mn...,nj->mj...", self._part("mid", weight.device), down).flatten(1)
+        return up @ down * self.scale
 
     def add_(self, y: Tensor, x: Tensor, strength: float) -> None:
         """To what a layer makes of x [..., columns], y [..., rows]; with tensors of their dtype and device."""
@@ -130,75 +160,42 @@ class LowRank(Adapter):
         y.view(-1, y.shape[-1]).addmm_(low, self.up.flatten(1).T, alpha=strength * self.scale)
 
 
-class Hadamard(Adapter):
-    """LoHa (arXiv 2108.06098): the elementwise product of two low-rank matrices."""
-
-    needs = (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),)
-    products = (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))
-
-    @classmethod
-    def size(cls, shapes: Shapes) -> tuple[int, int]:
-        return shapes["hada_w1_a"][0], math.prod(shapes["hada_w1_b"][1:])
-
-    @classmethod
-    def rank(cls, shapes: Shapes) -> int:
-        return shapes["hada_w1_b"][0]
-
-    def delta(self, rows: slice, device: torch.device) -> Tensor:
-        one, two = (
-            self._part(f"hada_w{n}_a", device, rows) @ self._part(f"hada_w{n}_b", device).flatten(1) for n in (1, 2)
-        )
-        return one * two * self.scale
-
-
-class Kronecker(Adapter):
-    """LoKr (arXiv 2309.14859): the Kronecker product of two matrices, either of which may be a low-rank product."""
-
-    needs = tuple(
-        frozenset(one + two)
-        for one in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
-        for two in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
-    )
-    products = (("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"))
-
-    @classmethod
-    def size(cls, shapes: Shapes) -> tuple[int, int]:
-        one, two = (shapes[name] if name in shapes else (shapes[f"{name}_a"][0], shapes[f"{name}_b"][1])
-                    for name in ("lokr_w1", "lokr_w2"))  # fmt: skip
-        return one[0] * two[0], math.prod(one[1:]) * math.prod(two[1:])
-
-    @classmethod
-    def rank(cls, shapes: Shapes) -> int | None:
-        return next((shapes[name][0] for name in ("lokr_w2_b", "lokr_w1_b") if name in shapes), None)
-
-    def delta(self, rows: slice, device: torch.device) -> Tensor:
-        one, two = self._factor("lokr_w1", device), self._factor("lokr_w2", device)
-        index = torch.arange(len(one) * len(two), device=device)[rows]
-        return torch.einsum("nb,nd->nbd", one[index // len(two)], two[index % len(two)]).flatten(1) * self.scale
-
-    def _factor(self, name: str, device: torch.device) -> Tensor:
-        if name in self._buffers:
-            return self._part(name, device).flatten(1)
-        return self._part(f"{name}_a", device) @ self._part(f"{name}_b", device)
+def kernel_of(core: tuple[int, ...]) -> int:
+    """How many positions a convolution's core [rank, rank, …] has."""
+    if len(core) < 2:
+        raise IndexError("a core is at least a matrix")
+    return math.prod(core[2:])
 
 
 class Difference(Adapter):
     """The whole difference of two weights."""
 
     needs = (frozenset({"diff"}),)
+    beside = frozenset()
+    scaled = False
 
     @classmethod
     def size(cls, shapes: Shapes) -> tuple[int, int]:
-        return shapes["diff"][0], math.prod(shapes["diff"][1:])
+        (shape,) = shapes.values()
+        return shape[0], math.prod(shape[1:])
 
-    def delta(self, rows: slice, device: torch.device) -> Tensor:
-        return self._part("diff", device, rows)
+    def delta(self, weight: Tensor, rows: slice) -> Tensor:
+        (role,) = self._buffers
+        return self._part(role, weight.device, rows) * self.scale
+
+
+class BiasOfUp(Difference):
+    """The bias that PEFT may give to its second matrix: a difference of the layer's bias, at the LoRA's own scale."""
+
+    needs = (frozenset({"up_bias"}),)
 
 
 class Replacement(Adapter):
     """Another weight in the old one's place, whatever the strength."""
 
     needs = (frozenset({"set"}),)
+    beside = frozenset()
+    scaled = False
 
     @classmethod
     def size(cls, shapes: Shapes) -> tuple[int, int]:
@@ -206,37 +203,3 @@ class Replacement(Adapter):
 
     def merge_(self, weight: Tensor, rows: slice, strength: float) -> None:
         weight.copy_(self._part("set", weight.device, rows).reshape(weight.shape))
-
-
-KINDS: tuple[type[Adapter], ...] = (LowRank, Hadamard, Kronecker, Difference, Replacement)
-_BESIDE = frozenset({"alpha", *_DECOMPOSED})
-
-
-def kinds_of(roles: Sequence[str]) -> list[tuple[type[Adapter], frozenset[str]]]:
-    """The adapters that a weight's tensors make, each with its roles; those left over belong to none."""
-    given = frozenset(roles)
-    found = [(kind, next((need for need in kind.needs if need <= given), None)) for kind in KINDS]
-    made = [(kind, need) for kind, need in found if need]
-    return [(kind, need | (given & _BESIDE if kind not in (Difference, Replacement) else frozenset()))
-            for kind, need in made]  # fmt: skip
-
-
-def merge_into(
-    out: Tensor, base: Callable[[slice], Tensor], adapters: Sequence[tuple[Adapter, float]]
-) -> Tensor:
-    """Fill out with a weight and its adapters, each at a strength, in the order given; rounded once, to out's dtype.
-
-    Args:
-        base: some rows of the weight, of any shape, dtype and device.
-    """
-    flat = out.view(len(out), -1)
-    count = max(1, _AT_ONCE.get(out.device.type, _AT_ONCE_ELSEWHERE) // flat.shape[1])
-    if any(adapter.wants_all_rows for adapter, _ in adapters):
-        count = len(out)
-    for start in range(0, len(out), count):
-        rows = slice(start, min(start + count, len(out)))
-        weight = base(rows).to(out.device, torch.float32, copy=True).view(flat[rows].shape)
-        for adapter, strength in adapters:
-            adapter.merge_(weight, rows, strength)
-        flat[rows] = weight
-    return out

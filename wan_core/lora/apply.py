@@ -23,8 +23,9 @@ from ..loading.dit import DiTFile
 from ..models.dit.dit import WanDiT, keeps_float32
 from ..quant.linear import QuantLinear
 from ..quant.scratch import Scratch
-from .adapters import Adapter, merge_into
+from .adapters import Adapter
 from .files import LoraFile, Part
+from .kinds import merge_into
 
 
 class PatchedLinear(nn.Module):
@@ -129,7 +130,7 @@ class Adaptation:
         scratch, apart, beside = Scratch(), [], {}
         for key, parts in _by_weight(self._loras).items():
             if not self._stays_beside(key, parts):
-                adapters = tuple((self._made(lora, part), place) for place, lora, part in parts)
+                adapters = tuple((part.read(lora.checkpoint), place) for place, lora, part in parts)
                 self._merged.append(_Merged(key, adapters))
                 apart.append(self._slot(key))
                 continue
@@ -153,16 +154,11 @@ class Adaptation:
 
     def _patch(self, path: str, parts: Sequence[tuple[int, LoraFile, Part]], scratch: Scratch) -> PatchedLinear:
         base = self.model.get_submodule(path)
-        adapters = [self._made(lora, part) for _, lora, part in parts]
+        adapters = [part.read(lora.checkpoint) for _, lora, part in parts]
         patched = PatchedLinear(base, adapters, [place for place, _, _ in parts], self._strengths, scratch)
         _replace(self.model, path, patched)
         self._patched.append(path)
         return patched
-
-    def _made(self, lora: LoraFile, part: Part) -> Adapter:
-        tensors = {role: lora.checkpoint.tensor(key) for role, key in part.keys.items()}
-        alpha = tensors.pop("alpha", None)
-        return part.kind(tensors, None if alpha is None else alpha.item())
 
     def _wanted_dtype(self, adapter: Adapter, tensor: Tensor) -> torch.dtype:
         """Added updates are in the dtype of the computation; merged ones are cast when they are merged."""

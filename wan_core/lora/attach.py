@@ -10,8 +10,8 @@ from ..errors import WanError
 from ..foreign import only_own
 from ..loading.dit import DiTFile
 from ..recipe import ModelRecipe, noise_level_of
-from .files import read_lora
-from .twins import find_twin, level_of
+from .files import LoraFile, read_lora
+from .twins import find_twin, has_other_epoch, level_of
 from .use import Loras, LoraUse
 
 AUTO = "auto"
@@ -24,6 +24,7 @@ class Placed:
     high: Path | None
     low: Path | None
     note: str
+    found: Path | None = None  # the one that was not chosen but found
 
 
 def place(file: Path, low: Path | str | None) -> Placed:
@@ -38,7 +39,8 @@ def place(file: Path, low: Path | str | None) -> Placed:
     level, twin = level_of(file), find_twin(file)
     if twin:
         high, low = (twin, file) if level == "low" else (file, twin)
-        return Placed(high, low, f"{twin.name} is the twin of {file.name}")
+        other = ", of another epoch: there is none nearer" if has_other_epoch(file, twin) else ""
+        return Placed(high, low, f"{twin.name} is the twin of {file.name}{other}", twin)
     if level is None:
         return Placed(file, file, "one file for both experts")
     other = "low" if level == "high" else "high"
@@ -79,7 +81,7 @@ def with_lora(
         if path is None:
             lines.append(f"{title}: no LoRA")
             continue
-        use = LoraUse(read_lora(path, model, level), value, first_step, last_step)
+        use = LoraUse(_read(path, model, level, placed), value, first_step, last_step)
         uses[name] = (use,) if value else ()
         lines.append(f"{title}: strength {value:g}{_steps(use)}, {use.file.report()}")
         if recipe.variant.experts == 2 and (named := level_of(path)) not in (None, level):
@@ -87,6 +89,16 @@ def with_lora(
     loras = Loras(recipe.loras.high + uses.get("high", ()) + uses.get("only", ()),
                   recipe.loras.low + uses.get("low", ()))  # fmt: skip
     return replace(recipe, loras=loras, merge_loras=recipe.merge_loras or merge), "\n".join(lines)
+
+
+def _read(path: Path, model: DiTFile, level: str, placed: Placed) -> LoraFile:
+    try:
+        return read_lora(path, model, level)
+    except WanError as error:
+        if path != placed.found:
+            raise
+        raise WanError(f"{error} It was found as the other expert's file ({placed.note}): name the low-noise expert's "
+                       "file yourself, or none for it, to go on without.") from error
 
 
 _TITLES = {"high": "High-noise expert", "low": "Low-noise expert", "only": "Model"}

@@ -1,15 +1,18 @@
-"""Files for the two experts: which noise level a LoRA is for, and where its twin lies."""
+"""Files for the two experts: which noise level a LoRA is for, and where its twin lies.
+
+Other files of a folder are looked at in passing: whatever is wrong with one of them, it is no twin, and nothing else.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from ..config import VARIANTS
-from ..errors import WanError
 from ..files.checkpoint import open_checkpoint
+from .dialects import expert_of
 
 # "high" in high_noise, HighNoise, T2V-HIGH-14B, i2vHIGH, HIGHv2; not in highlight. "h", "hn" only between separators.
 _LEVEL = re.compile(
@@ -28,21 +31,88 @@ def level_of(path: Path) -> str | None:
         words = [word.lower() for word in _LEVEL.findall(name)]
         if whole := [word for word in words if word not in _SHORT]:
             return whole[-1]
-    return _trained_level(path) or _short_level(path)
+    return _trained_level(path) or _level_of_keys(path) or _short_level(path)
 
 
 def find_twin(path: Path) -> Path | None:
-    """The file for the other expert, by name or by what this project's trainer wrote into both."""
-    return _twin_by_name(path) or _twin_by_metadata(path)
+    """The file for the other expert: by name, by what this project's trainer wrote into both, or of another epoch."""
+    try:
+        return _twin_by_name(path) or _twin_by_metadata(path) or _twin_of_another_epoch(path)
+    except OSError:  # a folder that cannot be read
+        return None
+
+
+def has_other_epoch(path: Path, twin: Path) -> bool:
+    """Whether two files' names differ in more than the noise level: they are of different points of a training."""
+    same = (_swapped(path.stem), _last_swapped(path.stem), path.stem)
+    return _twin_by_metadata(path) != twin and twin.stem.lower() not in {name.lower() for name in same}
 
 
 def _twin_by_name(path: Path) -> Path | None:
-    for folder in dict.fromkeys((path.parent, path.parent.parent / _swapped(path.parent.name))):
+    for folder in _folders(path):
         for name in dict.fromkeys((_swapped(path.stem), _last_swapped(path.stem), path.stem)):
             twin = _existing(folder, name + path.suffix)
             if twin and twin != path and (folder, name) != (path.parent, path.stem):
                 return twin
     return None
+
+
+def _folders(path: Path) -> list[Path]:
+    return list(dict.fromkeys((path.parent, path.parent.parent / _swapped(path.parent.name))))
+
+
+# What trainers number: -000010, _e10, epoch_10, step00001000, and a number that ends the name. Not 14B, v2 or 4steps.
+_EPOCH = re.compile(
+    r"[-_. ]*(?<![A-Za-z])(?:epochs?|ep|e|steps?|iters?|checkpoint|ckpt|s)[-_. ]?(\d{1,12})(?![A-Za-z\d])"
+    r"|[-_. ](\d{5,12})(?![A-Za-z\d])"
+    r"|[-_. ](\d{1,4})$",
+    re.IGNORECASE,
+)
+
+
+def _twin_of_another_epoch(path: Path) -> Path | None:
+    """The nearest point of the other expert's training; a name without a number is its end."""
+    swapped = {_swapped(path.stem), _last_swapped(path.stem)} - {path.stem}
+    epoch = _epoch_of(path)
+    found = [
+        (abs(_epoch_of(file) - epoch), -_epoch_of(file), file)
+        for folder in _folders(path)
+        for wanted in [{_without_epoch(name) for name in (swapped if folder == path.parent else swapped | {path.stem})}]
+        for file in _files(folder)
+        if file != path and file.suffix.lower() == path.suffix.lower() and _without_epoch(file.stem) in wanted
+    ]
+    return next((file for _, _, file in sorted(found) if _said(file).readable), None)
+
+
+def _without_epoch(name: str) -> str:
+    return _EPOCH.sub("", name).lower()
+
+
+def _epoch_of(path: Path) -> int:
+    found = [int(next(filter(None, numbers))) for numbers in _EPOCH.findall(path.stem)]
+    return found[-1] if found else _END
+
+
+_END = 10**12
+
+
+def _files(folder: Path) -> list[Path]:
+    """The plain files of a folder: no pipes, which would never answer, and nothing that cannot be looked at."""
+    found = []
+    try:
+        for file in sorted(folder.iterdir()):
+            if _is_file(file):
+                found.append(file)
+    except OSError:
+        pass
+    return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or in a folder that is closed to us
+        return False
 
 
 def _swapped(name: str) -> str:
@@ -68,10 +138,9 @@ def _in_case_of(pattern: str, word: str) -> str:
 
 def _existing(folder: Path, name: str) -> Path | None:
     """A file of this name, whatever the case of its letters."""
-    if (folder / name).is_file():
+    if _is_file(folder / name):
         return folder / name
-    files = folder.iterdir() if folder.is_dir() else ()
-    return next((file for file in files if file.name.lower() == name.lower() and file.is_file()), None)
+    return next((file for file in _files(folder) if file.name.lower() == name.lower()), None)
 
 
 def _short_level(path: Path) -> str | None:
@@ -82,47 +151,62 @@ def _short_level(path: Path) -> str | None:
     return None
 
 
+def _level_of_keys(path: Path) -> str | None:
+    """Of a file all of whose keys name the second expert, as diffusers and DiffSynth do: the first's name is any's."""
+    return _said(path).level
+
+
 def _trained_level(path: Path) -> str | None:
-    task, noise = _training(path)
-    boundary = VARIANTS[task].boundary if task else None
+    said = _said(path)
+    boundary = VARIANTS[said.task].boundary if said.task in VARIANTS else None
     if boundary is None:
         return None
-    if noise[0] >= boundary - 0.1 and noise[1] > boundary:
+    if said.first >= boundary - 0.1 and said.last > boundary:
         return "high"
-    return "low" if noise[1] <= boundary + 0.1 and noise[0] < boundary else None
+    return "low" if said.last <= boundary + 0.1 and said.first < boundary else None
 
 
 def _twin_by_metadata(path: Path) -> Path | None:
     level = _trained_level(path)
     if level is None:
         return None
-    task, _ = _training(path)
-    found = [file for file in _safetensors_beside(path)
-             if _training(file)[0] == task and _trained_level(file) == _OTHER[level]]  # fmt: skip
+    task = _said(path).task
+    found = [file for file in _files(path.parent) if file != path and file.suffix.lower() == ".safetensors"
+             and _said(file).task == task and _trained_level(file) == _OTHER[level]]  # fmt: skip
     return found[0] if len(found) == 1 else None
 
 
-def _safetensors_beside(path: Path) -> Iterator[Path]:
-    return (file for file in sorted(path.parent.glob("*.safetensors")) if file != path)
+@dataclass(frozen=True)
+class _Said:
+    """What a file says of itself: the task and the noise levels that this project's trainer writes down, and the
+    expert that its keys name.
+    """
+
+    task: str | None = None
+    first: float = 0.0
+    last: float = 1.0
+    level: str | None = None
+    readable: bool = False
 
 
-def _training(path: Path) -> tuple[str | None, tuple[float, float]]:
-    """The task, and the noise levels trained, that this project's trainer writes down."""
+def _said(path: Path) -> _Said:
     try:
         found = path.stat()
-    except OSError:
-        return _NOTHING_SAID
-    return _said(path, found.st_size, found.st_mtime_ns)
-
-
-_NOTHING_SAID = None, (0.0, 1.0)
+    except (OSError, ValueError):
+        return _Said()
+    return _read(path, found.st_size, found.st_mtime_ns) if _is_file(path) or path.is_dir() else _Said()
 
 
 @lru_cache(maxsize=4096)
-def _said(path: Path, size: int, changed: int) -> tuple[str | None, tuple[float, float]]:
+def _read(path: Path, size: int, changed: int) -> _Said:
     """Kept, because a twin is looked for whenever a graph is queued, among all files of a folder."""
     try:
-        said = open_checkpoint(path).metadata
-        return said["wan_task"], (float(said["noise_from"]), float(said["noise_to"]))
-    except (WanError, OSError, KeyError, ValueError):
-        return _NOTHING_SAID
+        checkpoint = open_checkpoint(path)
+        level = "low" if {expert_of(key) for key in checkpoint.tensors} == {"low"} else None
+        said, numbers = checkpoint.metadata, (0.0, 1.0)
+        task = said.get("wan_task") if {"noise_from", "noise_to"} <= said.keys() else None
+        if task is not None:
+            numbers = float(said["noise_from"]), float(said["noise_to"])
+        return _Said(task if isinstance(task, str) else None, *numbers, level, True)
+    except Exception:  # somebody's file in passing: damaged in any way, it is nobody's twin
+        return _Said()

@@ -6,8 +6,10 @@ each later one is four.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,6 +22,8 @@ from ..errors import WanError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+log = logging.getLogger(__name__)
 
 
 def latent_frames(frames: int) -> int:
@@ -91,7 +95,7 @@ def ti2v_size(area: int, image_w: int, image_h: int, multiple: int = 32) -> tupl
     return by_width if _distortion(by_width, ratio) < _distortion(by_height, ratio) else by_height
 
 
-def video_size(variant: Variant, size: tuple[int, int], images: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def fitted_size(variant: Variant, size: tuple[int, int], images: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Width and height of a video: as asked for, or, where it begins with images, of the first one's aspect ratio and
     about that area.
 
@@ -147,10 +151,70 @@ def _too_narrow(area: int, image_w: int, image_h: int) -> WanError:
                     "Crop the image, or choose a larger size.")
 
 
+def open_image(path: str | Path) -> Image:
+    """A picture from a file as 8-bit RGB, upright: cameras write beside the pixels how to turn them.
+
+    Raises:
+        WanError: not there, not a picture, damaged, or too large to be one.
+    """
+    from PIL import Image as images
+
+    path = Path(path)
+    if not path.is_file():
+        raise WanError(f"No such image: {path}. Expected the file of a picture.")
+    try:
+        with images.open(path) as picture:
+            return upright_rgb(picture)
+    except images.DecompressionBombError as error:
+        raise WanError(f"{path} has too many pixels to be trusted ({error}). Scale it down first.") from error
+    except WanError as error:
+        raise WanError(f"{path}: {error}") from error
+    except Exception as error:  # decoders fail in every way that there is on damaged files
+        raise WanError(f"{path} is not an image that can be read ({type(error).__name__}). Expected PNG, JPEG, WebP or "
+                       "another format that Pillow knows.") from error
+
+
+def upright_rgb(picture: Image) -> Image:
+    """8-bit RGB, turned as the camera says. Deeper pictures are scaled to 8 bits, not cut off at 255.
+
+    Raises:
+        WanError: values that are no numbers.
+    """
+    from PIL import Image as images
+    from PIL import ImageOps
+
+    sixteen = picture.mode.startswith("I;16") or picture.mode == "I" and picture.format == "PNG"
+    picture.load()
+    try:
+        picture = ImageOps.exif_transpose(picture)
+    except Exception as error:  # damaged notes beside sound pixels
+        log.warning("The picture's orientation cannot be read (%s): taken as it lies.", type(error).__name__)
+    if picture.mode.startswith(("I", "F")):
+        picture = images.fromarray(_eight_bits(np.asarray(picture), sixteen=sixteen))
+    return picture.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray, *, sixteen: bool) -> np.ndarray:
+    """Integers of 16 or 32 bits, or floats, [H,W] -> bytes.
+
+    What white is only 16-bit files say; else the largest value tells: 1 (floats), 255, 65535, or the most that 32 bits
+    hold.
+    """
+    whole = np.issubdtype(values.dtype, np.integer)
+    if not (whole or np.isfinite(values).all()):
+        raise WanError("the picture holds values that are no numbers (NaN or infinite). Export it anew.")
+    if whole and values.size and values.min() < 0:
+        values = values.astype(np.int32).view(np.uint32)  # Pillow reads unsigned numbers as signed ones
+    values = values.astype(np.float64)
+    ends = (65535,) if sixteen else (() if whole else (1,)) + (255, 65535, 2**31 - 1)
+    white = next((end for end in ends if values.size == 0 or values.max() <= end), 2**32 - 1)
+    return (values.clip(0, white) * (255 / white)).round().astype(np.uint8)
+
+
 def image_tensor(image: Image | np.ndarray | Tensor) -> Tensor:
     """A PIL image, or [H,W,3] with 0..1 floats (ComfyUI's IMAGE) or bytes -> [3,H,W] in -1..1, float32."""
     if not isinstance(image, (np.ndarray, Tensor)):
-        image = np.asarray(image.convert("RGB"))
+        image = np.asarray(upright_rgb(image) if image.mode.startswith(("I", "F")) else image.convert("RGB"))
     pixels = image if isinstance(image, Tensor) else torch.tensor(image)
     pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
     return pixels[..., :3].permute(2, 0, 1).sub(0.5).div(0.5).contiguous()

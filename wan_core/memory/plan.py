@@ -25,6 +25,7 @@ from ..models.dit.features import feature_of
 from ..models.dit.layers import SLICE
 from ..models.dit.rope import SLICE as ROTATED_AT_ONCE
 from ..quant.registry import MADE_ON_LOAD
+from .devices import total_bytes
 from .stream import LANES, STAGES, check_count, spread
 from .tracing import peak_bytes
 
@@ -236,6 +237,57 @@ def plan(
         return lay(recipe.swap_blocks, recipe.prefetch)
     limit = _limit(recipe.vram_limit, free)
     return replace(_largest_that_fits(lay, limit, recipe), limit=limit)
+
+
+def check_fits(recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device | str, *, guided: bool = True,
+               total: int | None = None) -> None:  # fmt: skip
+    """Refuse a video that sampling cannot hold however little of the model is on the device; nothing is allocated.
+
+    Args:
+        shape: of the latent [B, C, T, h, w].
+        total: bytes of the device, or what it is known to have for us; None asks the machine.
+
+    Raises:
+        WanError: with what it would take, and what there is.
+    """
+    device = torch.device(device)
+    total = total_bytes(device) if total is None else total
+    lay, layers = _layout(recipe, tuple(shape), device, guided), recipe.high.config.layers
+    least = min((lay(0, 0), lay(layers, 0)), key=lambda made: made.total)
+    if least.total > total:
+        what = f"a latent of {shape[4]}x{shape[3]}x{shape[2]}{_batch(shape[0])}"
+        raise does_not_fit(what, least.total, total, device)
+
+
+def check_frames_fit(config: VAEConfig, height: int, width: int, device: torch.device | str, *,
+                     total: int | None = None) -> None:  # fmt: skip
+    """Refuse frames (or tiles) that the VAE cannot decode at once in float32.
+
+    Raises:
+        WanError: with what it would take, and what there is.
+    """
+    device = torch.device(device)
+    total = total_bytes(device) if total is None else total
+    taken = 4 * 3 * 4 * height * width  # the picture alone: tracing takes long on absurd sizes
+    if taken <= total:
+        taken = decode_bytes(config, height, width)
+    if taken > total:
+        raise does_not_fit(f"decoding frames of {width}x{height} pixels", taken, total, device,
+                           "Decode in tiles (512 pixels a side, say), or choose a smaller size.")  # fmt: skip
+
+
+def does_not_fit(what: str, taken: float, total: float, device: torch.device,
+                 do: str = "Choose a smaller size or fewer frames.") -> WanError:  # fmt: skip
+    return WanError(f"{what[0].upper()}{what[1:]} takes at least {_gb(taken)} of memory, but {device} has "
+                    f"{_gb(total)}. {do}")  # fmt: skip
+
+
+def _gb(count: float) -> str:
+    return f"{count / GB:.1f} GB" if count < 1e15 else f"{count / GB:.1e} GB"
+
+
+def _batch(count: int) -> str:
+    return f", batch {count}" if count > 1 else ""
 
 
 def smaller(used: Plan) -> tuple[int, int] | None:

@@ -18,6 +18,7 @@ from ..errors import WanError
 from ..lookup import look_up
 
 AUTO = "auto"
+MOST_STEPS = 10_000
 _ONE = 0.9999  # ComfyUI's KSampler takes any denoise above this for the whole way
 
 
@@ -150,8 +151,8 @@ def _with_zero(sigmas: Tensor) -> Tensor:
 
 
 def _check(steps: int, shift: float) -> None:
-    if steps < 1:
-        raise WanError(f"{steps} steps: at least 1 is needed.")
+    if not 1 <= steps <= MOST_STEPS:
+        raise WanError(f"{steps} steps: at least 1 is needed, and at most {MOST_STEPS} make sense.")
     if not 0 < shift < float("inf"):
         raise WanError(f"shift is {shift}: expected a number above 0 (Wan uses 3 to 12; 1 shifts nothing).")
 

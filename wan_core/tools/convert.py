@@ -21,10 +21,13 @@ from ..errors import WanError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.write import Planned, check_room, write_gguf, write_json, write_pickle, write_safetensors
 from ..layouts import dit, text, vae
-from ..layouts.detect import Part, expect, part_of
+from ..layouts.detect import NAMES, Part, part_of, parts_of
 from ..layouts.gguf_tokenizer import gguf_vocabulary, spiece_beside
 from ..layouts.keys import IDENTITY, Renames
 from ..layouts.variants import choose
+from ..loading.dit import understand_dit
+from ..loading.text import understand_text
+from ..loading.vae import understand_vae
 from ..quant.base import Format
 from ..quant.fp8 import FP8
 from ..quant.gguf import BLOCK_TYPES, GGUF
@@ -175,14 +178,18 @@ class _Job:
         self.report = Report()
         self.part: Part = part_of(checkpoint)
         self.module = {"dit": dit, "text": text, "vae": vae}[self.part]
-        self.names = self.module.names(checkpoint, expect(self.part, checkpoint))
+        understand = {"dit": understand_dit, "text": understand_text, "vae": understand_vae}[self.part]
+        _, self.names, notes = understand(checkpoint)
+        self.report.notes += notes
+        if len(held := parts_of(checkpoint)) > 1:
+            self.report.notes.append(f"The file holds {len(held)} models; only {NAMES[self.part]} in it is converted.")
         self.shapes = {own: checkpoint.tensors[theirs].shape for own, theirs in self.names.items()}
         self._check()
         self.renames = self._renames()
         self.errors: dict[str, Error] = {}
         self.marks: dict[str, dict[str, str]] = {}  # layer -> ComfyUI's marking
         self.tensors = [one for own in self.names for one in self._plan(own)]
-        self.spiece = spiece_beside(checkpoint) if self.part == "text" else None
+        self.spiece = spiece_beside(checkpoint, self.shapes[text.TABLE][0]) if self.part == "text" else None
 
     @property
     def bytes(self) -> int:
@@ -282,7 +289,7 @@ class _Job:
             write_pickle(path, self.tensors, self._done)
             return
         path.mkdir()
-        config = dit.read_config(self.shapes, dit.heads_beside(self.checkpoint.path))
+        config, _ = dit.config_of(self.checkpoint, self.shapes)
         self._write_shards(path)
         write_json(path / "config.json", dit.official_config(config, choose(config, path).variant.task))
 
@@ -304,7 +311,7 @@ class _Job:
 
     def _diffusers_config(self) -> dict:
         if self.part == "dit":
-            return dit.diffusers_config(dit.read_config(self.shapes, dit.heads_beside(self.checkpoint.path)))
+            return dit.diffusers_config(dit.config_of(self.checkpoint, self.shapes)[0])
         if self.part == "vae":
             return vae.diffusers_config(vae.read_config(self.shapes))
         return text.huggingface_config(text.read_config(self.shapes))

@@ -44,6 +44,7 @@ from ..models.dit.features.clip_tokens import ClipTokensConfig
 from ..models.text.tokenizer import train_tiny_tokenizer, write_tokenizer_folder
 from ..models.text.umt5 import Umt5Encoder
 
+MARK = "wan_core_tiny"  # in the header of every safetensors file made here
 COMFY_TEXT_ENCODER = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 _VOCABULARY_TEXTS = (
     NEGATIVE_PROMPT,
@@ -226,7 +227,7 @@ def _random_lora(weights: Mapping[str, torch.Tensor], rank: int = 4) -> dict[str
 
 def _save(weights: Mapping[str, torch.Tensor], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, file, metadata={"format": "pt"})
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, file, metadata={"format": "pt", MARK: "1"})
 
 
 def _save_shards(weights: Mapping[str, torch.Tensor], folder: Path, shards: int = 2) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import Variant
+from ..files.atomic import unfinished
 from ..loading.text import OnBlock, TextEncoder
 from ..models.vae.vae import OnChunk, VideoVAE
 from ..sampling.starts import known_channels
@@ -59,9 +59,8 @@ class Cache:
             return found
         made = {name: tensor.to("cpu", self.dtype).contiguous() for name, tensor in make().items()}
         file.parent.mkdir(exist_ok=True)
-        partial = file.with_suffix(f".partial{os.getpid()}")
-        save_file(made, partial)
-        os.replace(partial, file)
+        with unfinished(file) as partial:
+            save_file(made, partial)
         return {name: tensor.float() for name, tensor in made.items()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..config import TEMPORAL_STRIDE
 from ..errors import WanError
-from ..media.geometry import image_tensor, latent_frames
+from ..media.geometry import image_tensor, latent_frames, open_image
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".avi", ".mov", ".wmv", ".mkv", ".flv", ".webm")
@@ -63,16 +64,21 @@ class ClipProblem(Exception):
     """A clip that cannot be used, and why."""
 
 
-def read_folder(folder: str | Path, frame: Frame, *, metadata: str | Path | None = None) -> list[Clip]:
+def read_folder(
+    folder: str | Path, frame: Frame, *, metadata: str | Path | None = None, root: Path | None = None
+) -> list[Clip]:
     """The clips of a table.
 
+    Args:
+        root: what the files must lie in; None: the folder itself.
+
     Raises:
-        WanError: see ``read_table``.
+        WanError: see ``read_table`` and ``inside``.
     """
     folder = Path(folder)
     table = Path(metadata) if metadata else folder / "metadata.csv"
     column, rows = read_table(table)
-    return [_clip(folder, row, column, frame) for row in rows]
+    return [_clip(folder, row, column, frame, root or folder) for row in rows]
 
 
 def read_table(table: Path) -> tuple[str, list[dict[str, str]]]:
@@ -111,21 +117,34 @@ def _check_row(place: str, row: dict[str | None, str], column: str) -> None:
                        'marks: clip.mp4,"a red, round ball".')  # fmt: skip
 
 
-def files_of(folder: Path) -> list[Path]:
-    """A data set's table, and all that its rows name.
+def files_of(folder: Path, root: Path | None = None) -> list[Path]:
+    """A data set's table, and all that its rows name; arguments as of ``read_folder``.
 
     Raises:
-        WanError: see ``read_table``.
+        WanError: see ``read_table`` and ``inside``.
     """
     table = folder / "metadata.csv"
     column, rows = read_table(table)
     named = {row[name] for row in rows for name in (column, *_IMAGE_COLUMNS) if row.get(name)}
-    return [table, *(folder / name for name in sorted(named))]
+    return [table, *(inside(folder, name, root or folder) for name in sorted(named))]
 
 
-def _clip(folder: Path, row: dict[str, str], column: str, frame: Frame) -> Clip:
-    file = folder / (row[column] or "")
-    images = {place: folder / row[name] for name, place in _IMAGE_COLUMNS.items() if row.get(name)}
+def inside(folder: Path, name: str, root: Path) -> Path:
+    """A file that a folder's table names. Links are followed: clips may lie on another disk.
+
+    Raises:
+        WanError: a name that leads out of the root, or none that a file can have.
+    """
+    place = Path(os.path.normpath(folder.absolute() / name))
+    if "\0" in name or not place.is_relative_to(os.path.normpath(root.absolute())):
+        raise WanError(f"The table names {name!r}, which is not inside {root}: move the file there, or name the "
+                       "folder above both as the data folder.")
+    return folder / name
+
+
+def _clip(folder: Path, row: dict[str, str], column: str, frame: Frame, root: Path) -> Clip:
+    file = inside(folder, row[column] or "", root)
+    images = {place: inside(folder, row[name], root) for name, place in _IMAGE_COLUMNS.items() if row.get(name)}
 
     def given() -> dict[int, Tensor]:
         return {place: _picture(image, frame) for place, image in images.items()}
@@ -208,12 +227,9 @@ def _frames_told(file: Path) -> int:
 
 
 def _read_image(file: Path) -> Tensor:
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(file) as picture:
-            return image_tensor(ImageOps.exif_transpose(picture))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return image_tensor(open_image(file))
+    except WanError as error:
         raise ClipProblem(f"is not a readable image ({error})") from error
 
 

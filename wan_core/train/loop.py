@@ -19,11 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WanError
+from ..files.atomic import unfinished
+from .folder import LOG, PLOT, STATE, check_folder, forget, read_state
 from .optim import cosine, make_optimiser
 from .parallel import Processes
 from .report import Log, plot_loss, read_log
 
-STATE, LOG, PLOT = "state.pt", "log.csv", "loss.png"
+__all__ = ["LOG", "PLOT", "STATE", "Plan", "StepReport", "Task", "check_resumable", "forget", "save_atomically",
+           "train"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,11 @@ def train(
         whether the plan is done; then the parameters hold the averaged weights, if there is an average.
 
     Raises:
-        WanError: the folder holds a run of another plan, model or data; a loss that is not finite.
+        WanError: the folder holds a run of another plan, model or data, a damaged state, or files that are not ours;
+            a loss that is not finite; a disk that is full, which leaves the state before.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
     processes = Processes.current()
     parameters = {name: p for name, p in task.parameters().items() if p.requires_grad}
     state = _start(task, plan, parameters, folder / STATE)
@@ -216,12 +221,16 @@ def _start(task: Task, plan: Plan, parameters: Mapping[str, nn.Parameter], file:
     if not file.exists():
         average = {name: p.detach().clone() for name, p in parameters.items()} if plan.ema else None
         return _State(0, optimiser, average)
-    saved = torch.load(file, map_location="cpu", weights_only=True)
+    saved = read_state(file)
     _check_same(file, saved["describes"], _describe(task, plan))
-    _copy(parameters, saved["weights"])
-    optimiser.load_state_dict(saved["optimiser"])
     devices = {name: parameter.device for name, parameter in parameters.items()}
-    average = {name: t.to(devices[name]) for name, t in saved["average"].items()} if saved["average"] else None
+    try:
+        _copy(parameters, saved["weights"])
+        optimiser.load_state_dict(saved["optimiser"])
+        average = {name: t.to(devices[name]) for name, t in saved["average"].items()} if saved["average"] else None
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise WanError(f"{file} is damaged: what it holds is not the state of these weights ({type(error).__name__}). "
+                       "It is left as it is. To begin anew, move it away or choose another output folder.") from error
     return _State(saved["step"], optimiser, average)
 
 
@@ -242,12 +251,10 @@ def _save(
 
 def save_atomically(file: Path, content: dict) -> None:
     """A kill at any moment leaves the old file or the new one, never half of one."""
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("wb") as out:
+    with unfinished(file) as partial, partial.open("wb") as out:
         torch.save(content, out)
         out.flush()
         os.fsync(out.fileno())
-    os.replace(partial, file)
 
 
 def _describe(task: Task, plan: Plan) -> dict[str, str]:
@@ -259,23 +266,20 @@ def _walk(plan: Plan) -> dict[str, object]:
     return plan.decides() | {"accumulate": plan.accumulate * Processes.current().count}
 
 
-def check_resumable(file: Path, plan: Plan) -> None:
+def check_resumable(file: Path, plan: Plan, *, steps: bool = True) -> None:
     """Find out before the work whether a run can be gone on with, as far as its plan tells.
 
+    Args:
+        steps: whether the plan's number of steps is known yet.
+
     Raises:
-        WanError: ``file`` is the state of a run with another plan.
+        WanError: ``file`` is damaged, or the state of a run with another plan.
     """
     if not file.exists():
         return
-    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["describes"]
-    now = {key: str(value) for key, value in _walk(plan).items()}
+    saved = read_state(file, mmap=True)["describes"]
+    now = {key: str(value) for key, value in _walk(plan).items() if steps or key != "steps"}
     _check_same(file, {key: saved.get(key) for key in now}, now)
-
-
-def forget(folder: Path) -> None:
-    """The next run in this folder begins anew."""
-    for name in (STATE, LOG, PLOT):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _check_same(file: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:

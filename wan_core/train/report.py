@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..media.video import to_bytes, unfinished
+from ..errors import WanError
+from ..media.video import marked, to_bytes, unfinished
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -37,11 +38,15 @@ class Log:
     def write(self, row: Mapping[str, object]) -> None:
         fresh = not self.file.exists()
         self.fields = self.fields or list(row)
-        with self.file.open("a", newline="", encoding="utf-8") as out:
-            writer = csv.DictWriter(out, self.fields, extrasaction="ignore")
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
+        try:
+            with self.file.open("a", newline="", encoding="utf-8") as out:
+                writer = csv.DictWriter(out, self.fields, extrasaction="ignore")
+                if fresh:
+                    writer.writeheader()
+                writer.writerow(row)
+        except OSError as error:
+            raise WanError(f"Cannot write {self.file}: {error.strerror}. Make room and start the same training again: "
+                           "it goes on.") from error
 
 
 def read_log(file: Path) -> list[dict[str, str]]:
@@ -53,7 +58,7 @@ def read_log(file: Path) -> list[dict[str, str]]:
 
 def plot_loss(losses: Sequence[float], file: Path) -> None:
     with unfinished(file) as partial:
-        draw_loss(losses).save(partial)
+        draw_loss(losses).save(partial, **marked("PNG"))
 
 
 def draw_loss(losses: Sequence[float], *, title: str = "loss", size: tuple[int, int] = (800, 400)) -> Image.Image:
@@ -110,7 +115,7 @@ def sample_grid(videos: Sequence[Tensor], file: Path, *, captions: Sequence[str]
         picture.paste(Image.fromarray(row.numpy()), (0, y + head))
         y += row.shape[0] + head
     with unfinished(file) as partial:
-        picture.save(partial)
+        picture.save(partial, **marked("PNG"))
 
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> None:

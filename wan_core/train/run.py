@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,21 +12,24 @@ from pathlib import Path
 
 import torch
 
-from ..config import VAES, VARIANTS, Variant
+from ..config import PATCH, VAES, VARIANTS, Variant
 from ..dtypes import resolve_dtype
 from ..errors import WanError
 from ..layouts.folder import find_parts
 from ..loading.dit import DiTFile, read_dit
 from ..loading.text import load_text_encoder, read_text_encoder
 from ..loading.vae import load_vae, read_vae
+from ..media.geometry import latent_shape
 from ..media.video import check_writable
-from ..memory.devices import empty_cache
+from ..memory.devices import empty_cache, total_bytes
+from ..memory.plan import activation_bytes, does_not_fit
 from ..models.dit.dit import WanDiT
 from ..models.dit.inputs import Concat
 from .cache import Cache, Latents, Texts, digest, file_key
 from .data import Clip, ClipProblem, Frame, check_frame, read_folder, usable
 from .dit import Data, DiTTask, Recipe
-from .loop import STATE, Plan, StepReport, check_resumable, forget, train
+from .folder import STATE, check_folder, forget, set_aside
+from .loop import Plan, StepReport, check_resumable, train
 from .lora import TARGETS, AdaptedLinear, add_lora, find_targets
 from .model import TrainedDiT, checkpoint_blocks, load_trained
 from .objective import NoiseRange, expert_range
@@ -57,6 +61,7 @@ class Request:
         steps: 0 takes ``epochs`` instead.
         restart: forget an earlier run in ``out`` instead of going on with it.
         dtype: of frozen base weights; None is the device's default. Full training keeps float32.
+        root: what the clips of a table must lie in; None is the folder ``clips``.
         sample_every: steps between grids of samples; 0 draws none.
         sample_prompts: of the grids; without any, prompts of the first clips.
     """
@@ -93,13 +98,20 @@ class Request:
     dtype: str | None = None
     restart: bool = False
     cache: Path | None = None
+    root: Path | None = None
 
     def __post_init__(self):
+        for name in (*_LEAST, "learning_rate", "ema", "caption_dropout", "alpha", "shift"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise WanError(f"{name} is {value}: expected a number.")
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise WanError(f"{name} is {getattr(self, name)}: expected {least} or more.")
         if not self.learning_rate > 0:
             raise WanError(f"learning_rate is {self.learning_rate}: expected a number above 0, say 1e-4.")
+        if self.alpha == 0:
+            raise WanError("alpha is 0, with which a LoRA changes nothing: expected another number, say the rank.")
         if not 0 <= self.caption_dropout <= 1:
             raise WanError(f"caption_dropout is {self.caption_dropout}: expected a fraction of the captions, 0 to 1.")
 
@@ -170,11 +182,15 @@ def run(
     processes = Processes.current(device)
     device = processes.device or torch.device(device)
     base, clips = check(request, files)
+    _check_memory(request, base, variant, device)
     for folder in (request.out, request.cache or request.out):
         _make_folder(folder)
     check_writable(request.out / STATE)
     if request.restart and processes.first:
         forget(request.out)
+    file = request.out / _result(request)
+    if processes.first and not request.restart and not (request.out / STATE).exists() and (kept := set_aside(file)):
+        hooks.tell(f"{file} of an earlier run is now {kept.name}.")
     processes.wait()
     hooks.before_load()
     data, wishes = prepare(request, clips, files, variant, device, torch.device(text_device), hooks)
@@ -186,11 +202,32 @@ def run(
     if wishes:
         task.sampler = _grids(request, task, wishes, files.vae)
     train(task, _plan(request, len(data.shapes)), request.out, on_step=hooks.on_step)
-    file = request.out / ("lora.safetensors" if request.rank else "model.safetensors")
     if processes.first:
         task.save(file)
     processes.wait()
     return file
+
+
+def _result(request: Request) -> str:
+    return "lora.safetensors" if request.rank else "model.safetensors"
+
+
+def _check_memory(request: Request, base: DiTFile, variant: Variant, device: torch.device) -> None:
+    """Clips that no training here can hold: their pixels, and one block of the transformer.
+
+    Raises:
+        WanError: with what that takes, and what there is.
+    """
+    frame = request.frame
+    pixels, memory = 3 * frame.frames * frame.height * frame.width * 4, total_bytes(torch.device("cpu"))
+    what = f"training on {frame.width}x{frame.height} pixels and {frame.frames} frames"
+    if pixels > memory:
+        raise does_not_fit(what, pixels, memory, torch.device("cpu"))
+    _, t, h, w = latent_shape(variant, frame.width, frame.height, frame.frames)
+    tokens = t * (h // PATCH[1]) * (w // PATCH[2])
+    taken, memory = activation_bytes(base.config, request.batch, tokens, torch.bfloat16), total_bytes(device)
+    if taken > memory:
+        raise does_not_fit(what, taken, memory, device, "Choose a smaller size, fewer frames or a smaller batch.")
 
 
 def _make_folder(folder: Path) -> None:
@@ -204,8 +241,8 @@ def check(request: Request, files: TrainFiles) -> tuple[DiTFile, list[Clip]]:
     """What headers and the first frames of the clips tell, in seconds and before anything is loaded.
 
     Raises:
-        WanError: a part of another model, quantised weights, a size or length that cannot be, a broken table, clips
-            that cannot be used, or an output folder that holds another run.
+        WanError: a part of another model, quantised weights, a number, size or length that cannot be, a broken table,
+            clips that cannot be used, or an output folder that holds another run or files that are not ours.
     """
     variant = VARIANTS[request.task]
     base = check_files(files, variant)
@@ -214,12 +251,16 @@ def check(request: Request, files: TrainFiles) -> tuple[DiTFile, list[Clip]]:
     _noise(request, variant)
     if request.rank:
         with torch.device("meta"):
-            find_targets(WanDiT(base.config), request.targets)
-    if request.steps and not request.restart:
-        check_resumable(request.out / STATE, _plan(request, 1))
+            layers = find_targets(WanDiT(base.config), request.targets)
+        most = max(max(layer.in_features, layer.out_features) for layer in layers.values())
+        if request.rank > most:
+            raise WanError(f"The LoRA rank is {request.rank}: expected {most} at most, the width of the widest layer.")
+    check_folder(request.out, _result(request), samples=bool(request.sample_every))
+    if not request.restart:
+        check_resumable(request.out / STATE, _plan(request, 1), steps=bool(request.steps))
     clips = request.clips
     if isinstance(clips, Path):
-        clips = read_folder(clips, request.frame, metadata=request.metadata)
+        clips = read_folder(clips, request.frame, metadata=request.metadata, root=request.root)
     return base, usable(clips, lambda clip: clip.check(), skip_bad=request.skip_bad_clips)
 
 

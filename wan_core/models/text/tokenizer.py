@@ -11,14 +11,20 @@ import html
 import io
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...config import TEXT_LENGTH, TOKENIZER_FOLDER
 from ...errors import WanError
+from .tokenizer_check import problem_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as FastTokenizer
 
 FAST_FILE = "tokenizer.json"
 SPIECE_FILE = "spiece.model"
+FILES = (FAST_FILE, SPIECE_FILE)
 _END = "</s>"
 
 
@@ -65,7 +71,7 @@ def load_tokenizer(source: Tokenizer | bytes | str | Path) -> Tokenizer:
     if isinstance(source, bytes):
         return _from_spiece(source, "the SentencePiece model inside the checkpoint")
     file = tokenizer_file(source)
-    return _from_json(file) if file.suffix == ".json" else _from_spiece(file.read_bytes(), str(file))
+    return _from_json(file) if file.suffix.lower() == ".json" else _from_spiece(file.read_bytes(), str(file))
 
 
 def tokenizer_file(source: str | Path) -> Path:
@@ -81,15 +87,31 @@ def tokenizer_file(source: str | Path) -> Path:
     return _first_file(places) or _refuse(f"No tokenizer at {source}", places)
 
 
-def find_tokenizer(checkpoint: str | Path) -> Path:
+def find_tokenizer(checkpoint: str | Path, rows: int | None = None, names: Sequence[str] = FILES) -> Path:
     """The tokenizer file that lies beside a text encoder in the official or the diffusers layout.
 
+    Args:
+        rows: of the text encoder's table; files that do not belong to such an encoder are passed over.
+        names: of the files that will do.
+
     Raises:
-        WanError: none found; the message names every place.
+        WanError: none found; the message names every place, and what was wrong with the files that are there.
     """
-    path = Path(checkpoint).absolute()
-    places = _places_beside(path)
-    return _first_file(places) or _refuse(f"No tokenizer found for {path}", places)
+    path, problems = Path(checkpoint).absolute(), []
+    for file in places_beside(path, names):
+        if not file.is_file():
+            continue
+        problem = problem_of(file, rows) if rows is not None else None
+        if problem is None:
+            return file
+        problems.append(f"{file} {problem}")
+    wrong = f" ({'; '.join(problems)})" if problems else ""
+    return _refuse(f"No tokenizer found for {path}{wrong}", _folders_beside(path))
+
+
+def places_beside(checkpoint: Path, names: Sequence[str] = FILES) -> list[Path]:
+    """The files that may be a text encoder's tokenizer, likeliest first, there or not."""
+    return [folder / name for folder in _folders_beside(checkpoint) for name in names]
 
 
 def train_tiny_tokenizer(
@@ -135,15 +157,31 @@ def _from_json(file: Path) -> Tokenizer:
 
     try:
         fast = FastTokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and panics with BaseException
         raise WanError(f"{file} is no readable tokenizer.json ({error}). Download google/umt5-xxl again.") from error
     fast.no_truncation()
     fast.no_padding()
     eos = fast.token_to_id(_END)
     if eos is None:
         raise WanError(f"{file} has no {_END} token, so it is not umT5's tokenizer. Use the one of google/umt5-xxl.")
-    return Tokenizer(lambda text: fast.encode(text, add_special_tokens=False).ids,
+    return Tokenizer(lambda text: _fast_ids(fast, text, file),
                      size=fast.get_vocab_size(with_added_tokens=False), eos=eos, source=str(file))
+
+
+def _fast_ids(fast: FastTokenizer, text: str, file: Path) -> list[int]:
+    try:
+        return fast.encode(text, add_special_tokens=False).ids
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library panics with BaseException, which would end a worker for good
+        raise WanError(f"{file} fails on this prompt ({_first_line(error)}). Download google/umt5-xxl again, or take "
+                       "characters out of the prompt that are no text.") from error  # fmt: skip
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _from_spiece(model: bytes, source: str) -> Tokenizer:
@@ -164,7 +202,7 @@ def _processor(model: bytes, source: str):
                        "google/umt5-xxl; download it again.") from error
 
 
-def _places_beside(path: Path) -> list[Path]:
+def _folders_beside(path: Path) -> list[Path]:
     """Folders that may hold the tokenizer of a text encoder, likeliest first."""
     here = path if path.is_dir() else path.parent
     official = [folder / TOKENIZER_FOLDER for folder in (here, here.parent, here.parent.parent)]
@@ -172,7 +210,7 @@ def _places_beside(path: Path) -> list[Path]:
 
 
 def _first_file(folders: Iterable[Path]) -> Path | None:
-    files = (folder / name for folder in folders for name in (FAST_FILE, SPIECE_FILE))
+    files = (folder / name for folder in folders for name in FILES)
     return next((file for file in files if file.is_file()), None)
 
 
