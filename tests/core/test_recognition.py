@@ -244,7 +244,8 @@ def test_relatives_by_layers_in_their_blocks(key: str, home: str, parts, tmp_pat
 @pytest.mark.parametrize(("key", "name"), [
     ("face_adapter.fuser_blocks.0.k_norm.weight", "Animate"), ("fps_embedding.weight", "SkyReels"),
     ("patch_embedding_pose.weight", "SCAIL"), ("delta_camera_proj.weight", "inputs of its own"),
-    ("guidance_embedder.0.weight", "inputs of its own"), ("condition_embedder.image_embedder.norm1.weight", "inputs of its own"),
+    ("guidance_embedder.0.weight", "inputs of its own"),
+    ("condition_embedder.image_embedder.norm1.weight", "inputs of its own"),
 ])  # fmt: skip
 def test_relatives_are_refused_wherever_their_layers_lie(key: str, name: str, parts, tmp_path: Path):
     for prefix in ("", "model.diffusion_model."):
@@ -272,7 +273,7 @@ def test_a_gap_in_the_blocks_is_no_deep_model(number: str, parts, tmp_path: Path
 def test_other_channels_are_named(parts, tmp_path: Path):
     weights = dict(parts["dit"])
     for channels, told in ((52, "is Wan2.2 Fun-A14B-Control, which this version does not run"),
-                           (33, "33 channels in, 16 out; nearest: T2V|33 channels in, 16 out; nearest: I2V")):  # fmt: skip
+                           (33, "33 channels in, 16 out; nearest: I2V")):  # fmt: skip
         weights["patch_embedding.weight"] = torch.zeros(len(weights["patch_embedding.weight"]), channels, 1, 2, 2)
         with pytest.raises(WanError, match=told):
             read_dit(written(tmp_path / "x.safetensors", weights))
