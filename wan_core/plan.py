@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from .checkpoint.dit import packs
+from .checkpoint.keys import block_of
 from .checkpoint.read import Checkpoint
 from .config import PATCH, TEXT_LENGTH, DiTConfig, VAEConfig
 from .devices import total_bytes
@@ -130,8 +131,8 @@ def weights_of(
         size += beside
         if packed or merges(loras, own):
             scratch = max(scratch, count * compute.itemsize)
-        if own.startswith("blocks."):
-            blocks[int(own.split(".")[1])] += size
+        if (block := block_of(own)) is not None and block < len(blocks):
+            blocks[block] += size
         else:
             outside += size
     return Weights(outside, tuple(blocks), scratch)

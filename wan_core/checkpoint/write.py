@@ -21,11 +21,10 @@ from torch import Tensor
 
 from ..errors import WanError
 from ..quant.gguf import BLOCK_TYPES
-from .read import _DTYPES
 from .read_gguf import _PLAIN, _TYPE_NUMBERS, MAGIC
+from .storage import NAMES as _NAMES
 
 _ALIGNMENT = 32
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _GGUF_NUMBERS = {name: number for number, name in _TYPE_NUMBERS.items()}
 _GGUF_PLAIN = {dtype: name for name, dtype in _PLAIN.items()}
 

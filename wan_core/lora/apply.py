@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint.dit import packs
+from ..checkpoint.keys import block_of
 from ..checkpoint.unchanged import check_unchanged
 from ..models.dit import WanDiT, keeps_float32
 from ..models.load_dit import DiTFile
@@ -210,7 +211,7 @@ class Adaptation:
     def _streamed_block(self, key: str) -> int | None:
         if self.model.swap is None or self.model.swap.places(key):
             return None
-        return int(key.split(".")[1])
+        return block_of(key)
 
     def _is_packed(self, key: str) -> bool:
         return isinstance(self._slot(key)[0], QuantLinear)
