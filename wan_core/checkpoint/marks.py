@@ -122,8 +122,8 @@ def _format(path: Path, key: str, mark: Mapping[str, Any], stored: torch.dtype) 
         params = mark.get("params")
         options = {**(params if isinstance(params, dict) else {}), **mark}
         return Int8(rotation=_group(path, key, options.get("convrot_groupsize", 256)) if options.get("convrot") else 0)
-    raise WanError(f"{shown(path)} holds {shown(key)} in the quantised format {shown(name)!r}, which this version does not "
-                   f"read. Expected {', '.join((*_FP8, *_INT8))}, GGUF, or a bf16 or fp16 file.")
+    raise WanError(f"{shown(path)} holds {shown(key)} in the quantised format {shown(name)!r}, which this version "
+                   f"does not read. Expected {', '.join((*_FP8, *_INT8))}, GGUF, or a bf16 or fp16 file.")
 
 
 def _group(path: Path, key: str, size: object) -> int:
@@ -138,7 +138,8 @@ def _group(path: Path, key: str, size: object) -> int:
 def _check_scale(path: Path, key: str, scale: tuple[int, ...], matrix: tuple[int, ...]) -> None:
     if math.prod(scale) not in (1, matrix[0]):
         raise WanError(f"{shown(path)}: {shown(key)} has shape {list(scale)} for a matrix of {list(matrix)}; expected "
-                       "one scale, or one for each row. Block-wise scales are not read: use another file of the same model.")
+                       "one scale, or one for each row. Block-wise scales are not read: use another file of the same "
+                       "model.")
 
 
 def _marked_layers(
