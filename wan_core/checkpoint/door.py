@@ -7,6 +7,7 @@ what a terminal would act on escaped; it never repeats a file's other content, w
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import Any
 from ..errors import WanError
 
 HEADER_LIMIT = 64 * 1024**2  # bytes; real headers have some hundred thousand
-MOST_TENSORS = 200_000  # of one file; the largest Wan model has 1,300, and training states some ten thousand
+MOST_TENSORS = 50_000  # of one file; the largest Wan model has 1,300, and training states some ten thousand
 LONGEST_NAME = 1024  # characters of a tensor's name
 MOST_DIMENSIONS = 16
-_MOST_MARKS = 3_000_000  # brackets and commas of a JSON text: what it may cost to hold it parsed
+_MOST_MARKS = 1_500_000  # brackets and commas of a JSON text: what it may cost to hold it parsed
 _SHOWN = 300  # characters of a name in a message
 _UNFIT = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # categories of Unicode that are escaped
 
@@ -72,6 +73,8 @@ def check_shape(name: str, shape: object) -> tuple[int, ...]:
     """
     if not isinstance(shape, (list, tuple)) or len(shape) > MOST_DIMENSIONS or not all(is_count(n) for n in shape):
         raise Damage(f"the shape of {shown(name)} is no list of up to {MOST_DIMENSIONS} sizes")
+    if math.prod(max(n, 1) for n in shape) >= 1 << 59:  # a size of 0 would hide the others, which nothing can hold
+        raise Damage(f"the shape of {shown(name)} has sizes that no machine holds")
     return tuple(shape)
 
 

@@ -78,7 +78,8 @@ def _inside(index: Path, name: str) -> Path:
         WanError: outside the folder of the index.
     """
     relative = PurePosixPath(name.replace("\\", "/"))
-    if relative.is_absolute() or ".." in relative.parts or ":" in relative.parts[0]:
+    parts = relative.parts
+    if not parts or relative.is_absolute() or ".." in parts or ":" in parts[0]:
         raise WanError(f"{shown(index)} names shards outside its own folder. Expected file names beside it: an index "
                        "that points elsewhere is not followed. Download it again, or put the shards beside it.")
     return index.parent / relative

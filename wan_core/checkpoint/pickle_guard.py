@@ -24,7 +24,7 @@ from ..errors import WanError
 from .door import MOST_DIMENSIONS, Damage, damaged, is_count, shown
 
 _PICKLE_LIMIT = 64 * 1024**2  # bytes of instructions
-_MOST_STEPS = 1_000_000  # a training state of ten thousand tensors has some 400,000
+_MOST_STEPS = 500_000  # a training state of ten thousand tensors has some 350,000
 _MOST_COPIED = 4_000_000  # entries that are copied from one container to another
 _MOST_RECORDS = 100_000
 _DEEPEST = 50  # tuples within tuples

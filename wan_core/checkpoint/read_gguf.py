@@ -24,7 +24,7 @@ from .mapped import MappedFile
 from .marks import TensorInfo
 
 _STRING, _ARRAY = 8, 9
-_MOST_FIELDS = 100_000
+_MOST_FIELDS = 50_000
 _MOST_STRINGS = 4_000_000  # of one array; umT5's vocabulary has 256,384
 _LONGEST_STRING = 16 * 1024**2  # bytes
 _MOST_NUMBERS = 16 * 1024**2  # of an array that is read
