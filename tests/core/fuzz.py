@@ -121,7 +121,8 @@ def _work(folder: Path, seed: int, start: int, count: int) -> None:
     import faulthandler
     import logging
 
-    from tests.core.damaged_files import make_case, sound_files
+    from tests.core.damaged_files import make_case
+    from tests.core.damaged_values import sound_files
 
     logging.disable()
     readers, sound = _readers(folder), sound_files()
@@ -179,7 +180,8 @@ def _problem(error: Exception) -> str | None:
 def _readers(folder: Path) -> list[Callable[[Path], object]]:
     import torch
 
-    from tests.core.damaged_files import safetensors_header, sound_files, write_safetensors
+    from tests.core.damaged_safetensors import safetensors_header, write_safetensors
+    from tests.core.damaged_values import sound_files
     from wan_core.checkpoint.read import open_checkpoint
     from wan_core.lora.files import read_lora
     from wan_core.models.load_dit import load_dit, read_dit

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 
+from .door import shown
+
 MOST_BLOCKS = 512  # of one stack; the largest Wan model has 40
-_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,1000}")
 
 
 class Renames:
@@ -66,7 +68,7 @@ def count_blocks(keys: Iterable[str], stack: str = "blocks.", *, alike: bool = T
     there = {number for number, ends in tails.items() if not alike or ends & tails.get(0, ends)}
     count = next(number for number in range(len(there) + 1) if number not in there)
     if beyond := sorted(there - set(range(count))):
-        raise ValueError(f"{stack}{count} (the file goes on with {stack}{beyond[0]})")
+        raise ValueError(f"{stack}{count} (the file goes on with {shown(f'{stack}{beyond[0]}')})")
     if count > MOST_BLOCKS:
         raise ValueError(f"{stack}* ({count} of them, expected at most {MOST_BLOCKS})")
     return count
