@@ -203,7 +203,8 @@ def test_so_do_those_of_gguf(name: str, tiny: TinyModels, tmp_path: Path):
     ("content", "said"),
     [(b"<!DOCTYPE html>secret", "web page"), (b"\n <HTML>secret", "web page"), (b"<?xml secret?>", "XML"),
      (b"version https://git-lfs.github.com/spec/v1\noid sha256:secret", "Git LFS pointer"),
-     (b'{"secret": 1}' * 9, "JSON"), (b"root:x:0:0:secret:/root:/bin/sh\n", "a text"), (b"\x89PNG\r\n\x1a\nsecret", "picture"),
+     (b'{"secret": 1}' * 9, "JSON"), (b"root:x:0:0:secret:/root:/bin/sh\n", "a text"),
+     (b"\x89PNG\r\n\x1a\nsecret", "picture"),
      (b"\x1f\x8bsecret12345", "packed archive"), (b"\x00\x01secret\xff\xff", "unknown kind")],
 )  # fmt: skip
 @pytest.mark.parametrize("ending", [".pth", ".gguf", ""])
@@ -287,8 +288,10 @@ def test_an_index_stays_inside_its_folder(name: str, tmp_path: Path):
     assert "passwd" not in message
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b"hunter2", b"\xff\xfe\xff",
-                                     b'{"weight_map": {"a": ["x"]}}', b'{"weight_map": ' + b"[" * 300_000, b'{"weight_map": {}}',
+@pytest.mark.parametrize("content", [b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b"hunter2",
+                                     b"\xff\xfe\xff",
+                                     b'{"weight_map": {"a": ["x"]}}', b'{"weight_map": ' + b"[" * 300_000,
+                                     b'{"weight_map": {}}',
                                      b'{"weight_map": {"a": "\\u0000"}}', b'{"weight_map": {"a": ""}}'])  # fmt: skip
 def test_damaged_indexes(content: bytes, tmp_path: Path):
     (tmp_path / "x.index.json").write_bytes(content)
@@ -343,6 +346,17 @@ def test_a_bomb_in_an_archive_is_not_unpacked(packed: bool, tmp_path: Path):
     refused(tmp_path / "x.pth", "was refused.*(compressed archive|instructions)")
 
 
+@pytest.mark.parametrize(
+    ("order", "said"), [(b"big", "big-endian"), (b"", "order of its bytes"), (bytes(10**6), "order")]
+)
+def test_the_order_of_bytes_in_an_archive(order: bytes, said: str, tmp_path: Path):
+    """PyTorch's reader ends the process on the first of these."""
+    torch_zip(
+        tmp_path / "x.pth", b"\x80\x02" + p_dict(weight=p_tensor()) + b".", {"data/0": bytes(16), "byteorder": order}
+    )
+    refused(tmp_path / "x.pth", said)
+
+
 @pytest.mark.parametrize("wrapper", ["ema", "module", "model_state", "model", "state_dict", "anything at all"])
 @pytest.mark.parametrize("beside", [False, True])
 def test_one_level_of_wrapping(wrapper: str, beside: bool, tiny: TinyModels, tmp_path: Path):
@@ -374,12 +388,14 @@ def gguf_file(file: Path, **parts: object) -> Path:
 
 
 GGUFS = {
-    **{f"{name} {count}": {name: count} for name in ("tensors", "fields") for count in (10, 2**31, 2**62, 2**63, 2**64 - 1)},
+    **{f"{name} {count}": {name: count} for name in ("tensors", "fields")
+       for count in (10, 2**31, 2**62, 2**63, 2**64 - 1)},
     **{f"alignment {value}": {"pairs": [_string("general.alignment") + data]} for value, data in {
         "0": _value(0), "3": _value(3), "text": _value("32"), "yes": _value(True), "fraction": _value(32.0),
         "negative": struct.pack("<Ii", 5, -32), "2^63": struct.pack("<IQ", 10, 2**63), "array": _value([32])}.items()},
     **{f"{count} dimensions": {"entries": [gguf_entry("x", [8], 0, 32, count)]} for count in (17, 2**20, 2**32 - 1)},
-    **{f"shape {shape}": {"entries": [gguf_entry("x", shape, 0, 0)]} for shape in ([2**63], [2**62, 2**62], [0, 2**62], [2**40])},
+    **{f"shape {shape}": {"entries": [gguf_entry("x", shape, 0, 0)]}
+       for shape in ([2**63], [2**62, 2**62], [0, 2**62], [2**40])},
     **{f"place {place}": {"entries": [gguf_entry("x", [8], 0, place)]} for place in (0, 16, 2**40, 2**64 - 1)},
     **{f"text of {length}": {"pairs": [struct.pack("<Q", length) + b"x"]} for length in (100, 2**31, 2**63, 2**64 - 1)},
     **{f"array of {count} of kind {kind}": {"pairs": [_string("x") + struct.pack("<IIQ", 9, kind, count)]}

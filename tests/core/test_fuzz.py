@@ -1,4 +1,4 @@
-"""Damaged files of every kind through every reader; ``WAN_FUZZ_MANY=1`` (or ``python -m tests.core.fuzz --many``): 20,000."""
+"""Damaged files of every kind through every reader: 3,000, or 20,000 with ``WAN_FUZZ_MANY=1``."""
 
 from __future__ import annotations
 

@@ -326,12 +326,24 @@ def _check_zip(file: Path, stream: BinaryIO) -> None:
             raise Damage("an archive without data.pkl: it was not written by torch.save")
         if pickled.file_size > _PICKLE_LIMIT:
             raise Refused(f"a pickle of {pickled.file_size} bytes")
+        _check_order(archive, found.get(f"{top}/byteorder"))
         machine = _Machine(room=size)
         machine.follow(BytesIO(archive.read(pickled)))
     for key, claimed in machine.storages.items():
         record = found.get(f"{top}/data/{key}")
         if record is None or record.file_size != claimed or record.header_offset + claimed > size:
             raise Damage("storages that its records do not hold")
+
+
+def _check_order(archive: zipfile.ZipFile, record: zipfile.ZipInfo | None) -> None:
+    """PyTorch ends the process when it turns the bytes of a tensor that is not there yet."""
+    order = b"little"
+    if record is not None:
+        order = archive.read(record).strip() if record.file_size < 16 else b""
+    if order == b"big":
+        raise Refused("a file of a big-endian machine")
+    if order != b"little":
+        raise Damage("the order of its bytes is neither big nor little")
 
 
 def _check_records(stream: BinaryIO, size: int) -> None:
