@@ -38,8 +38,8 @@ def write_safetensors(
 @cache
 def crowded_headers() -> list[Raw]:
     empty = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
-    entries = [f'"{i}":{empty}' for i in range(20_000)]
-    blocks = [f'"blocks.{i}.self_attn.q.weight":{empty}' for i in range(20_000)]
+    entries = [f'"{i}":{empty}' for i in range(10_000)]
+    blocks = [f'"blocks.{i}.self_attn.q.weight":{empty}' for i in range(10_000)]
     objects = [f'"{i}":{{}}' for i in range(100_000)]
     texts = [f"{{{','.join(one)}}}" for one in (entries, blocks, objects)]
     return [Raw(text) for text in (*texts, f'{{"a":[{"[]," * 200_000}[]]}}', f'{{"a":[{"[]," * 2_000_000}[]]}}')]
