@@ -17,7 +17,7 @@ from ..errors import WanError
 
 HEADER_LIMIT = 64 * 1024**2  # bytes; real headers have some hundred thousand
 MOST_TENSORS = 30_000  # of one file; the largest Wan model has 1,300, and training states some ten thousand
-LONGEST_NAME = 1024  # characters of a tensor's name
+LONGEST_NAME = 8192  # characters of a tensor's name
 MOST_DIMENSIONS = 16
 _MOST_MARKS = 1_500_000  # brackets and commas of a JSON text: what it may cost to hold it parsed
 _SHOWN = 300  # characters of a name in a message

@@ -51,21 +51,17 @@ def block_of(key: str, stack: str = "blocks.") -> int | None:
     return int(number) if _NUMBER.fullmatch(number) else None
 
 
-def count_blocks(keys: Iterable[str], stack: str = "blocks.", *, alike: bool = True) -> int:
+def count_blocks(keys: Iterable[str], stack: str = "blocks.") -> int:
     """How many blocks a stack has: their numbers are 0, 1, 2 … without a gap, however large the last one is.
 
     Args:
-        alike: every block has what the first one has. Then a key is a block's only if the first block has its like;
-            others are left over from something else, and no block of the model.
+        keys: of what every block has, such as one of its matrices: other keys with a number may be left over from
+            something else.
 
     Raises:
         ValueError: a block is missing, or there are more than any model has; says which.
     """
-    tails: dict[int, set[str]] = {}
-    for key in keys:
-        if (number := block_of(key, stack)) is not None:
-            tails.setdefault(number, set()).add(key[len(stack) :].partition(".")[2])
-    there = {number for number, ends in tails.items() if not alike or ends & tails.get(0, ends)}
+    there = {number for key in keys if (number := block_of(key, stack)) is not None}
     count = next(number for number in range(len(there) + 1) if number not in there)
     if beyond := sorted(there - set(range(count))):
         raise ValueError(f"{stack}{count} (the file goes on with {shown(f'{stack}{beyond[0]}')})")

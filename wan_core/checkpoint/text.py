@@ -93,7 +93,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> TextConfig:
     """
     try:
         refuse_empty(shapes)
-        layers = count_blocks(shapes)
+        layers = count_blocks(key for key in shapes if key.endswith(".attn.q.weight"))
     except ValueError as error:
         raise WanError(f"The text encoder is not whole: {error} is missing. Is it a partial download?") from error
     biases = sum(key.startswith("blocks.") and key.endswith(".pos_embedding.embedding.weight") for key in shapes)

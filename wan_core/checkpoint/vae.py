@@ -140,7 +140,7 @@ def _first_index(shapes: Shapes, template: str) -> int:
         KeyError: one is missing.
     """
     stack = template.partition("{")[0]
-    count = count_blocks((key for key in shapes if key.startswith(stack)), stack, alike=False)
+    count = count_blocks((key for key in shapes if key.startswith(stack)), stack)
     found = next((i for i in range(count) if template.format(i) in shapes), None)
     if found is None:
         raise KeyError(template.format("*"))
