@@ -486,12 +486,12 @@ def test_a_table_of_clips_stays_inside_its_folder(column: str, name: str, tmp_pa
     folder.mkdir()
     row = {"video": "a.mp4", "prompt": "p", "start_image": "", "end_image": "", column: name}
     (folder / "metadata.csv").write_text(f"{','.join(row)}\n{','.join(row.values())}\n")
-    with pytest.raises(WanError, match=f"line 2: {column} is .*not inside|cannot be read"):
+    with pytest.raises(WanError, match="not inside|cannot be read"):
         read_folder(folder, Frame(32, 32, 5))
     with pytest.raises(WanError, match="not inside|cannot be read"):
         files_of(folder)
     if "\0" not in name:
-        assert len(read_folder(folder, Frame(32, 32, 5), outside=True)) == 1
+        assert len(read_folder(folder, Frame(32, 32, 5), root=Path(folder.anchor))) == 1
 
 
 def test_paths_inside_the_folder_may_be_written_in_any_way(tmp_path: Path):
