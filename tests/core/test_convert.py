@@ -268,7 +268,6 @@ def test_an_interrupted_run_leaves_nothing_and_the_next_works(dit: Path, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         convert(dit, tmp_path / "x.safetensors", "bf16", on_tensor=stop)
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "x.safetensors.part").write_text("left by a run that was killed")
     convert(dit, tmp_path / "x.safetensors", "bf16")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
@@ -278,8 +277,13 @@ def test_nothing_is_overwritten_unasked(dit: Path, tmp_path: Path):
     target.write_text("precious")
     with pytest.raises(WanError, match="is there already"):
         convert(dit, target, "bf16")
+    with pytest.raises(WanError, match="is not replaced: it is not a file that this program converted"):
+        convert(dit, target, "bf16", overwrite=True)
     assert target.read_text() == "precious"
+    target.unlink()
+    convert(dit, target, "fp16")
     convert(dit, target, "bf16", overwrite=True)
+    assert open_checkpoint(target).tensors["head.modulation"].dtype is torch.bfloat16
     with pytest.raises(WanError, match="is there already"):  # a file cannot take its own place while it is read
         convert(target, target, "fp32", overwrite=True)
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,9 @@ from ..checkpoint import dit, text, vae
 from ..checkpoint.detect import NAMES, Part, part_of, parts_of
 from ..checkpoint.gguf_tokenizer import gguf_vocabulary, spiece_beside
 from ..checkpoint.keys import IDENTITY, Renames
+from ..checkpoint.place import MARK, check_target, complete_or_nothing, mark
 from ..checkpoint.read import Checkpoint, open_checkpoint
-from ..checkpoint.write import Planned, check_room, write_gguf, write_json, write_pickle, write_safetensors
+from ..checkpoint.write import Planned, as_json, check_room, write_gguf, write_pickle, write_safetensors
 from ..config import variant_of
 from ..errors import WanError
 from ..models.load_dit import understand_dit
@@ -37,7 +35,6 @@ from .scaled import Scaled
 _AT_ONCE = 1 << 20  # numbers of a tensor in memory at a time
 _SHARD = 10 * 10**9  # bytes of a file of a sharded folder
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -128,8 +125,10 @@ def convert(
     if to not in TARGETS:
         raise WanError(f"Unknown format {to!r}: expected one of {', '.join(TARGETS)}.")
     source, target = Path(source), Path(target)
-    job = _Job(open_checkpoint(source), TARGETS[to], on_tensor or (lambda name, error: None))
-    with _complete_or_nothing(source, target, overwrite) as unfinished:
+    checkpoint = open_checkpoint(source)
+    check_target(checkpoint, source, target, overwrite=overwrite)
+    job = _Job(checkpoint, to, on_tensor or (lambda name, error: None))
+    with complete_or_nothing(target, job.files, overwrite=overwrite) as unfinished:
         check_room(unfinished.parent, job.bytes)
         job.write(unfinished)
     job.report.written = sorted(p for p in target.rglob("*") if p.is_file()) if target.is_dir() else [target]
@@ -137,43 +136,13 @@ def convert(
     return job.report
 
 
-@contextmanager
-def _complete_or_nothing(source: Path, target: Path, overwrite: bool) -> Iterator[Path]:
-    """A name to write under, which becomes ``target`` when all went well, and vanishes when it did not."""
-    if target.exists() and (not overwrite or target.resolve() == source.resolve()):
-        raise WanError(f"{target} is there already. Name another file, or remove it first (--overwrite does).")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(target.name + ".part")
-    _remove(unfinished)  # of a run that was killed
-    try:
-        yield unfinished
-        _remove(target)
-        os.replace(unfinished, target)
-    except OSError as error:
-        _remove(unfinished)
-        if error.errno in _FULL:
-            raise WanError(f"The disk is full ({error.strerror}): nothing is left of {target}. Make room, or name a "
-                           "place on another disk.") from error  # fmt: skip
-        raise
-    except BaseException:
-        _remove(unfinished)
-        raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 class _Job:
     """One conversion: what will be written under which names, and then the writing."""
 
-    def __init__(self, checkpoint: Checkpoint, target: Target, on_tensor: OnTensor):
+    def __init__(self, checkpoint: Checkpoint, to: str, on_tensor: OnTensor):
         self.checkpoint = checkpoint
         self.fingerprint = checkpoint.fingerprint
-        self.target = target
+        self.to, self.target = to, TARGETS[to]
         self.on_tensor = on_tensor
         self.report = Report()
         self.part: Part = part_of(checkpoint)
@@ -190,6 +159,12 @@ class _Job:
         self.marks: dict[str, dict[str, str]] = {}  # layer -> ComfyUI's marking
         self.tensors = [one for own in self.names for one in self._plan(own)]
         self.spiece = spiece_beside(checkpoint, self.shapes[text.TABLE][0]) if self.part == "text" else None
+        self.shards, self.texts = self._folder()
+
+    @property
+    def files(self) -> list[str]:
+        """Of the folder that is written; none where it is a file."""
+        return [*self.texts, *self.shards]
 
     @property
     def bytes(self) -> int:
@@ -197,7 +172,7 @@ class _Job:
 
     def write(self, path: Path) -> None:
         writers = {"gguf": self._write_gguf, "comfyui": self._write_comfyui, "official": self._write_official,
-                   "diffusers": self._write_diffusers}  # fmt: skip
+                   "diffusers": self._write_folder}  # fmt: skip
         writers[self.target.layout](path)
         if self.checkpoint.fingerprint != self.fingerprint:
             raise WanError(f"{self.checkpoint.path} was changed while it was converted. Run the conversion again.")
@@ -260,7 +235,7 @@ class _Job:
 
     def _write_gguf(self, path: Path) -> None:
         fields: dict[str, Any] = {"general.architecture": {"dit": "wan", "text": "t5encoder"}[self.part],
-                                  "general.quantization_version": 2}  # fmt: skip
+                                  "general.quantization_version": 2, MARK: mark(self.to)}  # fmt: skip
         if self.part == "text":
             fields |= gguf_vocabulary(self.spiece, self.shapes[text.TABLE][0]) if self.spiece else {}
             self._note_tokenizer()
@@ -282,32 +257,38 @@ class _Job:
 
     def _metadata(self) -> dict[str, str]:
         marks = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": self.marks})}
-        return {"format": "pt", **(marks if self.marks else {})}
+        return {"format": "pt", MARK: mark(self.to), **(marks if self.marks else {})}
 
     def _write_official(self, path: Path) -> None:
-        if self.part != "dit":
-            write_pickle(path, self.tensors, self._done)
-            return
-        path.mkdir()
-        config, _ = dit.config_of(self.checkpoint, self.shapes)
-        self._write_shards(path)
-        write_json(path / "config.json", dit.official_config(config, variant_of(config.in_channels).task))
+        if self.files:
+            self._write_folder(path)
+        else:
+            write_pickle(path, self.tensors, mark(self.to), self._done)
 
-    def _write_shards(self, folder: Path) -> None:
-        shards = _shards(self.tensors)
-        weight_map = {}
-        for number, shard in enumerate(shards, 1):
-            name = f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(folder / name, shard, {"format": "pt"}, self._done)
-            weight_map |= {one.name: name for one in shard}
+    def _folder(self) -> tuple[dict[str, list[Planned]], dict[str, str]]:
+        """The safetensors files of a layout that is a folder, and the texts beside them, by name."""
+        if self.target.layout == "diffusers":
+            stem = "model" if self.part == "text" else "diffusion_pytorch_model"
+            return {f"{stem}.safetensors": self.tensors}, {"config.json": as_json(self._diffusers_config())}
+        if self.target.layout != "official" or self.part != "dit":
+            return {}, {}
+        parts = _shards(self.tensors)
+        shards = {f"diffusion_pytorch_model-{number:05d}-of-{len(parts):05d}.safetensors": part
+                  for number, part in enumerate(parts, 1)}  # fmt: skip
+        weight_map = {one.name: name for name, part in shards.items() for one in part}
         index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
-        write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
+        config, _ = dit.config_of(self.checkpoint, self.shapes)
+        return shards, {
+            "config.json": as_json(dit.official_config(config, variant_of(config.in_channels).task)),
+            "diffusion_pytorch_model.safetensors.index.json": as_json(index),
+        }
 
-    def _write_diffusers(self, path: Path) -> None:
-        path.mkdir()
-        stem = "model" if self.part == "text" else "diffusion_pytorch_model"
-        write_safetensors(path / f"{stem}.safetensors", self.tensors, {"format": "pt"}, self._done)
-        write_json(path / "config.json", self._diffusers_config())
+    def _write_folder(self, path: Path) -> None:
+        for name, content in self.texts.items():
+            (path / name).write_bytes(content.encode("utf-8"))
+        metadata = {"format": "pt", MARK: mark(self.to, self.files, self.texts)}
+        for name, part in self.shards.items():
+            write_safetensors(path / name, part, metadata, self._done)
 
     def _diffusers_config(self) -> dict:
         if self.part == "dit":
