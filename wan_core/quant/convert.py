@@ -27,9 +27,12 @@ from ..models.load_dit import understand_dit
 from ..models.load_vae import understand_vae
 from ..models.text_encoder import understand_text
 from .base import Format
+from .block_scaled import BlockScaled, in_tiles, tiles_shape
 from .fp8 import FP8
 from .gguf import BLOCK_TYPES, GGUF
 from .int8 import Int8
+from .mxfp8 import MXFP8
+from .nvfp4 import NVFP4
 from .scaled import Scaled
 
 _AT_ONCE = 1 << 20  # numbers of a tensor in memory at a time
@@ -43,7 +46,7 @@ class Target:
 
     layout: str = "comfyui"
     dtype: torch.dtype | None = None
-    scaled: Scaled | None = None
+    scaled: Scaled | BlockScaled | None = None
     blocks: str | None = None  # a GGUF type, plain ones ("F16") too
 
 
@@ -54,6 +57,8 @@ TARGETS: dict[str, Target] = {
     "fp32": Target(dtype=torch.float32),
     "fp8_scaled": Target(scaled=FP8(torch.float8_e4m3fn)),
     "int8": Target(scaled=Int8()),
+    "mxfp8": Target(scaled=MXFP8()),
+    "nvfp4": Target(scaled=NVFP4()),
     **{f"gguf:{name}": Target("gguf", blocks=name) for name in
        ("F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")},
     "official": Target("official"),
@@ -194,7 +199,7 @@ class _Job:
         name, source = self.renames.to_theirs(own), _Source(self.checkpoint, self.names[own])
         error = self.errors[name] = Error()
         if self._is_quantised(own):
-            if self.target.scaled:
+            if self.target.scaled and self._fits(name, source):
                 self.marks[name.removesuffix(".weight")] = _mark(self.target.scaled)
                 return _SCALED[type(self.target.scaled)](source, name, error)
             if self.target.blocks in BLOCK_TYPES:
@@ -204,6 +209,15 @@ class _Job:
                                          "cut into blocks; it is F16.")  # fmt: skip
                 return [_cast(source, name, torch.float16, error)]
         return [_cast(source, name, self._dtype(own, source), error)]
+
+    def _fits(self, name: str, source: _Source) -> bool:
+        """Whether the sides of a matrix are whole blocks: other programs expect those of its rows too."""
+        block = getattr(self.target.scaled, "block", 1)
+        if all(side % block == 0 for side in source.shape):
+            return True
+        self.report.notes.append(f"{name} is {list(source.shape)}, which {self.target.scaled.name} cannot cut into "
+                                 f"blocks of {block}; it stays as it is.")  # fmt: skip
+        return False
 
     def _is_quantised(self, own: str) -> bool:
         if len(self.shapes[own]) != 2:
@@ -384,11 +398,43 @@ def _int8(source: _Source, name: str, error: Error) -> list[Planned]:
     return [weight, Planned(f"{name}_scale", (source.shape[0], 1), torch.float32, lambda: scales)]
 
 
-_SCALED = {FP8: _fp8_scaled, Int8: _int8}
+def _mxfp8(source: _Source, name: str, error: Error) -> list[Planned]:
+    return _in_blocks(source, name, error, MXFP8(), torch.float8_e4m3fn, source.shape)
 
 
-def _mark(kind: Scaled) -> dict[str, str]:
-    return {"format": {FP8: "float8_e4m3fn", Int8: "int8_tensorwise"}[type(kind)]}
+def _nvfp4(source: _Source, name: str, error: Error) -> list[Planned]:
+    rows, columns = source.shape
+    return _in_blocks(source, name, error, NVFP4(), torch.uint8, (rows, columns // 2))
+
+
+def _in_blocks(
+    source: _Source, name: str, error: Error, kind: MXFP8 | NVFP4, dtype: torch.dtype, shape: tuple[int, ...]
+) -> list[Planned]:
+    """The scales in tiles, as ComfyUI's products take them; what is kept of a matrix meanwhile are its scales."""
+    scales: list[Tensor] = []
+    whole: list[Tensor] = []
+
+    def data() -> Iterator[Tensor]:
+        if kind.whole:
+            whole.append(kind.factor(max(rows.float().abs().amax() for rows in source.pieces())))
+        for rows in source.pieces():
+            parts = kind.pack(rows, *whole)
+            error.add(rows, _decoded(kind, parts))
+            scales.append(parts["scale"])
+            yield parts["data"]
+
+    weight = Planned(name, shape, dtype, data)
+    tiles = tiles_shape(source.shape[0], source.shape[1] // kind.block)
+    scale = Planned(f"{name}_scale", tiles, kind.scale_dtype,
+                    lambda: [in_tiles(torch.cat(scales)).view(kind.scale_dtype)])  # fmt: skip
+    return [weight, scale, *([Planned(f"{name}_scale_2", (), torch.float32, lambda: whole)] if kind.whole else [])]
+
+
+_SCALED = {FP8: _fp8_scaled, Int8: _int8, MXFP8: _mxfp8, NVFP4: _nvfp4}
+
+
+def _mark(kind: Scaled | BlockScaled) -> dict[str, str]:
+    return {"format": {FP8: "float8_e4m3fn", Int8: "int8_tensorwise", MXFP8: "mxfp8", NVFP4: "nvfp4"}[type(kind)]}
 
 
 def _blocks(source: _Source, name: str, kind: str, error: Error) -> Planned:
