@@ -6,7 +6,6 @@ the file be refused: weights would be wrong without it, and nobody would see why
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,8 +36,8 @@ _FOREIGN = {
 
 _USE = "Use a bf16, fp16, fp8, int8, mxfp8, nvfp4 or GGUF file of the same model."
 
-_PART = re.compile(r"(?P<layer>.+)\.(?P<part>weight[._].+|[^.]*(?:scale|zero|absmax|amax|quant|codebook|smooth)[^.]*)")
-_OF_WEIGHT = re.compile(r"weight[._]scale|scale[._]weight")
+_WORDS = ("scale", "zero", "absmax", "amax", "quant", "codebook", "smooth")
+_OF_WEIGHT = ("weight_scale", "weight.scale", "scale_weight")
 
 
 def belongings_of(path: Path, stored: Mapping[str, TensorInfo]) -> tuple[dict[str, Belongings], set[str]]:
@@ -89,10 +88,19 @@ def refuse_foreign(
         if end and key.removesuffix(end) not in marked:
             raise WanError(f"{shown(path)} holds {shown(key)}: it is quantised for {who}, which this version does not "
                            f"read. {_USE}")  # fmt: skip
-        match = _PART.fullmatch(key)
-        weight = stored.get(f"{match['layer']}.weight") if match else None
-        if weight is None or match["layer"] in marked:
+        layer, part = _layer_and_part(key)
+        weight = stored.get(f"{layer}.weight")
+        if weight is None or not part or layer in marked:
             continue
-        if weight.format is None and weight.dtype.itemsize == 1 or _OF_WEIGHT.match(match["part"]):
-            raise WanError(f"{shown(path)} holds {shown(key)}, which seems to say how {shown(match['layer'])}.weight "
-                           f"is packed and is not known to this version. {_USE}")  # fmt: skip
+        if weight.format is None and weight.dtype.itemsize == 1 or part.startswith(_OF_WEIGHT):
+            raise WanError(f"{shown(path)} holds {shown(key)}, which seems to say how {shown(layer)}.weight is packed "
+                           f"and is not known to this version. {_USE}")  # fmt: skip
+
+
+def _layer_and_part(key: str) -> tuple[str, str]:
+    """Of a name that looks like a part of how a weight is packed: the layer, and the rest."""
+    for inside in (".weight.", ".weight_"):
+        if (place := key.find(inside)) >= 0:
+            return key[:place], key[place + 1 :]
+    layer, _, part = key.rpartition(".")
+    return (layer, part) if any(word in part for word in _WORDS) else (layer, "")
