@@ -1,4 +1,4 @@
-"""nvfp4 and mxfp8: bit for bit what comfy-kitchen, which ComfyUI computes with, makes of the same numbers."""
+"""nvfp4 and mxfp8, bit for bit, and int4: what comfy-kitchen, with which ComfyUI computes, makes of such numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import comfy_kitchen.backends.eager.quantization as kitchen
 import pytest
 import torch
+from comfy_kitchen.backends.eager.convrot_w4a4 import dequantize_convrot_w4a4_weight, quantize_convrot_w4a4_weight
 from comfy_kitchen.float_utils import from_blocked, to_blocked
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,7 +26,7 @@ from wan_core.quant.convert import convert
 from wan_core.quant.linear import QuantLinear
 from wan_core.quant.mxfp8 import MXFP8
 from wan_core.quant.nvfp4 import NVFP4
-from wan_core.tiny import make_tiny
+from wan_core.tiny import TinySizes, make_tiny, write_tiny
 
 Weights = dict[str, Tensor]
 FORMATS = ("nvfp4", "mxfp8")
@@ -260,6 +261,49 @@ def test_columns_with_scales_of_their_own(weights: Weights, tmp_path: Path, name
     assert torch.equal(model.get_submodule(layer).packed.dequantise(), expected[key] * smooth.bfloat16().float())
     plain = velocity(plain_model(expected | {key: expected[key] * smooth.bfloat16().float()}, tmp_path))
     assert (velocity(model) - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_text_encoder_with_its_table(tmp_path: Path, name: str):
+    """Of a packed table only the rows of a prompt's tokens are decoded."""
+    sizes = TinySizes(dim=128, ffn_dim=128, layers=1, text_dim=64, text_layers=1, text_attention=64, text_ffn=96)
+    write_tiny(tmp_path, "t2v-A14B", layout="comfyui", sizes=sizes)
+    convert(next((tmp_path / "text_encoders").iterdir()), tmp_path / "wide.safetensors", "fp32")
+    plain = load_file(tmp_path / "wide.safetensors")
+    made = dict(plain)
+    for key in [key for key, value in plain.items() if value.ndim == 2 and "relative" not in key]:
+        parts = quantised(name, plain[key])
+        plain[key] = meaning(name, parts)
+        made |= {key + end: part for end, part in parts.items()}
+        made[f"{key.removesuffix('.weight')}.comfy_quant"] = mark_bytes({"format": name})
+    save_file(made, tmp_path / "made.safetensors")
+    save_file(plain, tmp_path / "plain.safetensors")
+    ours, exact = (wan_core.load_text_encoder(tmp_path / f"{one}.safetensors", dtype=torch.float32)
+                   for one in ("made", "plain"))  # fmt: skip
+    assert type(ours.encoder.token_embedding).__name__ == "QuantEmbedding"
+    for prompt in ("a white cat", "暖色调 a b c"):
+        expected = exact([prompt])
+        assert (ours([prompt]) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("group", [4, 64, 256])
+def test_int4_in_a_rotated_basis(weights: Weights, tmp_path: Path, group: int):
+    """ComfyUI's ``convrot_w4a4``, to 1e-6 of the largest value: the rotation is a sum in float32."""
+    key, layer = "blocks.0.ffn.0.weight", "blocks.0.ffn.0"
+    data, scale = quantize_convrot_w4a4_weight(weights[key], group)
+    data[:16] = torch.arange(16 * 128).view(16, 128).to(torch.uint8).view(torch.int8)  # every byte
+    expected = dequantize_convrot_w4a4_weight(data, scale, group)
+    made = {name: value.contiguous() for name, value in weights.items()}
+    made |= {key: data, f"{key}_scale": scale,
+             f"{layer}.comfy_quant": mark_bytes({"format": "convrot_w4a4", "convrot_groupsize": group})}  # fmt: skip
+    save_file(made, tmp_path / "x.safetensors")
+    file = read_dit(tmp_path / "x.safetensors")
+    model = build_dit(file, dtype=torch.float32)
+    assert model.get_submodule(layer).format.name == f"int4_rotated_{group}"
+    assert (model.get_submodule(layer).packed.dequantise() - expected).abs().max() <= 1e-6 * expected.abs().max()
+    plain = velocity(plain_model({**weights, key: expected}, tmp_path))
+    assert (velocity(model) - plain).abs().max() <= 1e-5 * plain.abs().max()
+    assert torch.equal(velocity(build_dit(file, dtype=torch.float32, swap_blocks=2)), velocity(model))
 
 
 # Mistakes ------------------------------------------------------------------------

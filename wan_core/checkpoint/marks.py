@@ -21,6 +21,7 @@ from ..errors import WanError
 from ..quant.base import Format
 from ..quant.block_scaled import BlockScaled, tiles_shape
 from ..quant.fp8 import FP8
+from ..quant.int4 import Int4
 from ..quant.int8 import Int8
 from ..quant.registry import MARKED
 from ..quant.smoothed import Smoothed
@@ -195,6 +196,10 @@ class _Stored:
     def _scaled(self, kind: Format) -> TensorInfo:
         """One scale for the tensor, or one for each row."""
         scale, shape = self.belongings.get("scale"), self.info.shape
+        if len(shape) == 2:
+            shape = shape[0], kind.columns(torch.empty(shape, device="meta"))
+        elif isinstance(kind, Int4):
+            raise self._refused(f"{list(shape)}, which is no {kind.name} matrix")
         if "whole" in self.belongings:
             raise self._refused(f"which is {kind.name} and has no use for {shown(self.belongings['whole'])}")
         if scale:
@@ -206,7 +211,7 @@ class _Stored:
         if rotation and (len(shape) != 2 or shape[1] % rotation):
             raise self._refused(f"{list(shape)}, which cannot be turned in groups of {rotation} columns")
         parts = (("data", self.key), ("scale", scale)) if scale else (("data", self.key),)
-        return replace(self.info, format=kind, parts=parts)
+        return replace(self.info, shape=shape, size=self.info.bytes, format=kind, parts=parts)
 
     def _check_scale(self, key: str) -> None:
         info, matrix = self.stored[key], self.info.shape

@@ -9,6 +9,7 @@ import torch
 
 from .base import Format
 from .fp8 import FP8
+from .int4 import Int4
 from .int8 import Int8
 from .mxfp8 import MXFP8
 from .nvfp4 import NVFP4
@@ -39,11 +40,19 @@ def _fp8(dtype: torch.dtype) -> Callable[[Marking, torch.dtype], Format]:
 
 
 def _int8(mark: Marking, stored: torch.dtype) -> Format:
-    if stored not in (torch.int8, torch.uint8):
-        raise ValueError(f"says int8, but its numbers are {stored}")
-    params = mark.get("params")
-    options = {**(params if isinstance(params, Mapping) else {}), **mark}
+    options = _options(mark, stored)
     return Int8(rotation=_group(options.get("convrot_groupsize", 256)) if options.get("convrot") else 0)
+
+
+def _int4(mark: Marking, stored: torch.dtype) -> Format:
+    return Int4(_group(_options(mark, stored).get("convrot_groupsize", 256)))
+
+
+def _options(mark: Marking, stored: torch.dtype) -> Marking:
+    if stored not in (torch.int8, torch.uint8):
+        raise ValueError(f"says {mark['format']}, but its numbers are {stored}")
+    params = mark.get("params")
+    return {**(params if isinstance(params, Mapping) else {}), **mark}
 
 
 def _group(size: object) -> int:
@@ -62,6 +71,7 @@ MARKED: dict[str, Callable[[Marking, torch.dtype], Format]] = {
     "float8_e4m3fn_rowwise": _fp8(torch.float8_e4m3fn),
     "int8_tensorwise": _int8,
     "int8_rowwise": _int8,
+    "convrot_w4a4": _int4,
     "mxfp8": lambda mark, stored: MXFP8(),
     "nvfp4": lambda mark, stored: NVFP4(),
 }
