@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,6 +176,41 @@ def test_what_cannot_be_applied_is_refused_by_name(comfyui: Path, tmp_path: Path
     said = str(raised.value)
     assert "blocks.0.ffn.0" in said and "file of the same model" in said or "partial download" in said
     assert "corrupt" not in said
+
+
+def test_a_thousand_random_files_are_read_or_refused(tmp_path: Path):
+    """Of random shapes, types and markings: nothing but a ``WanError``, and what is read has the shape it says."""
+    rng, outcomes = random.Random(5), Counter()
+    for _ in range(1000):
+        save_file(random_layer(rng), tmp_path / "x.safetensors")
+        try:
+            checkpoint = open_checkpoint(tmp_path / "x.safetensors")
+            for key, info in checkpoint.tensors.items():
+                assert tuple(checkpoint.tensor(key).shape) == info.shape
+            outcomes["read"] += 1
+        except WanError as error:
+            assert "cannot be understood" not in str(error)
+            outcomes["refused"] += 1
+    assert outcomes["read"] > 20 and outcomes["refused"] > 500
+
+
+def random_layer(rng: random.Random) -> Weights:
+    roles = ["weight_scale", "scale_weight", "weight_scale_2", "pre_quant_scale", "input_scale", "bias", "bias_scale",
+             "weight.scale", "comfy_quant", "odd_scale"]  # fmt: skip
+    made = {f"l.{role}": random_tensor(rng) for role in ("weight", *rng.sample(roles, rng.randint(0, 5)))}
+    if "l.comfy_quant" in made:
+        mark = {"format": rng.choice(["nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4", "float8_e4m3fn"]),
+                "convrot": rng.random() < 0.5, "convrot_groupsize": rng.choice([4, 16, "16", 0])}  # fmt: skip
+        made["l.comfy_quant"] = torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)
+    return made | ({"scaled_fp8": torch.zeros(2)} if rng.random() < 0.3 else {})
+
+
+def random_tensor(rng: random.Random) -> Tensor:
+    dtype = rng.choice([torch.float32, torch.bfloat16, FP8, torch.float8_e5m2, torch.int8, torch.uint8,
+                        torch.float8_e8m0fnu, torch.int64, torch.bool, torch.uint16])  # fmt: skip
+    shape = rng.choice([(), (0,), (1,), (16,), (128, 4), (16, 16), (32, 32), (0, 16), (16, 0), (128, 64),
+                        (4, 2, 1, 2, 2), (1, 1), (128,), (512,)])  # fmt: skip
+    return torch.zeros(shape, dtype=torch.uint8).view(dtype) if dtype.itemsize == 1 else torch.zeros(shape, dtype=dtype)
 
 
 def test_scales_of_activations_change_nothing(comfyui: Path, tmp_path: Path):

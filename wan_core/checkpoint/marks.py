@@ -129,7 +129,7 @@ class _Stored:
     def understood(self) -> TensorInfo:
         """With the format that it is packed in, if any."""
         info = self.info
-        if info.unread:
+        if info.unread or 0 in info.shape:  # refused by name, or nothing to unpack
             return info
         if info.format is not None:
             if self.belongings:
@@ -196,6 +196,8 @@ class _Stored:
     def _scaled(self, kind: Format) -> TensorInfo:
         """One scale for the tensor, or one for each row."""
         scale, shape = self.belongings.get("scale"), self.info.shape
+        if self.info.dtype not in (torch.int8, torch.uint8) and not _holds_weights(self.info.dtype):
+            raise self._refused(f"as {self.info.dtype}, which is no {kind.name}")
         if len(shape) == 2:
             shape = shape[0], kind.columns(torch.empty(shape, device="meta"))
         elif isinstance(kind, Int4):
