@@ -85,7 +85,7 @@ def refuse_foreign(
         if key in taken:
             continue
         end, who = next(((end, who) for end, who in _FOREIGN.items() if key.endswith(end)), (None, None))
-        if end and key.removesuffix(end) not in marked:
+        if end and key.removesuffix(end) not in marked and not _is_wide(stored.get(f"{key.removesuffix(end)}.weight")):
             raise WanError(f"{shown(path)} holds {shown(key)}: it is quantised for {who}, which this version does not "
                            f"read. {_USE}")  # fmt: skip
         layer, part = _layer_and_part(key)
@@ -95,6 +95,13 @@ def refuse_foreign(
         if weight.format is None and weight.dtype.itemsize == 1 or part.startswith(_OF_WEIGHT):
             raise WanError(f"{shown(path)} holds {shown(key)}, which seems to say how {shown(layer)}.weight is packed "
                            f"and is not known to this version. {_USE}")  # fmt: skip
+
+
+def _is_wide(weight: TensorInfo | None) -> bool:
+    """Whether a weight is there in more than a byte a number: what is said of its packing is then an odd tensor like
+    others, which who builds the model refuses.
+    """
+    return weight is not None and weight.format is None and weight.dtype.itemsize > 1
 
 
 def _layer_and_part(key: str) -> tuple[str, str]:
