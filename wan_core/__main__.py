@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="python -m wan_core", description="Wan2.2 video generation in plain PyTorch.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
-        module = import_module(f".commands.{name.replace('-', '_')}", __package__)
+        module = import_module(f".cli.{name.replace('-', '_')}", __package__)
         command = commands.add_parser(name, help=text, description=module.__doc__)
         module.add_arguments(command)
         command.add_argument("--debug", action="store_true", help="show Python's traceback of an error")
