@@ -288,15 +288,15 @@ def _inputs() -> Path:
 def find_table(name: str) -> None:
     """
     Raises:
-        WanError: no such folder, no table in it, or one without the columns or without rows.
+        WanError: no such folder, no table in it, or one without the columns, without rows, or of files elsewhere.
     """
-    from ..wan_core.train.data import read_table
+    from ..wan_core.train.data import files_of
 
     folder = dataset_folder(name)
     if not folder.is_dir():
         raise WanError(f"There is no folder {folder}. Put the clips and their {TABLE} there, or choose one of "
                        f"{', '.join(datasets()) or '(none found)'}.")
-    read_table(folder / TABLE)
+    files_of(folder, _inputs())
 
 
 def lora_file(name: str) -> Path:

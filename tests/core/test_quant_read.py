@@ -300,7 +300,8 @@ def test_truncated_gguf(weights: Weights, tmp_path: Path, keep: float):
 
 @pytest.mark.parametrize(
     ("mark", "message"),
-    [({"format": "nvfp4"}, "'nvfp4', which this version does not read"), ({"fmt": 1}, "does not name a format")],
+    [({"format": "asym_w4a8_int8"}, "'asym_w4a8_int8', which this version does not read"),
+     ({"fmt": 1}, "does not name a format")],
 )
 def test_an_unknown_format_is_named(weights: Weights, tmp_path: Path, mark: dict, message: str):
     made = dict(fp8_scaled(weights))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import VARIANTS
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset_base_path", type=path, required=True, help="folder with metadata.csv: "
                         "video,prompt, and for I2V perhaps start_image,end_image; images count as one frame")
     parser.add_argument("--dataset_metadata_path", type=path, default=None, help="the table, if it lies elsewhere")
+    parser.add_argument("--dataset_outside_files", action="store_true", help="follow absolute paths in the table, and "
+                        "those that lead out of the dataset's folder")
     parser.add_argument("--dataset_repeat", type=whole(), default=1, help="times that a clip counts in an epoch")
     parser.add_argument("--skip_bad_clips", action="store_true", help="name short and unreadable clips and go on")
     parser.add_argument("--width", type=whole(), default=832, help="clips are scaled to cover this and cut")
@@ -77,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
     expert = args.expert or _only_expert(experts_of(VARIANTS[args.task]))
     request = Request(
         task=args.task, expert=expert, clips=args.dataset_base_path, metadata=args.dataset_metadata_path,
+        root=Path(args.dataset_base_path.absolute().anchor) if args.dataset_outside_files else None,
         out=args.output_path, frame=Frame(args.width, args.height, args.num_frames), repeat=args.dataset_repeat,
         rank=args.lora_rank, alpha=args.lora_alpha, targets=_names(args.lora_target_modules),
         boundaries=_boundaries(args), shift=args.shift, steps=args.max_steps, epochs=args.num_epochs,

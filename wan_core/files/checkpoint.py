@@ -1,16 +1,17 @@
 """Checkpoint files without loading them: headers first, tensors memory-mapped on request.
 
 Four containers: one safetensors file, a folder of shards with an index json, GGUF, and ``.pth`` (weights only: a pickle
-that wants to run code is refused).
+that wants to run code is refused). Every header is checked as a whole by its reader; what no check expected is caught
+in ``open_checkpoint``.
 """
 
 from __future__ import annotations
 
 import copy
-import json
+import logging
 import math
 import pickle
-import struct
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -21,16 +22,22 @@ import torch
 from ..errors import WanError
 from ..quant.base import Packed
 from . import gguf as read_gguf
-from .mapped import MappedFile
+from . import safetensors_header
+from .door import MOST_TENSORS, Damage, check_name, check_shape, damaged, shown
+from .door import some as _some
+from .index import ENDING, Index, choose_index, read_index
+from .kind import ENDINGS, kind_of
+from .mapped import MappedFile, changed
 from .marks import TensorInfo, understand
+from .pickle_guard import check_pickle
+from .storage import DTYPES as _DTYPES
+from .storage import NAMES as _NAMES
 
-_HEADER_LIMIT = 100 * 1024 * 1024  # safetensors' own limit
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
+log = logging.getLogger(__name__)
+
+__all__ = ["_DTYPES", "Checkpoint", "_some", "open_checkpoint"]
+
+_GLOBAL = re.compile(r"GLOBAL ([A-Za-z_][\w.]{0,120}) ", re.ASCII)
 
 
 class Checkpoint:
@@ -104,7 +111,14 @@ class Checkpoint:
         return sum(piece.bytes for piece in pieces)
 
     def _piece(self, key: str) -> torch.Tensor:
-        return self._mapped(self._stored[key].file)[key]
+        info = self._stored[key]
+        if info.unread:
+            raise WanError(f"{shown(self.path)} holds {shown(key)} as {info.unread}, which this version does not read. "
+                           "Use a bf16, fp16, fp8 or GGUF file of the same model.")
+        try:
+            return self._mapped(info.file)[key]
+        except KeyError as error:
+            raise changed(info.file) from error
 
     def close(self) -> None:
         """Let go of the mapped files; tensors handed out keep theirs alive."""
@@ -129,9 +143,13 @@ def _state_beside(file: Path) -> tuple:
 
 
 def _open_file(file: Path) -> Mapping[str, torch.Tensor]:
-    if _is_gguf(file):
-        return read_gguf.GGUFFile(file)
-    return _SafetensorsFile(file) if _is_safetensors(file) else _load_pickle(file, "cpu")
+    match kind_of(file):
+        case "gguf":
+            return read_gguf.GGUFFile(file)
+        case "safetensors":
+            return _SafetensorsFile(file)
+        case _:
+            return _load_pickle(file, "cpu")
 
 
 class _SafetensorsFile(Mapping):
@@ -142,16 +160,12 @@ class _SafetensorsFile(Mapping):
     """
 
     def __init__(self, file: Path):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            self.entries = json.loads(stream.read(length))
-        self.entries.pop("__metadata__", None)
-        self.begin = 8 + length
+        self.entries = safetensors_header.read_header(file).entries
         self.data = MappedFile(file)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         entry = self.entries[key]
-        return self.data.tensor(self.begin + entry["data_offsets"][0], entry["shape"], _dtype(entry["dtype"]))
+        return self.data.tensor(entry.begin, entry.shape, entry.storage.dtype)
 
     def __iter__(self):
         return iter(self.entries)
@@ -164,150 +178,190 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read the headers of a checkpoint.
 
     Args:
-        path: a ``.safetensors`` / ``.gguf`` / ``.pth`` / ``.pt`` / ``.bin`` file, an index json, or a folder that holds
-            one safetensors file, shards with an index json, or one ``.pth``.
+        path: a safetensors, GGUF or PyTorch file, told by its first bytes whatever its name; an index json; or a
+            folder that holds one such file or shards with an index json.
 
     Raises:
         WanError: nothing there, an empty, truncated or corrupt file, missing shards, or a pickle that wants code run.
+            Whatever a file holds, nothing else leaves this function.
     """
     path = Path(path)
-    if not path.exists():
-        raise WanError(f"No such file or folder: {path}. Check the path, or download the checkpoint there.")
+    try:
+        return _open(path)
+    except WanError:
+        raise
+    except OSError as error:
+        raise WanError(f"{shown(path)} cannot be read ({error.strerror or type(error).__name__}). Check the path, who "
+                       "may read it, and the disk or network share it lies on.") from error
+    except Exception as error:
+        log.debug("A checkpoint that no check expected", exc_info=True)
+        raise damaged(path, f"it cannot be understood: {type(error).__name__}") from error
+
+
+def _open(path: Path) -> Checkpoint:
+    if "\0" in str(path) or not path.exists():
+        raise WanError(f"No such file or folder: {shown(path)}. Check the path, or download the checkpoint there.")
     if path.is_dir():
         return _open_folder(path)
-    if path.name.endswith(".index.json"):
-        return _open_index(path)
+    if path.suffix.lower() == ".json":
+        return _open_index(read_index(path))
     tensors, metadata = _read_header(path)
     return Checkpoint(path, tensors, metadata)
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    indexes = sorted(folder.glob("*.index.json"))
-    if indexes:
-        preferred = [i for i in indexes if i.name.endswith(".safetensors.index.json")] or indexes
-        return _open_index(preferred[0])
-    candidates = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.pth")) or sorted(folder.glob("*.bin"))
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    if indexes := [file for file in files if file.name.lower().endswith(ENDING)]:
+        return _open_index(choose_index(indexes))
+    for endings in (ENDINGS[:2], ENDINGS[2:3], ENDINGS[3:4], ENDINGS[4:]):
+        candidates = [file for file in files if file.suffix.lower() in endings]
+        if candidates:
+            break
+    else:
+        candidates = [file for file in files if _is_checkpoint(file)]
     if len(candidates) == 1:
         tensors, metadata = _read_header(candidates[0])
         return Checkpoint(folder, tensors, metadata)
-    found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
+    found = _some(sorted(p.name for p in folder.iterdir()), 10) or "nothing"
     raise WanError(
-        f"{folder} is not a checkpoint folder: expected one safetensors file, or shards with an .index.json; "
+        f"{shown(folder)} is not a checkpoint folder: expected one safetensors file, or shards with an .index.json; "
         f"found {found}. Name the file itself if there are several."
     )
 
 
-def _open_index(index: Path) -> Checkpoint:
+def _is_checkpoint(file: Path) -> bool:
+    """Whether a file without a telling name is one, by its first bytes."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise WanError(f"{index} is not a checkpoint index: expected a json with a weight_map ({error}).") from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise WanError(f"{index.parent} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}. "
-                       "The download is incomplete; fetch the missing files.")
+        return bool(kind_of(file))
+    except (WanError, OSError):
+        return False
+
+
+def _open_index(index: Index) -> Checkpoint:
+    index.refuse_missing()
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
-    for name in names:
-        shard, shard_metadata = _read_header(index.parent / name)
-        tensors.update(shard)
+    for file in index.files:
+        shard, shard_metadata = _read_header(file)
+        tensors |= {key: info for key, info in shard.items() if index.shards.get(key, file) == file}
         metadata.update(shard_metadata)
-    absent = sorted(set(weight_map) - set(tensors))
+    absent = sorted(set(index.shards) - set(tensors))
     if absent:
-        raise WanError(f"{index} promises tensors that its shards do not hold: {_some(absent)}. Download it again.")
-    return Checkpoint(index.parent, tensors, metadata)
+        raise WanError(f"{shown(index.file)} promises tensors that its shards do not hold: {_some(absent)}. Download "
+                       "it again.")
+    return Checkpoint(index.file.parent, tensors, metadata)
 
 
 def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    size = file.stat().st_size
-    if size == 0:
-        raise WanError(f"{file} is empty (0 bytes): the download failed; fetch it again.")
-    if _is_gguf(file):
-        return read_gguf.tensor_infos(file, read_gguf.read_header(file))
-    if _is_safetensors(file):
-        return _safetensors_header(file, size)
-    if _looks_like_pickle(file):
-        tensors = _load_pickle(file, "meta")
-        return {k: TensorInfo(tuple(v.shape), v.dtype, file) for k, v in tensors.items()}, {}
-    raise WanError(f"{file} is neither safetensors nor a PyTorch checkpoint nor GGUF: it begins with "
-                   f"{_first_bytes(file)!r}. If it is a web page or a Git LFS pointer, download the real file.")
+    match kind_of(file):
+        case "gguf":
+            return read_gguf.tensor_infos(file, read_gguf.read_header(file))
+        case "safetensors":
+            header = safetensors_header.read_header(file)
+            return {key: _safetensors_info(file, entry) for key, entry in header.entries.items()}, header.metadata
+        case _:
+            tensors = _load_pickle(file, "meta")
+            return {key: _pickle_info(file, tensor) for key, tensor in tensors.items()}, {}
 
 
-def _is_gguf(file: Path) -> bool:
-    return _first_bytes(file, 4) == read_gguf.MAGIC
+def _safetensors_info(file: Path, entry: safetensors_header.Entry) -> TensorInfo:
+    if entry.storage.dtype is not None:
+        return TensorInfo(entry.shape, entry.storage.dtype, file)
+    size = entry.end - entry.begin
+    return TensorInfo(entry.shape, torch.uint8, file, size=size, unread=entry.storage.described)
 
 
-def _is_safetensors(file: Path) -> bool:
-    if file.suffix == ".safetensors":
-        return True
-    return _first_bytes(file, 9)[8:9] == b"{"
-
-
-def _looks_like_pickle(file: Path) -> bool:
-    first = _first_bytes(file, 2)
-    return first == b"PK" or first[:1] == b"\x80"
-
-
-def _first_bytes(file: Path, count: int = 16) -> bytes:
-    with file.open("rb") as stream:
-        return stream.read(count)
-
-
-def _safetensors_header(file: Path, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(size - 8, _HEADER_LIMIT):
-                raise ValueError(f"its header claims {length} bytes of {size}")
-            header = json.loads(stream.read(length))
-        metadata = header.pop("__metadata__", {})
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if 8 + length + end != size:
-            raise ValueError(f"expected {8 + length + end} bytes, found {size}")
-        tensors = {k: TensorInfo(tuple(e["shape"]), _dtype(e["dtype"]), file) for k, e in header.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WanError(f"{file} is truncated or corrupt ({error}). Download it again.") from error
-    return tensors, metadata
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise ValueError(f"unknown tensor type {name}")
-    return _DTYPES[name]
+def _pickle_info(file: Path, tensor: torch.Tensor) -> TensorInfo:
+    unread = None if tensor.dtype in _NAMES and tensor.layout is torch.strided else str(tensor.dtype)
+    return TensorInfo(tuple(tensor.shape), tensor.dtype, file, unread=unread)
 
 
 def _load_pickle(file: Path, device: str) -> dict[str, torch.Tensor]:
     """The tensors of a ``.pth``; ``device="meta"`` reads no tensor data."""
+    check_pickle(file)
     try:
-        mapped = _is_zip(file)
-        loaded = torch.load(str(file), map_location=device, weights_only=True, mmap=mapped or None)
+        loaded = torch.load(str(file), map_location=device, weights_only=True, mmap=_is_zip(file) or None)
+        return _by_name(loaded, file)
     except pickle.UnpicklingError as error:
-        raise WanError(f"{file} was refused: it is a pickle that wants to run code, or no plain state dict "
-                       f"({_first_line(error)}). Use a safetensors version of it.") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise WanError(f"{file} is truncated or corrupt ({_first_line(error)}). Download it again.") from error
-    return _tensors_only(loaded, file)
+        raise WanError(f"{shown(file)} was refused: it is a pickle that wants to run code, or no plain state dict "
+                       f"({_wanted(error)}). Use a safetensors version of it.") from error
+    except Damage as error:
+        raise damaged(file, error) from error
+    except (WanError, OSError):
+        raise
+    except Exception as error:  # whatever PyTorch's reader says of what it meets
+        raise damaged(file, f"PyTorch cannot read it: {type(error).__name__}") from error
 
 
 def _is_zip(file: Path) -> bool:
-    return _first_bytes(file, 2) == b"PK"
+    with file.open("rb") as stream:
+        return stream.read(2) == b"PK"
 
 
-def _tensors_only(loaded: object, file: Path) -> dict[str, torch.Tensor]:
-    for wrapper in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, dict) or not any(isinstance(v, torch.Tensor) for v in loaded.values()):
-        raise WanError(f"{file} holds a {type(loaded).__name__} and no tensors by name: expected a state dict.")
-    return {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
+def _wanted(error: Exception) -> str:
+    """What a pickle asked for, if it can be named."""
+    found = _GLOBAL.search(str(error))
+    return f"it asks for {found[1]}" if found else "PyTorch does not load it"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+# The names under which trainers keep a model's weights, likeliest first; averaged weights come last.
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "module", "generator", "transformer", "dit",
+             "weights", "params", "ema", "ema_model", "model_ema", "generator_ema", "params_ema")  # fmt: skip
+_DEEPEST = 3
 
 
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _by_name(loaded: object, file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of what was saved: a state dict, or a wrapper of one.
+
+    Raises:
+        WanError: there are none.
+        Damage: names that are none.
+    """
+    for _ in range(_DEEPEST):
+        inner = _inside(loaded, file)
+        if inner is None:
+            break
+        loaded = inner
+    if not _tensors(loaded):
+        raise WanError(f"{shown(file)} holds a {type(loaded).__name__} and no tensors by name: expected a state dict.")
+    if len(loaded) > MOST_TENSORS:
+        raise Damage(f"it holds {len(loaded)} tensors, expected at most {MOST_TENSORS}")
+    return {check_name(key): _checked(key, value) for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
+def _checked(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    check_shape(key, tuple(tensor.shape))
+    return tensor
+
+
+def _inside(loaded: object, file: Path) -> dict | None:
+    """The state dict inside a wrapper, by its name or as the one with the most tensors; None where there is none."""
+    if not isinstance(loaded, dict):
+        return None
+    found = {key: value for key, value in loaded.items() if isinstance(value, dict) and _holds_tensors(value)}
+    most = max((_weight(value) for value in found.values()), default=0)
+    if not most or most < _tensors(loaded):  # a state dict, beside which something else was saved
+        return None
+    chosen = next((name for name in _WRAPPERS if name in found), None)
+    if chosen is None:
+        chosen = max(found, key=lambda key: _weight(found[key]))
+    if len(found) > 1:
+        others = _some(str(key) for key in found if key != chosen)
+        log.warning("%s holds several sets of weights; %s is used. Others: %s.", shown(file), shown(chosen), others)
+    return found[chosen]
+
+
+def _tensors(value: object) -> int:
+    """How many tensors a dict holds."""
+    return sum(isinstance(one, torch.Tensor) for one in value.values()) if isinstance(value, dict) else 0
+
+
+def _weight(value: dict) -> int:
+    """How many tensors with names a dict holds, or the dicts in it."""
+    below = (_tensors(one) for key, one in value.items() if isinstance(key, str) and isinstance(one, dict))
+    return max(_tensors(value), max(below, default=0))
+
+
+def _holds_tensors(value: dict) -> bool:
+    """With names: an optimiser's state has numbers in their place."""
+    return _weight(value) > 0

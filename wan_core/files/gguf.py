@@ -1,5 +1,6 @@
 """GGUF files: header and memory-mapped tensors.
 
+Every count, length and place in the header is held against what the file could hold before it is followed.
 The format is described at github.com/ggml-org/ggml/blob/master/docs/gguf.md. Little-endian, versions 2 and 3.
 """
 
@@ -17,11 +18,19 @@ import torch
 
 from ..errors import WanError
 from ..quant.gguf import BLOCK_TYPES, GGUF
+from .door import LONGEST_NAME, MOST_DIMENSIONS, MOST_TENSORS, Damage, check_name, check_shape, damaged, shown
+from .kind import GGUF_MAGIC as MAGIC
 from .mapped import MappedFile
 from .marks import TensorInfo
 
-MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
+_MOST_FIELDS = 50_000
+_MOST_STRINGS = 4_000_000  # of one array; umT5's vocabulary has 256,384
+_LONGEST_STRING = 16 * 1024**2  # bytes
+_MOST_NUMBERS = 16 * 1024**2  # of an array that is read
+_LEAST_FIELD = 8 + 4 + 1  # bytes: the length of a key, a kind, a value
+_LEAST_ENTRY = 8 + 4 + 4 + 8  # bytes: the length of a name, the number of dimensions, a type, a place
+_DEEPEST = 4  # arrays of arrays
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TYPE_NUMBERS = {
@@ -40,10 +49,19 @@ class Array:
     start: int
 
     def read(self) -> list:
-        with _mapped(self.file) as data:
-            if self.kind == _STRING:
-                return _Cursor(data, self.start).strings(self.count)
-            return list(struct.unpack_from(f"<{self.count}{_scalar(self.kind)[1:]}", data, self.start))
+        """
+        Raises:
+            WanError: more than any header needs, or damaged.
+        """
+        try:
+            with _mapped(self.file) as data:
+                if self.kind == _STRING:
+                    return _Cursor(data, self.start).strings(self.count)
+                if self.count > _MOST_NUMBERS:
+                    raise Damage(f"an array of {self.count} numbers")
+                return list(struct.unpack_from(f"<{self.count}{_scalar(self.kind)[1:]}", data, self.start))
+        except (struct.error, Damage) as error:
+            raise damaged(self.file, error) from error
 
 
 @dataclass(frozen=True)
@@ -83,15 +101,24 @@ def read_header(file: Path) -> Header:
     try:
         with _mapped(file) as data:
             header = _header(file, data)
-            size = len(data)
-    except (struct.error, ValueError, OverflowError, UnicodeDecodeError) as error:
-        if isinstance(error, WanError):
-            raise
-        raise WanError(f"{file} is truncated or corrupt ({error}). Download it again.") from error
-    end = max((entry.offset + entry.bytes for entry in header.tensors.values()), default=0)
-    if end > size:
-        raise WanError(f"{file} is truncated or corrupt (expected {end} bytes, found {size}). Download it again.")
+            _check_places(header, len(data))
+    except (struct.error, Damage) as error:
+        problem = "it ends within its header" if isinstance(error, struct.error) else error
+        raise damaged(file, problem) from error
     return header
+
+
+def _check_places(header: Header, size: int) -> None:
+    """Every tensor within the file, none over another."""
+    entries = sorted(header.tensors.items(), key=lambda item: (item[1].offset, item[1].bytes))
+    end = max((entry.offset + entry.bytes for _, entry in entries), default=0)
+    if end > size:
+        raise Damage(f"expected {end} bytes, found {size}")
+    at = 0
+    for name, entry in entries:
+        if entry.offset < at:
+            raise Damage(f"{shown(name)} overlaps the one before it")
+        at = entry.offset + entry.bytes
 
 
 def tensor_infos(file: Path, header: Header) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -102,10 +129,20 @@ def tensor_infos(file: Path, header: Header) -> tuple[dict[str, TensorInfo], dic
 
 def _info(file: Path, key: str, entry: Entry, fields: Mapping[str, Any]) -> TensorInfo:
     original = fields.get(f"comfy.gguf.orig_shape.{key}")  # rows of another length are laid out anew for the blocks
-    shape = tuple(original.read()) if isinstance(original, Array) else entry.shape
+    shape = _original_shape(file, key, original, entry) if isinstance(original, Array) else entry.shape
     if entry.type in _PLAIN:
         return TensorInfo(shape, _PLAIN[entry.type], file)
     return TensorInfo(shape, torch.uint8, file, GGUF(entry.type), (("data", key),), entry.bytes)
+
+
+def _original_shape(file: Path, key: str, original: Array, entry: Entry) -> tuple[int, ...]:
+    try:
+        shape = check_shape(key, original.read() if original.count < 64 else None)
+        if math.prod(shape) != math.prod(entry.shape):
+            raise Damage(f"{shown(key)} has {math.prod(entry.shape)} numbers, but is said to be {list(shape)}")
+    except Damage as error:
+        raise damaged(file, error) from error
+    return shape
 
 
 class GGUFFile(Mapping):
@@ -137,14 +174,20 @@ class _Cursor:
         self.at += struct.calcsize(code)
         return value
 
-    def string(self) -> str:
+    def string(self, longest: int = _LONGEST_STRING) -> str:
         length = self.number("<Q")
+        if length > len(self.data) - self.at:
+            raise Damage("a text runs past its end")
+        if length > longest:
+            raise Damage(f"a text of {length} bytes, expected at most {longest}")
         self.at += length
-        if self.at > len(self.data):
-            raise ValueError("a string runs past the end")
-        return self.data[self.at - length : self.at].decode("utf-8")
+        try:
+            return self.data[self.at - length : self.at].decode("utf-8")
+        except UnicodeDecodeError:
+            raise Damage("a text that is no UTF-8") from None
 
     def strings(self, count: int) -> list[str]:
+        self._check_strings(count)
         return [self.string() for _ in range(count)]
 
     def value(self, file: Path) -> Any:
@@ -155,20 +198,38 @@ class _Cursor:
             return self._array(file)
         return self.number(_scalar(kind))
 
-    def _array(self, file: Path) -> Array:
+    def _array(self, file: Path, depth: int = 1) -> Array:
         kind, count = self.number("<I"), self.number("<Q")
         array = Array(file, kind, count, self.at)
         if kind == _STRING:
             self._skip_strings(count)
+        elif kind == _ARRAY:
+            self._skip_arrays(file, count, depth)
         else:
-            self.at += count * struct.calcsize(_scalar(kind))
+            size = count * struct.calcsize(_scalar(kind))
+            if size > len(self.data) - self.at:
+                raise Damage("an array runs past its end")
+            self.at += size
         return array
 
+    def _skip_arrays(self, file: Path, count: int, depth: int) -> None:
+        if depth == _DEEPEST or count > _MOST_FIELDS:
+            raise Damage("arrays within arrays without end")
+        for _ in range(count):
+            self._array(file, depth + 1)
+
     def _skip_strings(self, count: int) -> None:
+        self._check_strings(count)
         unpack, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
         for _ in range(count):
             at += 8 + unpack(data, at)[0]
+        if at > len(data):
+            raise Damage("a text runs past its end")
         self.at = at
+
+    def _check_strings(self, count: int) -> None:
+        if count > min(_MOST_STRINGS, (len(self.data) - self.at) // 8):
+            raise Damage(f"an array of {count} texts, which it cannot hold")
 
 
 def _mapped(file: Path) -> mmap.mmap:
@@ -180,26 +241,44 @@ def _header(file: Path, data: mmap.mmap) -> Header:
     cursor = _Cursor(data, len(MAGIC))
     version = cursor.number("<I")
     if version not in (2, 3):
-        raise WanError(f"{file} is GGUF of version {version}; expected 2 or 3, little-endian. Convert it again.")
+        turned = " (a big-endian file)" if version in (2 << 24, 3 << 24) else ""
+        raise WanError(f"{shown(file)} is GGUF of version {version}{turned}; expected 2 or 3, little-endian. Convert "
+                       "it again.")
     tensors, fields = cursor.number("<Q"), cursor.number("<Q")
-    values = {cursor.string(): cursor.value(file) for _ in range(fields)}
-    entries = [_entry(file, cursor) for _ in range(tensors)]
+    room = len(data) - cursor.at
+    if fields > min(_MOST_FIELDS, room // _LEAST_FIELD) or tensors > min(MOST_TENSORS, room // _LEAST_ENTRY):
+        raise Damage(f"its header claims {tensors} tensors and {fields} fields, which it cannot hold")
+    values = _unique([(check_name(cursor.string()), cursor.value(file)) for _ in range(fields)])
+    entries = _unique([_entry(file, cursor) for _ in range(tensors)])
     alignment = values.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise Damage("its general.alignment is no power of two")
     start = -(-cursor.at // alignment) * alignment
-    return Header(values, {name: Entry(shape, kind, start + offset) for name, shape, kind, offset in entries})
+    return Header(values, {name: Entry(shape, kind, start + place) for name, (shape, kind, place) in entries.items()})
 
 
-def _entry(file: Path, cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int]:
-    name = cursor.string()
-    shape = tuple(reversed([cursor.number("<Q") for _ in range(cursor.number("<I"))]))
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Damage("its header has one name twice")
+    return found
+
+
+def _entry(file: Path, cursor: _Cursor) -> tuple[str, tuple[tuple[int, ...], str, int]]:
+    name = check_name(cursor.string(4 * LONGEST_NAME))
+    dimensions = cursor.number("<I")
+    if dimensions > MOST_DIMENSIONS:
+        raise Damage(f"{shown(name)} has {dimensions} dimensions")
+    shape = check_shape(name, [cursor.number("<Q") for _ in range(dimensions)])[::-1]
     kind, offset = cursor.number("<I"), cursor.number("<Q")
     if kind not in _TYPE_NUMBERS:
-        raise WanError(f"{file} holds {name} in the quantisation type {_type_name(kind)}, which this version does not "
-                       f"read. Expected one of {', '.join(_TYPE_NUMBERS.values())}: use such a file of the same model.")
+        raise WanError(f"{shown(file)} holds {shown(name)} in the quantisation type {_type_name(kind)}, which this "
+                       f"version does not read. Expected one of {', '.join(_TYPE_NUMBERS.values())}: use such a file "
+                       "of the same model.")
     kind = _TYPE_NUMBERS[kind]
     if kind in BLOCK_TYPES and (not shape or shape[-1] % BLOCK_TYPES[kind].weights):
-        raise ValueError(f"{name} of shape {list(shape)} cannot be {kind}")
-    return name, shape, kind, offset
+        raise Damage(f"{shown(name)} of shape {list(shape)} cannot be {kind}")
+    return name, (shape, kind, offset)
 
 
 def _type_name(number: int) -> str:
@@ -213,5 +292,5 @@ def _type_name(number: int) -> str:
 
 def _scalar(kind: int) -> str:
     if kind not in _SCALARS:
-        raise ValueError(f"a value of the unknown kind {kind}")
+        raise Damage(f"a value of the unknown kind {kind}")
     return _SCALARS[kind]

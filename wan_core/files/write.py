@@ -5,6 +5,7 @@ A writer is told first what will come, because headers hold sizes and places, an
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from ..errors import WanError
 from ..quant.gguf import BLOCK_TYPES
-from .checkpoint import _DTYPES
 from .gguf import _PLAIN, _TYPE_NUMBERS, MAGIC
+from .place import mark_pickle
+from .storage import NAMES as _NAMES
 
 _ALIGNMENT = 32
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _GGUF_NUMBERS = {name: number for number, name in _TYPE_NUMBERS.items()}
 _GGUF_PLAIN = {dtype: name for name, dtype in _PLAIN.items()}
 
@@ -67,6 +68,7 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
+        stream.flush()  # so that what a killed run leaves says whose it is
         for one in tensors:
             _write(stream, one)
             on_written(one)
@@ -88,6 +90,7 @@ def write_gguf(
     start = b"".join(head)
     with file.open("wb") as stream:
         stream.write(start + bytes(-len(start) % _ALIGNMENT))
+        stream.flush()
         for one in tensors:
             _write(stream, one)
             stream.write(bytes(-one.bytes % _ALIGNMENT))
@@ -95,10 +98,14 @@ def write_gguf(
         _settle(stream)
 
 
-def write_pickle(file: Path, tensors: Sequence[Planned], on_written: OnWritten) -> None:
+def write_pickle(file: Path, tensors: Sequence[Planned], mark: str, on_written: OnWritten) -> None:
     """A ``.pth``: laid out without data first, then filled through a shared mapping of the file."""
-    with torch.serialization.skip_data():
-        torch.save({one.name: torch.empty(one.shape, dtype=one.dtype) for one in tensors}, file)
+    try:
+        with torch.serialization.skip_data():
+            torch.save({one.name: torch.empty(one.shape, dtype=one.dtype) for one in tensors}, file)
+    except RuntimeError as error:  # torch's writer has no other word for a full disk
+        raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from error
+    mark_pickle(file, mark)
     with file.open("r+b") as stream:
         if hasattr(os, "posix_fallocate"):  # or a full disk would kill the process when the mapping is filled
             os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
@@ -113,8 +120,8 @@ def write_pickle(file: Path, tensors: Sequence[Planned], on_written: OnWritten) 
     del places
 
 
-def write_json(file: Path, content: object) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def as_json(content: object) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _shared_mapping() -> AbstractContextManager:

@@ -11,7 +11,7 @@ from ..errors import WanError
 from ..files.checkpoint import Checkpoint, _some
 from ..models.dit import features
 from ..models.dit.features.clip_tokens import ClipTokensConfig
-from .keys import IDENTITY, Renames
+from .keys import IDENTITY, Renames, count_blocks, refuse_empty
 from .prefixes import Marks, Place, find_places, own_names
 
 _OUTSIDE_BLOCKS = [
@@ -144,13 +144,14 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None)
         WanError: layers are missing, or the width is no multiple of a head's.
     """
     try:
+        refuse_empty(shapes)
         dim, in_channels = shapes["patch_embedding.weight"][:2]
         config = DiTConfig(
             in_channels=in_channels,
             out_channels=shapes["head.head.weight"][0] // (PATCH[0] * PATCH[1] * PATCH[2]),
             dim=dim,
             ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
-            layers=_count_blocks(shapes),
+            layers=count_blocks(key for key in shapes if key.endswith(".self_attn.q.weight")),
             text_dim=shapes["text_embedding.0.weight"][1],
             freq_dim=shapes["time_embedding.0.weight"][1],
             heads=heads or dim // HEAD_DIM,
@@ -161,15 +162,6 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None)
     if not config.heads or dim % config.heads:
         raise WanError(f"A Wan DiT's width is a multiple of {HEAD_DIM} (the size of a head); this one is {dim} wide.")
     return config
-
-
-def _count_blocks(shapes: Collection[str]) -> int:
-    """How many blocks there are: those numbered without a gap from 0 on."""
-    numbers = {key.split(".")[1] for key in shapes if key.startswith("blocks.") and key.endswith(".self_attn.q.weight")}
-    gap = next((i for i in range(len(numbers)) if str(i) not in numbers), None)
-    if gap is not None:
-        raise KeyError(f"blocks.{gap}")
-    return len(numbers)
 
 
 def config_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> tuple[DiTConfig, tuple[str, ...]]:

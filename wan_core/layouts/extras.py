@@ -22,7 +22,7 @@ _QUANTISED = re.compile(
 )
 _NO_SCALE = frozenset(("logit_scale", "scale_factor", "sigma_scale"))  # of CLIP, and of latents: no weight's
 _ADAPTER = re.compile(r"(^|[._])(lora|lokr|loha|hada|dora|glora|oft|boft)([._]|$)|\.diff(_[bm])?$")
-_NUMBER = re.compile(r"\.(\d{1,9})(?=\.)")
+_NUMBER = re.compile(r"\.([0-9]{1,9})[0-9]*(?=\.)")  # of a longer one the beginning: it is large enough
 
 
 def leave_out(

@@ -15,7 +15,9 @@ import torch
 
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint
-from ..files.gguf import MAGIC, Array, read_header
+from ..files.door import damaged, shown
+from ..files.gguf import Array, read_header
+from ..files.kind import is_gguf
 from ..models.text.tokenizer import SPIECE_FILE, find_tokenizer
 from ..models.text.tokenizer_check import problem_of
 from .text import spiece_key
@@ -23,29 +25,52 @@ from .text import spiece_key
 _PREFIX = "tokenizer.ggml."
 # The header's name of a special token -> where the trainer's part of the file has its id, and the id by default.
 _IDS = {"unknown_token_id": (40, 0), "bos_token_id": (41, 1), "eos_token_id": (42, 2), "padding_token_id": (43, -1)}
+_KINDS = ((8,), (6, 12), (0, 1, 2, 3, 4, 5, 10, 11))  # of the arrays: texts, fractions, integers
 _UNIGRAM = 1
 _NORMAL, _UNKNOWN, _UNUSED = 1, 2, 5
 
 
 def spiece_model(file: Path) -> bytes | None:
-    """The SentencePiece model, or None where the file is no GGUF, or carries no T5 vocabulary."""
-    with file.open("rb") as stream:
-        if stream.read(len(MAGIC)) != MAGIC:
-            return None
+    """The SentencePiece model, or None where the file is no GGUF, or carries no T5 vocabulary.
+
+    Raises:
+        WanError: the vocabulary's parts do not go together.
+    """
+    if not is_gguf(file):
+        return None
     fields = {key.removeprefix(_PREFIX): value for key, value in read_header(file).fields.items()
               if key.startswith(_PREFIX)}  # fmt: skip
     arrays = [fields.get(name) for name in ("tokens", "scores", "token_type")]
     if fields.get("model") != "t5" or not all(isinstance(array, Array) for array in arrays):
         return None
+    fitting = all(array.kind in kinds for array, kinds in zip(arrays, _KINDS, strict=True))
+    if not fitting or len({array.count for array in arrays}) != 1:
+        raise WanError(f"{shown(file)} has a vocabulary whose pieces, scores and kinds do not go together. Convert the "
+                       "text encoder again, or name the tokenizer: google/umt5-xxl of the official checkpoint.")
     tokens, scores, kinds = (array.read() for array in arrays)
-    used = max(i for i, kind in enumerate(kinds) if kind != _UNUSED) + 1  # the table's last rows have no piece
+    used = 1 + max((i for i, kind in enumerate(kinds) if kind != _UNUSED), default=-1)  # later rows have no piece
     rows = list(zip(tokens[:used], scores[:used], kinds[:used], strict=True))
-    pieces = b"".join(_message(1, _piece(*row)) for row in rows)
-    return pieces + _message(2, _trainer(rows, fields)) + _message(3, _normaliser(fields))
+    try:
+        pieces = b"".join(_message(1, _piece(*row)) for row in rows)
+        return pieces + _message(2, _trainer(rows, fields)) + _message(3, _normaliser(fields))
+    except (struct.error, OverflowError, ValueError, TypeError) as error:
+        raise damaged(file, f"its vocabulary has {type(error).__name__} in it") from error
 
 
 def gguf_vocabulary(spiece: bytes, rows: int) -> dict[str, Any]:
-    """A SentencePiece model as GGUF header fields, filled up with unused pieces to the rows of the embedding table."""
+    """A SentencePiece model as GGUF header fields, filled up with unused pieces to the rows of the embedding table.
+
+    Raises:
+        WanError: no SentencePiece model.
+    """
+    try:
+        return _vocabulary(spiece, rows)
+    except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
+        raise WanError(f"The text encoder's tokenizer is no SentencePiece model ({len(spiece)} bytes). Expected "
+                       f"{SPIECE_FILE} of google/umt5-xxl; download it again.") from error
+
+
+def _vocabulary(spiece: bytes, rows: int) -> dict[str, Any]:
     parts = list(_fields(spiece))
     pieces = [dict(_fields(content)) for number, content in parts if number == 1]
     trainer, normaliser = (dict(_fields(dict(parts).get(number, b""))) for number in (2, 3))
@@ -89,18 +114,20 @@ def _piece(text: str, score: float, kind: int) -> bytes:
 def _trainer(rows: list[tuple[str, float, int]], fields: Mapping[str, Any]) -> bytes:
     unknown = next((i for i, (_, _, kind) in enumerate(rows) if kind == _UNKNOWN), 0)
     known = {"unknown_token_id": unknown, **fields}
-    special = [(number, known[name]) for name, (number, _) in _IDS.items() if name in known]
-    names = b"".join(_message(number + 5, rows[i][0].encode()) for number, i in special if i < len(rows))
+    special = [(number, known[name]) for name, (number, _) in _IDS.items() if type(known.get(name)) is int]
+    names = b"".join(_message(number + 5, rows[i][0].encode()) for number, i in special if 0 <= i < len(rows))
     numbers = b"".join(_integer(number, i) for number, i in special)
     return _integer(3, _UNIGRAM) + _integer(4, len(rows)) + _integer(35, 1) + numbers + names
 
 
 def _normaliser(fields: Mapping[str, Any]) -> bytes:
     chars = fields.get("precompiled_charsmap")
-    charsmap = bytes(value & 255 for value in chars.read()) if isinstance(chars, Array) else b""
+    whole = isinstance(chars, Array) and chars.kind in _KINDS[2]
+    charsmap = bytes(value & 255 for value in chars.read()) if whole else b""
     dummy_prefix, spaces = fields.get("add_space_prefix", True), fields.get("remove_extra_whitespaces", False)
     name = b"precompiled" if charsmap else b"identity"
-    return (_message(1, name) + _message(2, charsmap) + _integer(3, int(dummy_prefix)) + _integer(4, int(spaces)))
+    flags = _integer(3, int(bool(dummy_prefix))) + _integer(4, int(bool(spaces)))
+    return _message(1, name) + _message(2, charsmap) + flags
 
 
 def _message(number: int, content: bytes) -> bytes:
@@ -138,6 +165,8 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
         if byte < 128:
             return value, at
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
 
 
 def _varint(value: int) -> bytes:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
+
+from ..files.door import shown
+
+MOST_BLOCKS = 512  # of one stack; the largest Wan model has 40
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,1000}")
 
 
 class Renames:
@@ -38,13 +43,49 @@ class Renames:
 IDENTITY = Renames([("", "")])
 
 
+def block_of(key: str, stack: str = "blocks.") -> int | None:
+    """The number of the block that a key belongs to: 3 for ``blocks.3.ffn.0.weight``; None for any other key."""
+    if not key.startswith(stack):
+        return None
+    number = key[len(stack) :].partition(".")[0]
+    return int(number) if _NUMBER.fullmatch(number) else None
+
+
+def count_blocks(keys: Iterable[str], stack: str = "blocks.") -> int:
+    """How many blocks a stack has: their numbers are 0, 1, 2 … without a gap, however large the last one is.
+
+    Args:
+        keys: of what every block has, such as one of its matrices: other keys with a number may be left over from
+            something else.
+
+    Raises:
+        ValueError: a block is missing, or there are more than any model has; says which.
+    """
+    there = {number for key in keys if (number := block_of(key, stack)) is not None}
+    count = next(number for number in range(len(there) + 1) if number not in there)
+    if beyond := sorted(there - set(range(count))):
+        raise ValueError(f"{stack}{count} (the file goes on with {shown(f'{stack}{beyond[0]}')})")
+    if count > MOST_BLOCKS:
+        raise ValueError(f"{stack}* ({count} of them, expected at most {MOST_BLOCKS})")
+    return count
+
+
+def refuse_empty(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """
+    Raises:
+        ValueError: a tensor of a model without numbers; says which.
+    """
+    if empty := next((key for key, shape in shapes.items() if 0 in shape), None):
+        raise ValueError(f"{empty} (it has no numbers)")
+
+
 def _compile(rows: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern, str]]:
     longest_first = sorted(rows, key=lambda row: -len(row[0]))
     return [(_pattern(source), target) for source, target in longest_first]
 
 
 def _pattern(template: str) -> re.Pattern:
-    numbered = re.sub(r"\\\{([a-z])\\\}", r"(?P<\1>\\d+)", re.escape(template))
+    numbered = re.sub(r"\\\{([a-z])\\\}", r"(?P<\1>[0-9]+)", re.escape(template))
     rest = r"(?P<rest>.*)" if not template else r"(?P<rest>(?:\..*)?)"
     return re.compile(numbered + rest)
 

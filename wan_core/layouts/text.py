@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config import TextConfig
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint
-from .keys import IDENTITY, Renames
+from .keys import IDENTITY, Renames, count_blocks, refuse_empty
 from .prefixes import Marks, Place, find_places, own_names
 
 TABLE = "token_embedding.weight"
@@ -91,7 +91,11 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> TextConfig:
     Raises:
         WanError: a tensor is missing, or the shapes belong to T5 instead of umT5.
     """
-    layers = sum(key.startswith("blocks.") and key.endswith(".attn.q.weight") for key in shapes)
+    try:
+        refuse_empty(shapes)
+        layers = count_blocks(key for key in shapes if key.endswith(".attn.q.weight"))
+    except ValueError as error:
+        raise WanError(f"The text encoder is not whole: {error} is missing. Is it a partial download?") from error
     biases = sum(key.startswith("blocks.") and key.endswith(".pos_embedding.embedding.weight") for key in shapes)
     if biases == 1 and layers > 1:
         raise WanError("This is a T5 text encoder (only its first layer has a position bias), but Wan needs umT5-XXL: "

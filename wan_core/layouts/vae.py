@@ -9,7 +9,7 @@ from ..config import VAES, VAEConfig, VAEKind
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint
 from ..models.vae.vae import LATENT_MEAN, LATENT_STD, TEMPORAL
-from .keys import IDENTITY, Renames
+from .keys import IDENTITY, Renames, count_blocks, refuse_empty
 from .prefixes import Marks, Place, find_places, own_names
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -103,6 +103,7 @@ def read_config(shapes: Shapes) -> VAEConfig:
     """
     kind: VAEKind = "wan2.2" if any(key.startswith("decoder.upsamples.0.upsamples.") for key in shapes) else "wan2.1"
     try:
+        refuse_empty(shapes)
         encoder_dim = shapes["encoder.conv1.weight"][0]
         widths, blocks = _encoder_widths(shapes, kind)
         config = VAEConfig(
@@ -133,7 +134,14 @@ def _encoder_widths(shapes: Shapes, kind: VAEKind) -> tuple[list[int], int]:
 
 
 def _first_index(shapes: Shapes, template: str) -> int:
-    found = next((i for i in range(100) if template.format(i) in shapes), None)
+    """The number of the first resampling layer of a level; every layer before it is there.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    stack = template.partition("{")[0]
+    count = count_blocks((key for key in shapes if key.startswith(stack)), stack)
+    found = next((i for i in range(count) if template.format(i) in shapes), None)
     if found is None:
         raise KeyError(template.format("*"))
     return found

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..files.unchanged import check_unchanged
 from ..layouts.dit import packs
+from ..layouts.keys import block_of
 from ..loading.dit import DiTFile
 from ..models.dit.dit import WanDiT, keeps_float32
 from ..quant.linear import QuantLinear
@@ -210,7 +211,7 @@ class Adaptation:
     def _streamed_block(self, key: str) -> int | None:
         if self.model.swap is None or self.model.swap.places(key):
             return None
-        return int(key.split(".")[1])
+        return block_of(key)
 
     def _is_packed(self, key: str) -> bool:
         return isinstance(self._slot(key)[0], QuantLinear)

@@ -19,6 +19,7 @@ from ..dtypes import resolve_dtype
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint
 from ..layouts.dit import packs
+from ..layouts.keys import block_of
 from ..lora.use import LoraUse, bytes_beside, merges
 from ..models.dit.dit import TOKENS_AT_ONCE, keeps_float32
 from ..models.dit.features import feature_of
@@ -131,8 +132,8 @@ def weights_of(
         size += beside
         if packed or merges(loras, own):
             scratch = max(scratch, count * compute.itemsize)
-        if own.startswith("blocks."):
-            blocks[int(own.split(".")[1])] += size
+        if (block := block_of(own)) is not None and block < len(blocks):
+            blocks[block] += size
         else:
             outside += size
     return Weights(outside, tuple(blocks), scratch)

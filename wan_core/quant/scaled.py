@@ -11,7 +11,10 @@ _SMALLEST = 1e-30  # the scale of a row of zeros
 
 
 class Scaled(Format):
-    """``data`` [rows, columns] and perhaps ``scale`` float32 [1, 1] or [rows, 1]."""
+    """``data`` [rows, columns] and perhaps ``scale`` float32 [1, 1] or [rows, 1].
+
+    Of a tensor with other dimensions the first are the rows, and all others the columns.
+    """
 
     dtype: torch.dtype  # of data
     largest: float  # what data can hold
@@ -20,8 +23,9 @@ class Scaled(Format):
         return data.shape[1]
 
     def prepared(self, stored: Parts) -> dict[str, Tensor]:
-        parts = {"data": stored["data"]}
-        if parts["data"].dtype is torch.uint8:
+        data = stored["data"]
+        parts = {"data": data.reshape(len(data) if data.ndim else 1, -1)}
+        if data.dtype is torch.uint8:
             parts["data"] = parts["data"].view(self.dtype)
         if "scale" in stored:
             parts["scale"] = stored["scale"].to(torch.float32).reshape(-1, 1)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,8 @@ from torch import Tensor
 
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, open_checkpoint
-from ..files.write import Planned, check_room, write_gguf, write_json, write_pickle, write_safetensors
+from ..files.place import MARK, check_target, complete_or_nothing, mark
+from ..files.write import Planned, as_json, check_room, write_gguf, write_pickle, write_safetensors
 from ..layouts import dit, text, vae
 from ..layouts.detect import NAMES, Part, part_of, parts_of
 from ..layouts.gguf_tokenizer import gguf_vocabulary, spiece_beside
@@ -29,15 +27,17 @@ from ..loading.dit import understand_dit
 from ..loading.text import understand_text
 from ..loading.vae import understand_vae
 from ..quant.base import Format
+from ..quant.block_scaled import BlockScaled, in_tiles, tiles_shape
 from ..quant.fp8 import FP8
 from ..quant.gguf import BLOCK_TYPES, GGUF
 from ..quant.int8 import Int8
+from ..quant.mxfp8 import MXFP8
+from ..quant.nvfp4 import NVFP4
 from ..quant.scaled import Scaled
 
 _AT_ONCE = 1 << 20  # numbers of a tensor in memory at a time
 _SHARD = 10 * 10**9  # bytes of a file of a sharded folder
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Target:
 
     layout: str = "comfyui"
     dtype: torch.dtype | None = None
-    scaled: Scaled | None = None
+    scaled: Scaled | BlockScaled | None = None
     blocks: str | None = None  # a GGUF type, plain ones ("F16") too
 
 
@@ -57,6 +57,8 @@ TARGETS: dict[str, Target] = {
     "fp32": Target(dtype=torch.float32),
     "fp8_scaled": Target(scaled=FP8(torch.float8_e4m3fn)),
     "int8": Target(scaled=Int8()),
+    "mxfp8": Target(scaled=MXFP8()),
+    "nvfp4": Target(scaled=NVFP4()),
     **{f"gguf:{name}": Target("gguf", blocks=name) for name in
        ("F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")},
     "official": Target("official"),
@@ -128,8 +130,10 @@ def convert(
     if to not in TARGETS:
         raise WanError(f"Unknown format {to!r}: expected one of {', '.join(TARGETS)}.")
     source, target = Path(source), Path(target)
-    job = _Job(open_checkpoint(source), TARGETS[to], on_tensor or (lambda name, error: None))
-    with _complete_or_nothing(source, target, overwrite) as unfinished:
+    checkpoint = open_checkpoint(source)
+    check_target(checkpoint, source, target, overwrite=overwrite)
+    job = _Job(checkpoint, to, on_tensor or (lambda name, error: None))
+    with complete_or_nothing(target, job.files, overwrite=overwrite) as unfinished:
         check_room(unfinished.parent, job.bytes)
         job.write(unfinished)
     job.report.written = sorted(p for p in target.rglob("*") if p.is_file()) if target.is_dir() else [target]
@@ -137,43 +141,13 @@ def convert(
     return job.report
 
 
-@contextmanager
-def _complete_or_nothing(source: Path, target: Path, overwrite: bool) -> Iterator[Path]:
-    """A name to write under, which becomes ``target`` when all went well, and vanishes when it did not."""
-    if target.exists() and (not overwrite or target.resolve() == source.resolve()):
-        raise WanError(f"{target} is there already. Name another file, or remove it first (--overwrite does).")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(target.name + ".part")
-    _remove(unfinished)  # of a run that was killed
-    try:
-        yield unfinished
-        _remove(target)
-        os.replace(unfinished, target)
-    except OSError as error:
-        _remove(unfinished)
-        if error.errno in _FULL:
-            raise WanError(f"The disk is full ({error.strerror}): nothing is left of {target}. Make room, or name a "
-                           "place on another disk.") from error  # fmt: skip
-        raise
-    except BaseException:
-        _remove(unfinished)
-        raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 class _Job:
     """One conversion: what will be written under which names, and then the writing."""
 
-    def __init__(self, checkpoint: Checkpoint, target: Target, on_tensor: OnTensor):
+    def __init__(self, checkpoint: Checkpoint, to: str, on_tensor: OnTensor):
         self.checkpoint = checkpoint
         self.fingerprint = checkpoint.fingerprint
-        self.target = target
+        self.to, self.target = to, TARGETS[to]
         self.on_tensor = on_tensor
         self.report = Report()
         self.part: Part = part_of(checkpoint)
@@ -190,6 +164,12 @@ class _Job:
         self.marks: dict[str, dict[str, str]] = {}  # layer -> ComfyUI's marking
         self.tensors = [one for own in self.names for one in self._plan(own)]
         self.spiece = spiece_beside(checkpoint, self.shapes[text.TABLE][0]) if self.part == "text" else None
+        self.shards, self.texts = self._folder()
+
+    @property
+    def files(self) -> list[str]:
+        """Of the folder that is written; none where it is a file."""
+        return [*self.texts, *self.shards]
 
     @property
     def bytes(self) -> int:
@@ -197,7 +177,7 @@ class _Job:
 
     def write(self, path: Path) -> None:
         writers = {"gguf": self._write_gguf, "comfyui": self._write_comfyui, "official": self._write_official,
-                   "diffusers": self._write_diffusers}  # fmt: skip
+                   "diffusers": self._write_folder}  # fmt: skip
         writers[self.target.layout](path)
         if self.checkpoint.fingerprint != self.fingerprint:
             raise WanError(f"{self.checkpoint.path} was changed while it was converted. Run the conversion again.")
@@ -219,7 +199,7 @@ class _Job:
         name, source = self.renames.to_theirs(own), _Source(self.checkpoint, self.names[own])
         error = self.errors[name] = Error()
         if self._is_quantised(own):
-            if self.target.scaled:
+            if self.target.scaled and self._fits(name, source):
                 self.marks[name.removesuffix(".weight")] = _mark(self.target.scaled)
                 return _SCALED[type(self.target.scaled)](source, name, error)
             if self.target.blocks in BLOCK_TYPES:
@@ -229,6 +209,15 @@ class _Job:
                                          "cut into blocks; it is F16.")  # fmt: skip
                 return [_cast(source, name, torch.float16, error)]
         return [_cast(source, name, self._dtype(own, source), error)]
+
+    def _fits(self, name: str, source: _Source) -> bool:
+        """Whether the sides of a matrix are whole blocks: other programs expect those of its rows too."""
+        block = getattr(self.target.scaled, "block", 1)
+        if all(side % block == 0 for side in source.shape):
+            return True
+        self.report.notes.append(f"{name} is {list(source.shape)}, which {self.target.scaled.name} cannot cut into "
+                                 f"blocks of {block}; it stays as it is.")  # fmt: skip
+        return False
 
     def _is_quantised(self, own: str) -> bool:
         if len(self.shapes[own]) != 2:
@@ -260,7 +249,7 @@ class _Job:
 
     def _write_gguf(self, path: Path) -> None:
         fields: dict[str, Any] = {"general.architecture": {"dit": "wan", "text": "t5encoder"}[self.part],
-                                  "general.quantization_version": 2}  # fmt: skip
+                                  "general.quantization_version": 2, MARK: mark(self.to)}  # fmt: skip
         if self.part == "text":
             fields |= gguf_vocabulary(self.spiece, self.shapes[text.TABLE][0]) if self.spiece else {}
             self._note_tokenizer()
@@ -282,32 +271,38 @@ class _Job:
 
     def _metadata(self) -> dict[str, str]:
         marks = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": self.marks})}
-        return {"format": "pt", **(marks if self.marks else {})}
+        return {"format": "pt", MARK: mark(self.to), **(marks if self.marks else {})}
 
     def _write_official(self, path: Path) -> None:
-        if self.part != "dit":
-            write_pickle(path, self.tensors, self._done)
-            return
-        path.mkdir()
-        config, _ = dit.config_of(self.checkpoint, self.shapes)
-        self._write_shards(path)
-        write_json(path / "config.json", dit.official_config(config, choose(config, path).variant.task))
+        if self.files:
+            self._write_folder(path)
+        else:
+            write_pickle(path, self.tensors, mark(self.to), self._done)
 
-    def _write_shards(self, folder: Path) -> None:
-        shards = _shards(self.tensors)
-        weight_map = {}
-        for number, shard in enumerate(shards, 1):
-            name = f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(folder / name, shard, {"format": "pt"}, self._done)
-            weight_map |= {one.name: name for one in shard}
+    def _folder(self) -> tuple[dict[str, list[Planned]], dict[str, str]]:
+        """The safetensors files of a layout that is a folder, and the texts beside them, by name."""
+        if self.target.layout == "diffusers":
+            stem = "model" if self.part == "text" else "diffusion_pytorch_model"
+            return {f"{stem}.safetensors": self.tensors}, {"config.json": as_json(self._diffusers_config())}
+        if self.target.layout != "official" or self.part != "dit":
+            return {}, {}
+        parts = _shards(self.tensors)
+        shards = {f"diffusion_pytorch_model-{number:05d}-of-{len(parts):05d}.safetensors": part
+                  for number, part in enumerate(parts, 1)}  # fmt: skip
+        weight_map = {one.name: name for name, part in shards.items() for one in part}
         index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
-        write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
+        config, _ = dit.config_of(self.checkpoint, self.shapes)
+        return shards, {
+            "config.json": as_json(dit.official_config(config, choose(config, self.checkpoint.path).variant.task)),
+            "diffusion_pytorch_model.safetensors.index.json": as_json(index),
+        }
 
-    def _write_diffusers(self, path: Path) -> None:
-        path.mkdir()
-        stem = "model" if self.part == "text" else "diffusion_pytorch_model"
-        write_safetensors(path / f"{stem}.safetensors", self.tensors, {"format": "pt"}, self._done)
-        write_json(path / "config.json", self._diffusers_config())
+    def _write_folder(self, path: Path) -> None:
+        for name, content in self.texts.items():
+            (path / name).write_bytes(content.encode("utf-8"))
+        metadata = {"format": "pt", MARK: mark(self.to, self.files, self.texts)}
+        for name, part in self.shards.items():
+            write_safetensors(path / name, part, metadata, self._done)
 
     def _diffusers_config(self) -> dict:
         if self.part == "dit":
@@ -403,11 +398,43 @@ def _int8(source: _Source, name: str, error: Error) -> list[Planned]:
     return [weight, Planned(f"{name}_scale", (source.shape[0], 1), torch.float32, lambda: scales)]
 
 
-_SCALED = {FP8: _fp8_scaled, Int8: _int8}
+def _mxfp8(source: _Source, name: str, error: Error) -> list[Planned]:
+    return _in_blocks(source, name, error, MXFP8(), torch.float8_e4m3fn, source.shape)
 
 
-def _mark(kind: Scaled) -> dict[str, str]:
-    return {"format": {FP8: "float8_e4m3fn", Int8: "int8_tensorwise"}[type(kind)]}
+def _nvfp4(source: _Source, name: str, error: Error) -> list[Planned]:
+    rows, columns = source.shape
+    return _in_blocks(source, name, error, NVFP4(), torch.uint8, (rows, columns // 2))
+
+
+def _in_blocks(
+    source: _Source, name: str, error: Error, kind: MXFP8 | NVFP4, dtype: torch.dtype, shape: tuple[int, ...]
+) -> list[Planned]:
+    """The scales in tiles, as ComfyUI's products take them; what is kept of a matrix meanwhile are its scales."""
+    scales: list[Tensor] = []
+    whole: list[Tensor] = []
+
+    def data() -> Iterator[Tensor]:
+        if kind.whole:
+            whole.append(kind.factor(max(rows.float().abs().amax() for rows in source.pieces())))
+        for rows in source.pieces():
+            parts = kind.pack(rows, *whole)
+            error.add(rows, _decoded(kind, parts))
+            scales.append(parts["scale"])
+            yield parts["data"]
+
+    weight = Planned(name, shape, dtype, data)
+    tiles = tiles_shape(source.shape[0], source.shape[1] // kind.block)
+    scale = Planned(f"{name}_scale", tiles, kind.scale_dtype,
+                    lambda: [in_tiles(torch.cat(scales)).view(kind.scale_dtype)])  # fmt: skip
+    return [weight, scale, *([Planned(f"{name}_scale_2", (), torch.float32, lambda: whole)] if kind.whole else [])]
+
+
+_SCALED = {FP8: _fp8_scaled, Int8: _int8, MXFP8: _mxfp8, NVFP4: _nvfp4}
+
+
+def _mark(kind: Scaled | BlockScaled) -> dict[str, str]:
+    return {"format": {FP8: "float8_e4m3fn", Int8: "int8_tensorwise", MXFP8: "mxfp8", NVFP4: "nvfp4"}[type(kind)]}
 
 
 def _blocks(source: _Source, name: str, kind: str, error: Error) -> Planned:

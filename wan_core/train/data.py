@@ -21,10 +21,12 @@ from torch import Tensor
 
 from ..config import TEMPORAL_STRIDE
 from ..errors import WanError
+from ..files.door import shown, some
 from ..media.geometry import image_tensor, latent_frames, open_image
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".avi", ".mov", ".wmv", ".mkv", ".flv", ".webm")
+_LARGEST_TABLE = 64 * 1024**2  # bytes
 _FILE_COLUMNS = ("video", "image", "file_name")
 _IMAGE_COLUMNS = {"start_image": 0, "end_image": -1}  # and the frame that each is
 
@@ -89,6 +91,8 @@ def read_table(table: Path) -> tuple[str, list[dict[str, str]]]:
     """
     if not table.is_file():
         raise WanError(f"No {table}: the data folder needs a metadata.csv with the columns video,prompt.")
+    if table.stat().st_size > _LARGEST_TABLE:
+        raise WanError(f"{shown(table)} has {table.stat().st_size / 1e6:.0f} MB: expected a table with a line a clip.")
     try:
         with table.open(newline="", encoding="utf-8-sig") as text:
             reader = csv.DictReader(text, strict=True)
@@ -100,21 +104,21 @@ def read_table(table: Path) -> tuple[str, list[dict[str, str]]]:
                        'within a prompt twice ("").') from error  # fmt: skip
     column = next((name for name in _FILE_COLUMNS if name in columns), None)
     if column is None or "prompt" not in columns:
-        raise WanError(f"{table} has the columns {', '.join(columns) or '(none)'}; expected video,prompt.")
+        raise WanError(f"{shown(table)} has the columns {some(columns, 10) or '(none)'}; expected video,prompt.")
     if not rows:
         raise WanError(f"{table} has no rows: add one for each clip.")
     for line, row in rows:
-        _check_row(f"{table}, line {line}", row, column)
+        _check_row(f"{shown(table)}, line {line}", row, column)
     return column, [row for _, row in rows]
 
 
 def _check_row(place: str, row: dict[str | None, str], column: str) -> None:
     """A comma without quotes around the prompt would cut it short."""
     if row[column] is None or row["prompt"] is None:
-        raise WanError(f"{place}: no prompt behind {row[column]!r}. Write clip.mp4,\"the prompt\".")
+        raise WanError(f"{place}: no prompt behind {shown(row[column])!r}. Write clip.mp4,\"the prompt\".")
     if beyond := "".join(row.get(None, ())).strip():
-        raise WanError(f"{place}: {beyond!r} stands beyond the last column. Put a prompt with commas in quotation "
-                       'marks: clip.mp4,"a red, round ball".')  # fmt: skip
+        raise WanError(f"{place}: {shown(beyond)!r} stands beyond the last column. Put a prompt with commas in "
+                       'quotation marks: clip.mp4,"a red, round ball".')  # fmt: skip
 
 
 def files_of(folder: Path, root: Path | None = None) -> list[Path]:
@@ -137,8 +141,9 @@ def inside(folder: Path, name: str, root: Path) -> Path:
     """
     place = Path(os.path.normpath(folder.absolute() / name))
     if "\0" in name or not place.is_relative_to(os.path.normpath(root.absolute())):
-        raise WanError(f"The table names {name!r}, which is not inside {root}: move the file there, or name the "
-                       "folder above both as the data folder.")
+        raise WanError(f"The table names {shown(name)!r}, which is not inside {shown(root)}: move the file there, or "
+                       "name the folder above both as the data folder. On the command line the option "
+                       "dataset_outside_files allows others.")
     return folder / name
 
 
