@@ -24,13 +24,14 @@ from ..wan_core.sampling.experts import Expert, Experts
 from ..wan_core.sampling.guidance import Condition
 from ..wan_core.sampling.schedules import Schedule, from_sigmas
 from . import host
+from .base import WanNode
 from .types import WanModel
 
 _OTHERWISE = "Remove that node, or load the model with ComfyUI's Load Diffusion Model."
 _KEPT_TEXTS = 4  # prompts whose embeddings are recognised from one step to the next
 
 
-class ToModel(io.ComfyNode):
+class ToModel(WanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

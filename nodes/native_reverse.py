@@ -25,6 +25,7 @@ from ..wan_core.foreign import Foreign
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling.guidance import Condition
 from . import host
+from .base import WanNode
 from .graph import model_file
 from .types import WanModel
 
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 _KSAMPLER = "Use ComfyUI's own samplers with it, or put that node behind Wan as ComfyUI MODEL."
 
 
-class FromModel(io.ComfyNode):
+class FromModel(WanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -21,6 +21,7 @@ from ..wan_core.sampling.lookup import look_up
 from ..wan_core.sampling.schedules import AUTO, SCHEDULES, Schedule, from_sigmas, schedule, truncate
 from ..wan_core.sampling.solvers import SOLVERS
 from . import host
+from .base import WanNode
 from .conditioning import condition
 from .graph import check_decoders
 from .preview import Steps
@@ -30,9 +31,10 @@ from .types import WanModel
 log = logging.getLogger(__name__)
 
 _LAST = 10000
+NOT_CONNECTED = object()
 
 
-class Sampler(io.ComfyNode):
+class Sampler(WanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -106,12 +108,12 @@ class Sampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(
-        cls, steps: int, shift: float, solver: str, schedule: str, denoise: float, start_step: int, end_step: int,
-        sigmas: object = "not connected",
-    ) -> bool:  # fmt: skip
+    def check_inputs(
+        cls, steps: int | None, shift: float | None, solver: str | None, schedule: str | None, denoise: float | None,
+        start_step: int | None, end_step: int | None, sigmas: object = NOT_CONNECTED,
+    ) -> None:  # fmt: skip
         values = Settings(0, steps, PerExpert(1, 1), shift, solver, schedule, denoise, start_step, end_step, True)
-        return _check_settings(values, has_sigmas=sigmas is None)
+        _check_settings(values, has_sigmas=sigmas is not NOT_CONNECTED)
 
     @classmethod
     def execute(
@@ -157,7 +159,7 @@ class Settings:
         return self.start == 0 and self.denoise > 0.9999 and self.sigmas is None
 
 
-def _check_settings(settings: Settings, *, has_sigmas: bool) -> bool:
+def _check_settings(settings: Settings, *, has_sigmas: bool) -> None:
     """Refuse at queue time what cannot be; a None comes from a link and is not known yet.
 
     Raises:
@@ -166,17 +168,16 @@ def _check_settings(settings: Settings, *, has_sigmas: bool) -> bool:
     if settings.solver is not None:
         look_up(SOLVERS, settings.solver, "solver")
     if None in (settings.start, settings.end):
-        return True
+        return
     if settings.end <= settings.start or settings.start < 0:
         raise WanError(f"The start step is {settings.start} and the end step {settings.end}: nothing would be done. "
                        "The end step must be after the start step, and the start step 0 or more.")
     if has_sigmas or None in (settings.steps, settings.shift, settings.solver, settings.schedule, settings.denoise):
-        return True
+        return
     steps = settings.timetable().steps
     if settings.start >= steps:
         raise WanError(f"The start step is {settings.start}, but the schedule has {steps} steps: "
                        f"expected 0 to {steps - 1}.")
-    return True
 
 
 def sample(
