@@ -9,9 +9,10 @@ import torch
 from comfy.utils import reshape_mask
 from comfy_api.latest import io
 
-from ..wan_core import latents
+from ..wan_core import capacity, latents
 from ..wan_core.config import PerExpert, Variant
 from ..wan_core.errors import WanError
+from ..wan_core.lora.balance import unbalanced
 from ..wan_core.models.vae import denormalise, normalise
 from ..wan_core.plan import Plan
 from ..wan_core.recipe import ModelRecipe
@@ -24,7 +25,7 @@ from . import host
 from .base import WanNode
 from .conditioning import condition
 from .graph import check_decoders
-from .preview import Steps
+from .preview import Steps, experts_of
 from .spaces import samples_for
 from .types import WanModel
 
@@ -102,6 +103,11 @@ class Sampler(WanNode):
                     "sigmas", optional=True,
                     tooltip="Noise levels from ComfyUI's schedulers; they replace steps, shift and schedule.",
                 ),
+                io.Boolean.Input(
+                    "force", default=False, optional=True,
+                    tooltip="On: also what is refused as a likely mistake is sampled, such as a few steps at cfg 1 "
+                    "with a 4-step LoRA on one expert only.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent")],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -119,13 +125,13 @@ class Sampler(WanNode):
     def execute(
         cls, model: ModelRecipe, positive: list, negative: list, latent: dict, seed: int, steps: int, cfg_high: float,
         cfg_low: float, shift: float, solver: str, schedule: str, denoise: float, start_step: int, end_step: int,
-        add_noise: bool, sigmas: torch.Tensor | None = None,
+        add_noise: bool, sigmas: torch.Tensor | None = None, force: bool = False,
     ) -> io.NodeOutput:  # fmt: skip
         samples_for(latent, model.variant)
         check_decoders(cls.hidden.prompt, cls.hidden.unique_id, model.variant)
         guidance = PerExpert(low=cfg_low, high=cfg_high)
         settings = Settings(
-            seed, steps, guidance, shift, solver, schedule, denoise, start_step, end_step, add_noise, sigmas
+            seed, steps, guidance, shift, solver, schedule, denoise, start_step, end_step, add_noise, sigmas, force
         )
         notes = Notes(model, cls.hidden.unique_id)
         sampled = sample(model, positive, negative, latent, settings, notes)
@@ -147,6 +153,7 @@ class Settings:
     end: int
     add_noise: bool
     sigmas: torch.Tensor | None = None
+    force: bool = False
 
     def timetable(self) -> Schedule:
         if self.sigmas is not None:
@@ -195,8 +202,12 @@ def sample(
     raw = samples_for(latent, model.variant).cpu()
     plan = settings.timetable()
     sides = ("positive", positive), ("negative", negative)
-    conditions = [condition(side, name, model, raw.shape, device) for name, side in sides]
+    conditions = [condition(side, name, model, raw.shape, device, notes.warned) for name, side in sides]
+    guided = (settings.guidance.low, settings.guidance.high) != (1, 1)
+    capacity.check_run(model, raw.shape, device, host.total_bytes(device), guided=guided)
+    _check_loras(model, settings, plan, notes)
     clean = normalise(raw, kind) if raw.any() else raw.float()  # ComfyUI: all zeros means empty, in both spaces
+    _check_content(clean, latent, settings, plan, notes)
     noise = _noise(settings.seed, latent, raw.shape)
     start = _start(clean, noise, plan, settings)
     steps = min(settings.end, plan.steps) - settings.start
@@ -237,12 +248,54 @@ class Notes:
         host.show_text(self.node_id, self.text)
 
 
+def _check_content(clean: torch.Tensor, latent: dict, settings: Settings, plan: Schedule, notes: Notes) -> None:
+    """Say that a run which begins in the middle has nothing to begin with."""
+    first = plan.sigmas[min(settings.start, plan.steps - 1)].item()
+    if settings.from_pure_noise or first > _NEARLY_ALL:
+        return
+    mask = latent.get("noise_mask")
+    free = clean if mask is None else clean * reshape_mask(mask.float(), clean.shape).to(clean)
+    if free.abs().max() < _NOTHING:
+        asked = f"denoise {settings.denoise:g}" if settings.start == 0 else f"start_step {settings.start}"
+        notes.warned(f"Warning: the latent is empty, and {asked} keeps {1 - first:.0%} of it: the video will be grey "
+                     "or dull. Encode a video with Wan VAE Encode, connect the sampler before, or set denoise to 1 and "
+                     "start_step to 0.")
+
+
+_NEARLY_ALL = 0.99  # of a sample that is noise: what is kept of the latent cannot be seen
+_NOTHING = 1e-4  # of a normalised latent, whose values are about 1: less than this is rounding
+
+
+def _check_loras(model: ModelRecipe, settings: Settings, plan: Schedule, notes: Notes) -> None:
+    """Few steps without guidance need their LoRA on both experts; one that lacks it leaves blurred noise.
+
+    Raises:
+        WanError: only one has one, and the user does not insist.
+    """
+    said = unbalanced(model)
+    if said is None or plan.steps > _FEW_STEPS:
+        return
+    bare = "low" if model.loras_of(model.high) else "high"
+    works = bare in experts_of(model, plan)[settings.start : settings.end]
+    if not works or getattr(settings.guidance, bare) != 1:
+        return
+    found = f"{plan.steps} steps at cfg 1, but {said}: it cannot finish in so few steps without guidance"
+    if not settings.force:
+        raise WanError(f"{found}. Set low_name of Wan LoRA to the other file of the pair, or raise steps and "
+                       f"cfg_{bare}; or switch force on to sample all the same.")
+    notes.warned(f"Warning: {found}.")
+
+
+_FEW_STEPS = 10
+
+
 def _noise(seed: int, latent: dict, shape: torch.Size) -> torch.Tensor:
     """Noise [B,C,T,h,w]; a latent that was picked out of a batch keeps the noise of its place there."""
     places = latent.get("batch_index") or list(range(shape[0]))
     if len(places) != shape[0]:
         raise WanError(f"The latent holds {shape[0]} videos, but its batch_index names {len(places)}: "
                        "the node before the sampler made a broken latent.")
+    capacity.check_tensor((max(places) + 1, *shape[1:]), "Noise")
     return latents.noise(seed, (max(places) + 1, *shape[1:]))[places]
 
 

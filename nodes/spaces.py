@@ -18,6 +18,9 @@ def samples_for(latent: Mapping, variant: Variant) -> torch.Tensor:
     """
     samples, spec = latent["samples"], VAES[variant.vae]
     if samples.ndim == 5 and samples.shape[1] == spec.channels:
+        if not samples.numel() or not torch.isfinite(samples).all():
+            raise WanError(f"The latent of shape {list(samples.shape)} is no video: it is empty or holds values that "
+                           "are not numbers (NaN), which the node before it made.")
         return samples
     raise WanError(f"The latent has shape {list(samples.shape)}, but {variant.display_name} works on "
                    f"[batch, {spec.channels}, frames, height / {spec.spatial_stride}, width / {spec.spatial_stride}]"
