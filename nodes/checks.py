@@ -133,7 +133,7 @@ def _is_latent(value: object) -> bool:
 
 
 def _is_conditioning(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and all(
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(
         isinstance(entry, (list, tuple)) and len(entry) == 2 and torch.is_tensor(entry[0])
         and isinstance(entry[1], Mapping) for entry in value
     )  # fmt: skip

@@ -86,5 +86,6 @@ class Residency(ModelPatcher):
 
 def raised_here(error: BaseException) -> bool:
     """Whether the pack's own code raised an error, and not ComfyUI's or a library's."""
-    frames = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
-    return frames[-1].startswith(__package__.rpartition(".")[0])
+    pack = __name__.rpartition(".nodes.")[0] or __name__
+    *_, (innermost, _) = walk_tb(error.__traceback__)
+    return innermost.f_globals.get("__name__", "").startswith(pack)

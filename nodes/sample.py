@@ -26,7 +26,7 @@ from .base import WanNode
 from .conditioning import condition
 from .graph import check_decoders
 from .preview import Steps, experts_of
-from .spaces import samples_for
+from .spaces import check_numbers, samples_for
 from .types import WanModel
 
 log = logging.getLogger(__name__)
@@ -199,12 +199,14 @@ def sample(
         WanError: what does not fit together.
     """
     device, kind = host.device(), model.variant.vae
-    raw = samples_for(latent, model.variant).cpu()
+    raw = samples_for(latent, model.variant)
+    guided = (settings.guidance.low, settings.guidance.high) != (1, 1)
+    capacity.check_run(model, raw.shape, device, host.total_bytes(device), guided=guided)
+    check_numbers(raw)
+    raw = raw.cpu()
     plan = settings.timetable()
     sides = ("positive", positive), ("negative", negative)
     conditions = [condition(side, name, model, raw.shape, device, notes.warned) for name, side in sides]
-    guided = (settings.guidance.low, settings.guidance.high) != (1, 1)
-    capacity.check_run(model, raw.shape, device, host.total_bytes(device), guided=guided)
     _check_loras(model, settings, plan, notes)
     clean = normalise(raw, kind) if raw.any() else raw.float()  # ComfyUI: all zeros means empty, in both spaces
     _check_content(clean, latent, settings, plan, notes)
@@ -280,13 +282,14 @@ def _check_loras(model: ModelRecipe, settings: Settings, plan: Schedule, notes: 
     if not works or getattr(settings.guidance, bare) != 1:
         return
     found = f"{plan.steps} steps at cfg 1, but {said}: it cannot finish in so few steps without guidance"
-    if not settings.force:
+    if not settings.force and plan.steps >= _TRIAL:
         raise WanError(f"{found}. Set low_name of Wan LoRA to the other file of the pair, or raise steps and "
                        f"cfg_{bare}; or switch force on to sample all the same.")
     notes.warned(f"Warning: {found}.")
 
 
 _FEW_STEPS = 10
+_TRIAL = 4  # fewer steps give no finished video anyway: somebody tries something
 
 
 def _noise(seed: int, latent: dict, shape: torch.Size) -> torch.Tensor:
