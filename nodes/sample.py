@@ -277,11 +277,11 @@ def _check_loras(model: ModelRecipe, settings: Settings, plan: Schedule, notes: 
     said = unbalanced(model)
     if said is None or plan.steps > _FEW_STEPS:
         return
-    bare = "low" if model.loras_of(model.high) else "high"
+    bare = next(level for level in ("high", "low") if f"the {level}-noise expert (" in said)
     works = bare in experts_of(model, plan)[settings.start : settings.end]
     if not works or getattr(settings.guidance, bare) != 1:
         return
-    found = f"{plan.steps} steps at cfg 1, but {said}: it cannot finish in so few steps without guidance"
+    found = f"{said} It cannot finish in {plan.steps} steps at cfg 1"
     if not settings.force and plan.steps >= _TRIAL:
         raise WanError(f"{found}. Set low_name of Wan LoRA to the other file of the pair, or raise steps and "
                        f"cfg_{bare}; or switch force on to sample all the same.")
