@@ -18,7 +18,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import ui
 from torch import nn
 
-from ..wan_core import capacity
+from ..wan_core import devices
 from ..wan_core.errors import WanError
 from ..wan_core.quant.registry import MADE_ON_LOAD
 from ..wan_core.safe_text import safe_text as safe_text  # the nodes take it from here
@@ -214,7 +214,7 @@ def free_bytes(device: torch.device) -> int:
 
 def total_bytes(device: torch.device) -> int:
     """All the memory of a device, as ComfyUI counts it; of the host with what it can swap out."""
-    return capacity.total_bytes(device) if device.type == "cpu" else int(management.get_total_memory(device))
+    return devices.total_bytes(device) if device.type == "cpu" else int(management.get_total_memory(device))
 
 
 @contextmanager

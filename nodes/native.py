@@ -17,10 +17,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor, nn
 
-from ..wan_core import capacity
 from ..wan_core.config import PerExpert
 from ..wan_core.engine import Engine
 from ..wan_core.errors import WanError
+from ..wan_core.plan import check_fits
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling.experts import Expert, Experts
 from ..wan_core.sampling.guidance import Condition
@@ -251,7 +251,7 @@ class WanAsNetwork(nn.Module):
         """The experts, laid out for this size; made once for each."""
         shape = (len(x), self.recipe.high.config.out_channels, *x.shape[2:])
         if self._experts is None or self._experts[0] != shape:
-            capacity.check_run(self.recipe, shape, self.device, host.total_bytes(self.device))
+            check_fits(self.recipe, shape, self.device, total=host.total_bytes(self.device))
             fitted, _ = self.engine.fit(self.recipe, shape, self.device)
             self._experts = shape, self.engine.experts(fitted, PerExpert(1, 1), self.device)
         return self._experts[1]

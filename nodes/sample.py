@@ -14,7 +14,7 @@ from ..wan_core.config import PerExpert, Variant
 from ..wan_core.errors import WanError
 from ..wan_core.lora.balance import unbalanced
 from ..wan_core.models.vae import denormalise, normalise
-from ..wan_core.plan import Plan
+from ..wan_core.plan import Plan, check_fits
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.retry import denoise_in_memory
 from ..wan_core.sampling.denoise import Given, noised
@@ -201,7 +201,7 @@ def sample(
     device, kind = host.device(), model.variant.vae
     raw = samples_for(latent, model.variant)
     guided = (settings.guidance.low, settings.guidance.high) != (1, 1)
-    capacity.check_run(model, raw.shape, device, host.total_bytes(device), guided=guided)
+    check_fits(model, raw.shape, device, guided=guided, total=host.total_bytes(device))
     check_numbers(raw)
     raw = raw.cpu()
     plan = settings.timetable()

@@ -44,7 +44,7 @@ from cases import import_pack, report  # noqa: E402
 import_pack()
 from wan_pack import nodes as pack  # noqa: E402
 from wan_pack.nodes import base, conditioning, host, native, native_reverse, pictures, sample  # noqa: E402
-from wan_pack.wan_core import capacity  # noqa: E402
+from wan_pack.wan_core import devices  # noqa: E402
 from wan_pack.wan_core.config import PerExpert  # noqa: E402
 from wan_pack.wan_core.errors import WanError  # noqa: E402
 from wan_pack.wan_core.lora.use import Loras, LoraUse  # noqa: E402
@@ -443,16 +443,16 @@ def evictable_memory_counts_as_free() -> None:
 
 @contextmanager
 def machine(total: int) -> Iterator[None]:
-    before, capacity.psutil = capacity.psutil, FakeMemory(total)
+    before, devices.psutil = devices.psutil, FakeMemory(total)
     try:
         yield
     finally:
-        capacity.psutil = before
+        devices.psutil = before
 
 
 class FakeMemory:
     def __init__(self, total: int):
-        self.total = total
+        self.total = self.available = total
 
     def virtual_memory(self) -> FakeMemory:
         return self
@@ -496,7 +496,7 @@ def sizes_that_no_machine_holds_are_refused() -> None:
     for name, case in cases.items():
         with machine(2 * 10**9):
             began = time.perf_counter()
-            refusal(case, "GB in all")
+            refusal(case, "of memory, but", "GB")
             assert time.perf_counter() - began < 5, name
     with machine(64 * 10**9):
         made = latents.EmptyLatent.execute(model=dense(), width=832, height=480, frames=81, batch_size=1)
