@@ -14,6 +14,7 @@ COMMANDS = {
     "nano": "what the nano family's clips show: words, pairs, motion, first frames, and what each expert adds",
     "peak": "peak memory of one contender (what cpu runs in a process of its own)",
     "preview": "what a moving preview costs the sampler, and its size",
+    "soak": "a ComfyUI server after many prompts and interrupts: memory, threads, open files",
 }
 _MODULES = {"import": "imports"}  # a keyword is no module name
 

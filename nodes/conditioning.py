@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable, Mapping
 
 import torch
 from comfy.utils import common_upscale
@@ -12,40 +12,28 @@ from ..wan_core.errors import WanError
 from ..wan_core.models.vae.vae import normalise
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling.guidance import Condition
-
-log = logging.getLogger(__name__)
+from . import keys
 
 IMAGE_CHANNELS = 16  # of the given frames' latent, beside the four of their mask
 
-_HARMLESS = {"pooled_output", "attention_mask", "concat_latent_image", "concat_mask"}
-_NEEDS_MODEL = {
-    "vace_frames": "a VACE model", "vace_mask": "a VACE model", "vace_strength": "a VACE model",
-    "reference_latents": "a Fun or S2V model", "concat_mask_index": "a Fun Control model",
-    "camera_conditions": "a Fun Camera model", "time_dim_concat": "a Phantom model",
-    "audio_embed": "an S2V or HuMo model", "reference_motion": "an S2V model", "control_video": "an S2V model",
-    "face_video_pixels": "an Animate model", "pose_video_latent": "an Animate model",
-}  # fmt: skip
-_NOT_DONE = {
-    "control": "ControlNet", "gligen": "GLIGEN", "hooks": "hooks", "area": "areas", "mask": "masked prompts",
-    "start_percent": "prompts for a part of the steps", "end_percent": "prompts for a part of the steps",
-    "clip_start_percent": "scheduled prompts",
-}  # fmt: skip
-
-
-def condition(conditioning: list, name: str, model: ModelRecipe, shape: torch.Size, device: torch.device) -> Condition:
+def condition(
+    conditioning: list, name: str, model: ModelRecipe, shape: torch.Size, device: torch.device,
+    warn: Callable[[str], None],
+) -> Condition:  # fmt: skip
     """One side of the guidance.
 
     Args:
         conditioning: [[embedding [B,L,D], dict]], from ComfyUI's nodes or ours.
         name: "positive" or "negative", for messages.
         shape: of the latent to be sampled, [B,C,T,h,w].
+        warn: told of keys that have no effect.
 
     Raises:
         WanError: more than one prompt, an embedding of another width, or keys that ask for another model.
     """
     text, options = _only_entry(conditioning, name)
     _check_text(text, name, model, batch=shape[0])
-    _check_keys(options, name, model.variant)
+    _check_keys(options, name, model.variant, warn)
     if model.variant.image != "channels":
         return Condition(text)
     return Condition(text, given_frames(options, name, model.variant, shape).to(device))
@@ -106,19 +94,33 @@ def _check_text(text: torch.Tensor, name: str, model: ModelRecipe, batch: int) -
                        f"expected 1 or {batch}.")
 
 
-def _check_keys(options: dict, name: str, variant: Variant) -> None:
-    for key in options:
-        if key in _NEEDS_MODEL:
-            raise WanError(f"The {name} conditioning carries {key}, which needs {_NEEDS_MODEL[key]}; this is "
-                           f"{variant.display_name}. Remove the node that adds it.")
-        if key in _NOT_DONE:
-            raise WanError(f"The {name} conditioning uses {_NOT_DONE[key]} ({key}), which Wan Sampler does not do. "
-                           "Remove the node that adds it.")
+def _check_keys(options: dict, name: str, variant: Variant, warn: Callable[[str], None]) -> None:
+    check_model_keys(options, name, variant)
+    for key in keys.asking(options):
+        if key in keys.SAMPLERS_OWN:
+            raise WanError(f"The {name} conditioning uses {keys.SAMPLERS_OWN[key]} ({key}), which Wan Sampler does not "
+                           "do. Remove the node that adds it.")
+        warn(without_effect(key, name, variant))
     if "concat_latent_image" in options and variant.image != "channels":
         raise WanError(f"The {name} conditioning carries an image for an I2V model, but {variant.display_name} "
                        f"{_INSTEAD[variant.image]}")
-    for key in options.keys() - _HARMLESS:
-        log.info("Wan Sampler: the %s conditioning's %s is not used by %s.", name, key, variant.display_name)
+
+
+def check_model_keys(options: Mapping[str, object], name: str, variant: Variant) -> None:
+    """
+    Raises:
+        WanError: a key that only another model understands.
+    """
+    for key in keys.asking(options):
+        if key in keys.NEEDS_MODEL:
+            raise WanError(f"The {name} conditioning carries {key}, which needs {keys.NEEDS_MODEL[key]}; this is "
+                           f"{variant.display_name}. Remove the node that adds it.")
+
+
+def without_effect(key: str, name: str, variant: Variant) -> str:
+    """The warning that a key changes nothing."""
+    return (f"Warning: the {name} conditioning carries {key}, which {variant.display_name} does not use: the node that "
+            "adds it has no effect.")  # fmt: skip
 
 
 _INSTEAD = {

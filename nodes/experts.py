@@ -9,12 +9,13 @@ from comfy_api.latest import io
 from ..wan_core.recipe import ModelRecipe, pair
 from ..wan_core.sampling.experts import MODES, Switch
 from . import host
+from .base import WanNode
 from .types import WanModel
 
 log = logging.getLogger(__name__)
 
 
-class ExpertSwitch(io.ComfyNode):
+class ExpertSwitch(WanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -42,10 +43,9 @@ class ExpertSwitch(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, mode: str | None, boundary: float | None) -> bool:
+    def check_inputs(cls, mode: str | None, boundary: float | None) -> None:
         if None not in (mode, boundary):  # None: comes from a link
             _switch(mode, boundary)
-        return True
 
     @classmethod
     def execute(cls, high: ModelRecipe, low: ModelRecipe, mode: str, boundary: float) -> io.NodeOutput:

@@ -30,7 +30,7 @@ FINDING = {
     "WanCoreImageToVideo": Finding(("i2v", "first last frame", "flf2v", "animate image", "start image")),
     "WanCoreVAEEncode": Finding(("video to latent", "v2v")),
     "WanCoreSampler": Finding(("ksampler", "video sampler", "unipc", "denoise"),
-                              ("start_step", "end_step", "add_noise")),
+                              ("start_step", "end_step", "add_noise", "force")),
     "WanCoreToModel": Finding(("wan to model", "native sampler", "ksampler model")),
     "WanCoreVAEDecode": Finding(("latent to video", "tiled decode"), ("overlap",)),
     "WanCoreTrainLora": Finding(("lora training", "finetune", "fine-tune"),

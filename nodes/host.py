@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -15,8 +16,10 @@ import folder_paths
 import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import ui
+from torch import nn
 
 from ..wan_core.errors import WanError
+from ..wan_core.memory import devices
 from ..wan_core.quant.registry import MADE_ON_LOAD
 from ..wan_core.safe_text import safe_text as safe_text  # the nodes take it from here
 
@@ -39,7 +42,7 @@ def engine() -> Engine:
     from ..wan_core.memory.engine import Engine
     from .memory import Residency
 
-    engine = Engine()
+    engine = Engine(free_bytes=free_bytes)
     engine.make_room = Residency(engine, management.get_torch_device()).make_room
     return engine
 
@@ -191,16 +194,39 @@ def stamp(path: Path) -> tuple:
     return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
-def check_file(read: Callable[[Path], object], folder: str, name: str) -> bool | str:
-    """A loader's ``validate_inputs``, run when the graph is queued: True, or what is wrong with the file.
+def check_file(read: Callable[[Path], object], folder: str, name: str | None) -> None:
+    """A loader's ``check_inputs``: reads the header, unless the name comes through a link.
 
-    A check of several inputs raises instead: ComfyUI repeats a returned text for each of them.
+    Raises:
+        WanError: there is no such file, or what is wrong with it.
     """
-    try:
+    if name is not None:
         read_header(read, folder, name)
-    except (WanError, OSError) as error:
-        return str(error)
-    return True
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a device has for us, as ComfyUI sees it: weights that newer versions give up on demand count as free."""
+    loaded = [entry for entry in getattr(management, "current_loaded_models", ()) if entry.device == device]
+    models = [entry.model for entry in loaded if entry.model is not None]
+    lent = sum(model.loaded_size() for model in models if getattr(model, "is_dynamic", bool)())
+    return int(management.get_free_memory(device)) + lent
+
+
+def total_bytes(device: torch.device) -> int:
+    """All the memory of a device, as ComfyUI counts it; of the host with what it can swap out."""
+    return devices.total_bytes(device) if device.type == "cpu" else int(management.get_total_memory(device))
+
+
+@contextmanager
+def cancellable(*modules: object) -> Iterator[None]:
+    """Let the user cancel before each layer of these modules: one call of a VAE may take minutes."""
+    layers = [layer for module in modules if isinstance(module, nn.Module) for layer in module.modules()]
+    hooks = [layer.register_forward_pre_hook(check_cancelled) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def device() -> torch.device:

@@ -11,9 +11,12 @@ from comfy_api.latest import io
 from ..wan_core.config import VAES, Variant
 from ..wan_core.errors import WanError
 from ..wan_core.media import geometry as latents
+from ..wan_core.memory import capacity
 from ..wan_core.models.vae.vae import denormalise
 from ..wan_core.recipe import ModelRecipe
 from . import host
+from .base import WanNode
+from .pictures import pictures
 from .spaces import check_vae
 from .types import WanModel
 from .vae import WanVAE
@@ -42,7 +45,7 @@ def _batch_input() -> io.Input:
     return io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many videos to make at once.")
 
 
-def _check_numbers(width: int | None, height: int | None, frames: int | None) -> bool:
+def _check_numbers(width: int | None, height: int | None, frames: int | None) -> None:
     """Refuse at queue time what no Wan model can do; a None comes from a link and is not known yet."""
     for name, side in (("width", width), ("height", height)):
         if side is not None and (side < 1 or side % _SMALLEST_MULTIPLE):
@@ -51,10 +54,9 @@ def _check_numbers(width: int | None, height: int | None, frames: int | None) ->
                            f"The nearest is {nearest}.")
     if frames is not None:
         latents.latent_frames(frames)
-    return True
 
 
-class EmptyLatent(io.ComfyNode):
+class EmptyLatent(WanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -71,12 +73,13 @@ class EmptyLatent(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int | None, height: int | None, frames: int | None) -> bool:
-        return _check_numbers(width, height, frames)
+    def check_inputs(cls, width: int | None, height: int | None, frames: int | None) -> None:
+        _check_numbers(width, height, frames)
 
     @classmethod
     def execute(cls, model: ModelRecipe, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
         shape = latents.latent_shape(model.variant, width, height, frames)
+        capacity.check_start(model, (batch_size, *shape), host.device(), host.total_bytes(host.device()))
         return io.NodeOutput({"samples": _empty(shape, batch_size)})
 
 
@@ -84,7 +87,7 @@ def _empty(shape: tuple[int, ...], batch: int) -> torch.Tensor:
     return torch.zeros(batch, *shape, device=host.storage_device())
 
 
-class ImageToVideo(io.ComfyNode):
+class ImageToVideo(WanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -122,8 +125,8 @@ class ImageToVideo(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, width: int | None, height: int | None, frames: int | None) -> bool:
-        return _check_numbers(width, height, frames)
+    def check_inputs(cls, width: int | None, height: int | None, frames: int | None) -> None:
+        _check_numbers(width, height, frames)
 
     @classmethod
     def execute(
@@ -131,10 +134,27 @@ class ImageToVideo(io.ComfyNode):
         fit: str, batch_size: int, start_image: torch.Tensor | None = None, end_image: torch.Tensor | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         check_vae(vae, model.variant)
-        wanted = Wanted(width, height, frames, fit, batch_size, start_image, end_image)
+        start, end = (image if image is None else pictures(image, name)
+                      for name, image in (("start_image", start_image), ("end_image", end_image)))  # fmt: skip
+        wanted = Wanted(width, height, frames, fit, batch_size, start, end)
+        check_room(model, vae, wanted)
         values, latent = _STARTS[model.variant.image](model.variant, vae, wanted)
         added = (node_helpers.conditioning_set_values(side, values) for side in (positive, negative))
         return io.NodeOutput(*added, latent)
+
+
+def check_room(model: ModelRecipe, vae: object, wanted: Wanted) -> None:
+    """Refuse what no machine of this size can encode or sample. In "area" sides change, and their product stays.
+
+    Raises:
+        WanError: see ``capacity``.
+    """
+    stride = VAES[model.variant.vae].spatial_stride
+    shape = (wanted.batch, VAES[model.variant.vae].channels, latents.latent_frames(wanted.frames),
+             wanted.height // stride, wanted.width // stride)  # fmt: skip
+    capacity.check_start(model, shape, host.device(), host.total_bytes(host.device()))
+    if isinstance(vae, WanVAE) and (wanted.start is not None or wanted.end is not None):
+        vae.check_encode(wanted.height, wanted.width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +225,8 @@ def _encode(vae: object, given: dict[int, torch.Tensor], frames: int) -> torch.T
     if isinstance(vae, WanVAE):
         return vae.encode_chunks(chunks, frames)
     video = torch.cat(list(chunks), dim=2)[0].movedim(0, -1)
-    return vae.encode(video.add(1).div(2))
+    with host.cancellable(getattr(vae, "first_stage_model", None)):
+        return vae.encode(video.add(1).div(2))
 
 
 def _with_frame(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict, dict]:

@@ -11,12 +11,15 @@ from ..wan_core.loading.dit import DiTFile, quantised_note, read_dit
 from ..wan_core.models.dit.attention import BACKENDS, find_backend
 from ..wan_core.recipe import ModelRecipe
 from . import host
+from .base import WanNode
 from .types import WanModel
 
 FOLDER = "diffusion_models"
 
 
-class LoadModel(io.ComfyNode):
+class LoadModel(WanNode):
+    files = ("model_name",)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -49,8 +52,8 @@ class LoadModel(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, model_name: str) -> bool | str:
-        return host.check_file(_read, FOLDER, model_name)
+    def check_inputs(cls, model_name: str | None) -> None:
+        host.check_file(_read, FOLDER, model_name)
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, dtype: str, attention: str) -> tuple:

@@ -15,6 +15,7 @@ from ..wan_core.lora.scale import config_beside
 from ..wan_core.lora.twins import find_twin
 from ..wan_core.recipe import ModelRecipe
 from . import host
+from .base import WanNode
 from .types import WanModel
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,9 @@ NONE = "none"
 _LAST = 10000
 
 
-class Lora(io.ComfyNode):
+class Lora(WanNode):
+    files = ("lora_name", "low_name")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         names = host.model_names(FOLDER)
@@ -75,15 +78,14 @@ class Lora(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(
+    def check_inputs(
         cls, lora_name: str | None, low_name: str | None, first_step: int | None, last_step: int | None
-    ) -> bool:
+    ) -> None:
         for name in (lora_name, low_name):
             if name not in (None, AUTO, NONE):
                 host.read_header(open_checkpoint, FOLDER, name)
         if None not in (first_step, last_step) and last_step < first_step:
             raise WanError(f"The LoRA's last step, {last_step}, lies before its first step, {first_step}.")
-        return True
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, low_name: str, **_: object) -> tuple:

@@ -8,6 +8,7 @@ truth about the size, and leaving means that the engine lets go. ComfyUI never t
 from __future__ import annotations
 
 import logging
+from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 import comfy.model_management as management
@@ -45,7 +46,9 @@ class Residency(ModelPatcher):
         self.incoming = needed if device == self.load_device else 0
         try:
             management.load_models_gpu([self])
-        except (AttributeError, TypeError):
+        except (AttributeError, TypeError) as error:
+            if raised_here(error):
+                raise
             self.understood = False
             log.warning("This ComfyUI's memory manager works in a way that the Wan nodes do not know: its models will "
                         "not move away for theirs, and 'free memory' will not free theirs.", exc_info=True)  # fmt: skip
@@ -79,3 +82,10 @@ class Residency(ModelPatcher):
 
     def clone(self) -> Residency:
         return self
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether the pack's own code raised an error, and not ComfyUI's or a library's."""
+    pack = __name__.rpartition(".nodes.")[0] or __name__
+    *_, (innermost, _) = walk_tb(error.__traceback__)
+    return innermost.f_globals.get("__name__", "").startswith(pack)

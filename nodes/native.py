@@ -8,7 +8,8 @@ Written for and tested with ComfyUI 0.3.75.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from functools import cache
 from types import SimpleNamespace
 from typing import NoReturn
 
@@ -19,18 +20,24 @@ from torch import Tensor, nn
 from ..wan_core.config import PerExpert
 from ..wan_core.errors import WanError
 from ..wan_core.memory.engine import Engine
+from ..wan_core.memory.plan import check_fits
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling.experts import Expert, Experts
 from ..wan_core.sampling.guidance import Condition
 from ..wan_core.sampling.schedules import Schedule, from_sigmas
-from . import host
+from . import host, keys
+from .base import WanNode, guarded_methods
+from .conditioning import check_model_keys, without_effect
+from .extras import OTHERWISE, refuse_conditions, refuse_patches, unheard
+from .probe import need
 from .types import WanModel
 
-_OTHERWISE = "Remove that node, or load the model with ComfyUI's Load Diffusion Model."
+log = logging.getLogger(__name__)
+
 _KEPT_TEXTS = 4  # prompts whose embeddings are recognised from one step to the next
 
 
-class ToModel(io.ComfyNode):
+class ToModel(WanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -61,15 +68,43 @@ def to_model(recipe: ModelRecipe, shift: float, engine: Engine, device: torch.de
     Raises:
         WanError: this ComfyUI's model classes have changed.
     """
-    try:
-        return _patcher(recipe, shift, engine, device)
-    except (AttributeError, TypeError, ImportError) as error:
-        raise WanError(f"Wan as ComfyUI MODEL does not know this version of ComfyUI ({error}). Use Wan Sampler, or the "
-                       "ComfyUI version that the README names.") from error
+    _check_comfyui()
+    patcher, bases = _classes()
+    dense = recipe.variant.vae == "wan2.2"
+    from comfy import supported_models
+
+    config = (supported_models.WAN22_T2V if dense else supported_models.WAN21_T2V)(
+        {"disable_unet_model_creation": True, "image_model": "wan2.1", "dim": recipe.high.config.dim}
+    )
+    config.sampling_settings = config.sampling_settings | {"shift": shift}
+    model = bases[recipe.variant.vae](config, image_to_video=recipe.variant.image != "none", device=device)
+    model.diffusion_model = WanAsNetwork(recipe, engine, device)
+    return patcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
-def _patcher(recipe: ModelRecipe, shift: float, engine: Engine, device: torch.device) -> object:
-    from comfy import model_base, supported_models
+def _check_comfyui() -> None:
+    need(
+        "Wan as ComfyUI MODEL",
+        {
+            "comfy.model_base": ("WAN21.extra_conds", "WAN21.memory_required", "WAN22"),
+            "comfy.supported_models": ("WAN21_T2V.sampling_settings", "WAN22_T2V.sampling_settings"),
+            "comfy.model_patcher": ("ModelPatcher.get_model_object", "ModelPatcher.add_object_patch"),
+            "comfy.patcher_extension": ("WrapperExecutor.new_class_executor", "WrappersMP.DIFFUSION_MODEL",
+                                        "get_all_wrappers"),
+        },
+        {
+            "comfy.model_base:WAN21": ("image_to_video", "device"),
+            "comfy.model_base:WAN22": ("image_to_video", "device"),
+            "comfy.model_patcher:ModelPatcher": ("load_device", "offload_device"),
+        },
+        "Wan Sampler",
+    )  # fmt: skip
+
+
+@cache
+def _classes() -> tuple[type, dict[str, type]]:
+    """The patcher, and the model for each kind of VAE: ComfyUI's own, with what depends on a network taken out."""
+    from comfy import model_base
     from comfy.model_patcher import ModelPatcher
 
     class WanPatcher(ModelPatcher):
@@ -78,10 +113,12 @@ def _patcher(recipe: ModelRecipe, shift: float, engine: Engine, device: torch.de
         add_patches = add_hook_patches = get_key_patches = _refuse_weights
 
         def get_model_object(self, name: str) -> object:
-            if name.startswith("diffusion_model"):
-                raise WanError("A node wants to compile or change ComfyUI's own Wan network (torch.compile, a patch of "
-                               f"{name}), but Wan as ComfyUI MODEL runs another. {_OTHERWISE}")
+            _refuse_network(name)
             return super().get_model_object(name)
+
+        def add_object_patch(self, name: str, obj: object) -> None:
+            _refuse_network(name)
+            super().add_object_patch(name, obj)
 
         def model_size(self) -> int:
             return 0
@@ -89,25 +126,33 @@ def _patcher(recipe: ModelRecipe, shift: float, engine: Engine, device: torch.de
         def get_ram_usage(self) -> int:
             return 0
 
-    dense = recipe.variant.vae == "wan2.2"
-    config = (supported_models.WAN22_T2V if dense else supported_models.WAN21_T2V)(
-        {"disable_unet_model_creation": True, "image_model": "wan2.1", "dim": recipe.high.config.dim}
-    )
-    config.sampling_settings = config.sampling_settings | {"shift": shift}
-    base = model_base.WAN22 if dense else model_base.WAN21
-    model = base(config, image_to_video=recipe.variant.image != "none", device=device)
-    model.diffusion_model = WanAsNetwork(recipe, engine, device)
-    model.state_dict_for_saving = _refuse_weights
-    model.memory_required = _with_weights(model.memory_required, model.diffusion_model)
-    return WanPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+    class OverEngine:
+        """Methods, not attributes: a model that holds its own bound method is a circle that only the collector ends."""
+
+        state_dict_for_saving = _refuse_weights
+
+        def memory_required(self, *shapes: object, **options: object) -> float:
+            """What a call takes, and the weights that come with the first one: else ComfyUI sees an empty card then,
+            and puts both halves of the guidance into one call that does not fit beside the weights."""
+            return super().memory_required(*shapes, **options) + self.diffusion_model.missing_bytes()
+
+        def extra_conds(self, **options: object) -> dict:
+            """Asked once for each prompt of a run, with all that its conditioning carries."""
+            self.diffusion_model.hear(options)
+            return super().extra_conds(**options)
+
+    bases = {"wan2.1": type("WAN21OverEngine", (OverEngine, model_base.WAN21), {}),
+             "wan2.2": type("WAN22OverEngine", (OverEngine, model_base.WAN22), {})}  # fmt: skip
+    return WanPatcher, bases
 
 
-def _with_weights(required: Callable[..., float], network: WanAsNetwork) -> Callable[..., float]:
-    """What a call takes, and the weights that come with the first one: else ComfyUI sees an empty card then, and puts
-    both halves of the guidance into one call that does not fit beside the weights."""
-    return lambda *shapes, **options: required(*shapes, **options) + network.missing_bytes()
+def _refuse_network(name: str) -> None:
+    if name.startswith("diffusion_model"):
+        raise WanError("A node wants to compile or change ComfyUI's own Wan network (torch.compile, a patch of "
+                       f"{name}), but Wan as ComfyUI MODEL runs another. {OTHERWISE}")
 
 
+@guarded_methods("forward", "hear")
 class WanAsNetwork(nn.Module):
     """What ComfyUI calls instead of its own WanModel."""
 
@@ -120,13 +165,35 @@ class WanAsNetwork(nn.Module):
         self.recipe, self.engine, self.device = recipe, engine, device
         self._experts: tuple[tuple, Experts] | None = None
         self._texts: list[Condition] = []
+        self._said: set[str] = set()
 
     def __getattr__(self, name: str) -> object:
         try:
             return super().__getattr__(name)
         except AttributeError:  # still one, for whoever asks whether it is there
             raise AttributeError(f"A node reaches for {name} of ComfyUI's own Wan network, but Wan as ComfyUI MODEL "
-                                 f"runs another. {_OTHERWISE}") from None
+                                 f"runs another. {OTHERWISE}") from None
+
+    def hear(self, conditioning: dict[str, object]) -> None:
+        """What a prompt carries, before the first step.
+
+        Raises:
+            WanError: a key that only another model understands.
+        """
+        self._said.clear()  # a new run: what was said of the last one is said again
+        name, variant = str(conditioning.get("prompt_type", "")), self.recipe.variant
+        check_model_keys(conditioning, name, variant)
+        image = ["concat_latent_image"] if variant.image != "channels" and "concat_latent_image" in conditioning else []
+        for key in (*image, *keys.asking(conditioning)):
+            if key not in keys.SAMPLERS_OWN:
+                self._warn(without_effect(key, name, variant))
+
+    def _warn(self, text: str) -> None:
+        """Once a run, on the node that samples."""
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("Wan as ComfyUI MODEL: %s", host.safe_text(text))
+            host.show_text(host.current_node(), "\n".join(sorted(self._said)))
 
     def forward(
         self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None = None,
@@ -145,9 +212,11 @@ class WanAsNetwork(nn.Module):
         self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None = None,
         time_dim_concat: Tensor | None = None, transformer_options: dict | None = None, **kwargs: object,
     ) -> Tensor:  # fmt: skip
-        _refuse_extras({"time_dim_concat": time_dim_concat, **kwargs})
+        refuse_conditions({"time_dim_concat": time_dim_concat, **kwargs})
         options = transformer_options or {}
-        _refuse_patches(options)
+        refuse_patches(options)
+        for warning in unheard(options):
+            self._warn(warning)
         parts = len(options.get("cond_or_uncond", ())) if self.recipe.vram_limit is not None else 1
         if parts > 1:  # the limit is kept for one at a time
             each = zip(x.chunk(parts), timestep.chunk(parts), context.chunk(parts), strict=True)
@@ -182,6 +251,7 @@ class WanAsNetwork(nn.Module):
         """The experts, laid out for this size; made once for each."""
         shape = (len(x), self.recipe.high.config.out_channels, *x.shape[2:])
         if self._experts is None or self._experts[0] != shape:
+            check_fits(self.recipe, shape, self.device, total=host.total_bytes(self.device))
             fitted, _ = self.engine.fit(self.recipe, shape, self.device)
             self._experts = shape, self.engine.experts(fitted, PerExpert(1, 1), self.device)
         return self._experts[1]
@@ -200,24 +270,3 @@ def _refuse_weights(*_: object, **__: object) -> NoReturn:
     raise WanError("ComfyUI's LoRA, merge and save nodes cannot reach the weights behind Wan as ComfyUI MODEL: they "
                    "stay in the Wan engine. For a LoRA put Wan LoRA before that node. To merge or save, load the model "
                    "with ComfyUI's Load Diffusion Model.")
-
-
-def _refuse_patches(options: dict) -> None:
-    """What nodes want done inside ComfyUI's own network; other kernels for attention change nothing and are let be."""
-    blocks = [name for keyed in options.get("patches_replace", {}).values() for name in keyed]
-    found = [("blocks (skip-layer guidance)", blocks), ("attention layers", options.get("patches")),
-             ("positions (ScaleROPE)", options.get("rope_options"))]  # fmt: skip
-    named = [meaning for meaning, asked in found if asked]
-    if named:
-        raise WanError(f"A node changes {' and '.join(named)} of ComfyUI's own Wan network, but Wan as ComfyUI MODEL "
-                       f"runs another. {_OTHERWISE}")
-
-
-def _refuse_extras(extras: dict[str, object]) -> None:
-    """Conditions of Wan's relatives that this network does not have."""
-    names = {"time_dim_concat": "context frames (Phantom, Fun)", "reference_latent": "a reference image",
-             "vace_context": "VACE", "camera_conditions": "camera control", "audio_embed": "audio"}  # fmt: skip
-    found = [meaning for key, meaning in names.items() if extras.get(key) is not None]
-    if found:
-        raise WanError(f"This Wan model does not understand {' or '.join(found)}: use the model that the conditioning "
-                       "node was made for.")

@@ -25,7 +25,9 @@ from ..wan_core.memory.engine import pad_text
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling.guidance import Condition
 from . import host
+from .base import WanNode
 from .graph import model_file
+from .probe import need, need_attributes
 from .types import WanModel
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 _KSAMPLER = "Use ComfyUI's own samplers with it, or put that node behind Wan as ComfyUI MODEL."
 
 
-class FromModel(io.ComfyNode):
+class FromModel(WanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -72,17 +74,14 @@ def from_model(patcher: Any, name: str) -> ModelRecipe:
     Raises:
         WanError: it is another model, or carries patches of what ComfyUI's samplers do and ours do not.
     """
-    try:
-        _check_kind(patcher, name)
-        _check_patches(patcher, name)
-        network = patcher.model.diffusion_model
-        config = DiTConfig(network.in_dim, network.out_dim, network.dim, network.ffn_dim, network.num_layers,
-                           network.text_dim, network.freq_dim, network.num_heads, network.eps)  # fmt: skip
-        dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
-        same = (id(patcher.model), patcher.patches_uuid)
-    except (AttributeError, ImportError) as error:
-        raise WanError(f"Wan from ComfyUI MODEL does not know this version of ComfyUI ({error}). Use Load Wan Model, "
-                       "or the ComfyUI version that the README names.") from error
+    _check_comfyui(patcher)
+    _check_kind(patcher, name)
+    _check_patches(patcher, name)
+    network = patcher.model.diffusion_model
+    need_attributes(_NAME, network, _DIMENSIONS, _INSTEAD)
+    config = DiTConfig(*(getattr(network, dimension) for dimension in _DIMENSIONS))
+    dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    same = (id(patcher.model), patcher.patches_uuid)
     _check_channels(config, name)
     held = Foreign(name, config, dtype, same, lambda device: NativeExpert(patcher))
     shifted = "model_sampling" in patcher.object_patches
@@ -91,6 +90,22 @@ def from_model(patcher: Any, name: str) -> ModelRecipe:
 
 
 # --- what is refused
+
+_NAME, _INSTEAD = "Wan from ComfyUI MODEL", "Load Wan Model"
+_DIMENSIONS = ("in_dim", "out_dim", "dim", "ffn_dim", "num_layers", "text_dim", "freq_dim", "num_heads", "eps")
+
+
+def _check_comfyui(patcher: Any) -> None:
+    need(_NAME, {
+        "comfy.model_base": ("WAN21", "WAN22"), "comfy.ldm.wan.model": ("WanModel",),
+        "comfy.patcher_extension": ("WrappersMP.DIFFUSION_MODEL", "WrappersMP.PREPARE_SAMPLING"),
+        "comfy.sampler_helpers": ("prepare_model_patcher", "prepare_sampling"),
+        "comfy.samplers": ("cast_to_load_options",),
+        "comfy.model_patcher": ("create_model_options_clone",), "comfy.model_management": ("loaded_models",),
+    }, {}, _INSTEAD)  # fmt: skip
+    held = ("model", "model_options", "wrappers", "object_patches", "patches_uuid", "load_device", "pre_run", "cleanup")
+    need_attributes(_NAME, patcher, held, _INSTEAD)
+    need_attributes(_NAME, patcher.model, ("diffusion_model", "manual_cast_dtype", "get_dtype"), _INSTEAD)
 
 
 def _check_kind(patcher: Any, name: str) -> None:

@@ -9,17 +9,17 @@ from comfy_api.latest import io
 from ..wan_core.errors import WanError
 from ..wan_core.foreign import only_own
 from ..wan_core.media import geometry as latents
-from ..wan_core.memory.devices import available_bytes
 from ..wan_core.memory.plan import AUTO, plan
 from ..wan_core.memory.stream import PREFETCH
 from ..wan_core.recipe import ModelRecipe
 from . import host
+from .base import WanNode
 from .types import WanModel
 
 BLOCKS, LIMIT = "blocks", "vram_limit"
 
 
-class BlockSwap(io.ComfyNode):
+class BlockSwap(WanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -75,6 +75,6 @@ def describe(model: ModelRecipe) -> str:
     at = f"{width}x{height}, {model.variant.frames} frames:"
     device = host.device()
     try:
-        return f"{at}\n{plan(model, shape, device, free=available_bytes(device) + host.engine().bytes_on(device))}"
+        return f"{at}\n{plan(model, shape, device, free=host.free_bytes(device) + host.engine().bytes_on(device))}"
     except WanError as error:
         return f"{at}\n{error}"

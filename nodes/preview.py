@@ -56,7 +56,7 @@ class Steps:
     ):  # fmt: skip
         self.end, first = min(end, plan.steps), min(start, plan.steps - 1)  # the range is checked by ``denoise``
         self.bar = ProgressBar(self.end - start)
-        self.pace = Pace(_experts(model, plan), guidance)
+        self.pace = Pace(experts_of(model, plan), guidance)
         self.screen = Screen(node_id)
         self.painter = Painter(_Picture(self.screen, model.variant.fps))
         self.screen.say(Line(0, self.end - start, self.pace.experts[first], plan.sigmas[first].item(), None))
@@ -84,7 +84,7 @@ class Steps:
         self.painter.close(cancelled=kind is not None)
 
 
-def _experts(model: ModelRecipe, plan: Schedule) -> list[str]:
+def experts_of(model: ModelRecipe, plan: Schedule) -> list[str]:
     """Who will work at each step."""
     if model.low is None:
         return ["only"] * plan.steps

@@ -6,9 +6,10 @@ from comfy_api.latest import io
 
 from ..wan_core.prompt.compose import LANGUAGES, NONE, PLACEMENTS, choices_for, compose
 from ..wan_core.prompt.vocabulary import GROUPS, Group
+from .base import WanNode
 
 
-class AestheticPrompt(io.ComfyNode):
+class AestheticPrompt(WanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

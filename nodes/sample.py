@@ -12,8 +12,10 @@ from comfy_api.latest import io
 from ..wan_core.config import PerExpert, Variant
 from ..wan_core.errors import WanError
 from ..wan_core.lookup import look_up
+from ..wan_core.lora.balance import unbalanced
 from ..wan_core.media import geometry as latents
-from ..wan_core.memory.plan import Plan
+from ..wan_core.memory import capacity
+from ..wan_core.memory.plan import Plan, check_fits
 from ..wan_core.memory.run import denoise_in_memory
 from ..wan_core.models.vae.vae import denormalise, normalise
 from ..wan_core.recipe import ModelRecipe
@@ -21,18 +23,20 @@ from ..wan_core.sampling.denoise import Given, noised
 from ..wan_core.sampling.schedules import AUTO, SCHEDULES, Schedule, from_sigmas, schedule, truncate
 from ..wan_core.sampling.solvers import SOLVERS
 from . import host
+from .base import WanNode
 from .conditioning import condition
 from .graph import check_decoders
-from .preview import Steps
-from .spaces import samples_for
+from .preview import Steps, experts_of
+from .spaces import check_numbers, samples_for
 from .types import WanModel
 
 log = logging.getLogger(__name__)
 
 _LAST = 10000
+NOT_CONNECTED = object()
 
 
-class Sampler(io.ComfyNode):
+class Sampler(WanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -100,30 +104,35 @@ class Sampler(io.ComfyNode):
                     "sigmas", optional=True,
                     tooltip="Noise levels from ComfyUI's schedulers; they replace steps, shift and schedule.",
                 ),
+                io.Boolean.Input(
+                    "force", default=False, optional=True,
+                    tooltip="On: also what is refused as a likely mistake is sampled, such as a few steps at cfg 1 "
+                    "with a 4-step LoRA on one expert only.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent")],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(
-        cls, steps: int, shift: float, solver: str, schedule: str, denoise: float, start_step: int, end_step: int,
-        sigmas: object = "not connected",
-    ) -> bool:  # fmt: skip
+    def check_inputs(
+        cls, steps: int | None, shift: float | None, solver: str | None, schedule: str | None, denoise: float | None,
+        start_step: int | None, end_step: int | None, sigmas: object = NOT_CONNECTED,
+    ) -> None:  # fmt: skip
         values = Settings(0, steps, PerExpert(1, 1), shift, solver, schedule, denoise, start_step, end_step, True)
-        return _check_settings(values, has_sigmas=sigmas is None)
+        _check_settings(values, has_sigmas=sigmas is not NOT_CONNECTED)
 
     @classmethod
     def execute(
         cls, model: ModelRecipe, positive: list, negative: list, latent: dict, seed: int, steps: int, cfg_high: float,
         cfg_low: float, shift: float, solver: str, schedule: str, denoise: float, start_step: int, end_step: int,
-        add_noise: bool, sigmas: torch.Tensor | None = None,
+        add_noise: bool, sigmas: torch.Tensor | None = None, force: bool = False,
     ) -> io.NodeOutput:  # fmt: skip
         samples_for(latent, model.variant)
         check_decoders(cls.hidden.prompt, cls.hidden.unique_id, model.variant)
         guidance = PerExpert(low=cfg_low, high=cfg_high)
         settings = Settings(
-            seed, steps, guidance, shift, solver, schedule, denoise, start_step, end_step, add_noise, sigmas
+            seed, steps, guidance, shift, solver, schedule, denoise, start_step, end_step, add_noise, sigmas, force
         )
         notes = Notes(model, cls.hidden.unique_id)
         sampled = sample(model, positive, negative, latent, settings, notes)
@@ -145,6 +154,7 @@ class Settings:
     end: int
     add_noise: bool
     sigmas: torch.Tensor | None = None
+    force: bool = False
 
     def timetable(self) -> Schedule:
         if self.sigmas is not None:
@@ -157,7 +167,7 @@ class Settings:
         return self.start == 0 and self.denoise > 0.9999 and self.sigmas is None
 
 
-def _check_settings(settings: Settings, *, has_sigmas: bool) -> bool:
+def _check_settings(settings: Settings, *, has_sigmas: bool) -> None:
     """Refuse at queue time what cannot be; a None comes from a link and is not known yet.
 
     Raises:
@@ -166,17 +176,16 @@ def _check_settings(settings: Settings, *, has_sigmas: bool) -> bool:
     if settings.solver is not None:
         look_up(SOLVERS, settings.solver, "solver")
     if None in (settings.start, settings.end):
-        return True
+        return
     if settings.end <= settings.start or settings.start < 0:
         raise WanError(f"The start step is {settings.start} and the end step {settings.end}: nothing would be done. "
                        "The end step must be after the start step, and the start step 0 or more.")
     if has_sigmas or None in (settings.steps, settings.shift, settings.solver, settings.schedule, settings.denoise):
-        return True
+        return
     steps = settings.timetable().steps
     if settings.start >= steps:
         raise WanError(f"The start step is {settings.start}, but the schedule has {steps} steps: "
                        f"expected 0 to {steps - 1}.")
-    return True
 
 
 def sample(
@@ -191,11 +200,17 @@ def sample(
         WanError: what does not fit together.
     """
     device, kind = host.device(), model.variant.vae
-    raw = samples_for(latent, model.variant).cpu()
+    raw = samples_for(latent, model.variant)
+    guided = (settings.guidance.low, settings.guidance.high) != (1, 1)
+    check_fits(model, raw.shape, device, guided=guided, total=host.total_bytes(device))
+    check_numbers(raw)
+    raw = raw.cpu()
     plan = settings.timetable()
     sides = ("positive", positive), ("negative", negative)
-    conditions = [condition(side, name, model, raw.shape, device) for name, side in sides]
+    conditions = [condition(side, name, model, raw.shape, device, notes.warned) for name, side in sides]
+    _check_loras(model, settings, plan, notes)
     clean = normalise(raw, kind) if raw.any() else raw.float()  # ComfyUI: all zeros means empty, in both spaces
+    _check_content(clean, latent, settings, plan, notes)
     noise = _noise(settings.seed, latent, raw.shape)
     start = _start(clean, noise, plan, settings)
     steps = min(settings.end, plan.steps) - settings.start
@@ -236,12 +251,55 @@ class Notes:
         host.show_text(self.node_id, self.text)
 
 
+def _check_content(clean: torch.Tensor, latent: dict, settings: Settings, plan: Schedule, notes: Notes) -> None:
+    """Say that a run which begins in the middle has nothing to begin with."""
+    first = plan.sigmas[min(settings.start, plan.steps - 1)].item()
+    if settings.from_pure_noise or first > _NEARLY_ALL:
+        return
+    mask = latent.get("noise_mask")
+    free = clean if mask is None else clean * reshape_mask(mask.float(), clean.shape).to(clean)
+    if free.abs().max() < _NOTHING:
+        asked = f"denoise {settings.denoise:g}" if settings.start == 0 else f"start_step {settings.start}"
+        notes.warned(f"Warning: the latent is empty, and {asked} keeps {1 - first:.0%} of it: the video will be grey "
+                     "or dull. Encode a video with Wan VAE Encode, connect the sampler before, or set denoise to 1 and "
+                     "start_step to 0.")
+
+
+_NEARLY_ALL = 0.99  # of a sample that is noise: what is kept of the latent cannot be seen
+_NOTHING = 1e-4  # of a normalised latent, whose values are about 1: less than this is rounding
+
+
+def _check_loras(model: ModelRecipe, settings: Settings, plan: Schedule, notes: Notes) -> None:
+    """Few steps without guidance need their LoRA on both experts; one that lacks it leaves blurred noise.
+
+    Raises:
+        WanError: only one has one, and the user does not insist.
+    """
+    said = unbalanced(model)
+    if said is None or plan.steps > _FEW_STEPS:
+        return
+    bare = next(level for level in ("high", "low") if f"the {level}-noise expert (" in said)
+    works = bare in experts_of(model, plan)[settings.start : settings.end]
+    if not works or getattr(settings.guidance, bare) != 1:
+        return
+    found = f"{said} It cannot finish in {plan.steps} steps at cfg 1"
+    if not settings.force and plan.steps >= _TRIAL:
+        raise WanError(f"{found}. Set low_name of Wan LoRA to the other file of the pair, or raise steps and "
+                       f"cfg_{bare}; or switch force on to sample all the same.")
+    notes.warned(f"Warning: {found}.")
+
+
+_FEW_STEPS = 10
+_TRIAL = 4  # fewer steps give no finished video anyway: somebody tries something
+
+
 def _noise(seed: int, latent: dict, shape: torch.Size) -> torch.Tensor:
     """Noise [B,C,T,h,w]; a latent that was picked out of a batch keeps the noise of its place there."""
     places = latent.get("batch_index") or list(range(shape[0]))
     if len(places) != shape[0]:
         raise WanError(f"The latent holds {shape[0]} videos, but its batch_index names {len(places)}: "
                        "the node before the sampler made a broken latent.")
+    capacity.check_tensor((max(places) + 1, *shape[1:]), "Noise")
     return latents.noise(seed, (max(places) + 1, *shape[1:]))[places]
 
 

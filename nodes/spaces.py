@@ -25,6 +25,16 @@ def samples_for(latent: Mapping, variant: Variant) -> torch.Tensor:
                    f"{spec.comfy_name}.")
 
 
+def check_numbers(samples: torch.Tensor) -> None:
+    """
+    Raises:
+        WanError: a latent without values, or with some that are not numbers: so would be the whole video.
+    """
+    if not samples.numel() or not torch.isfinite(samples).all():
+        raise WanError(f"The latent of shape {list(samples.shape)} is no video: it is empty or holds values that are "
+                       "not numbers (NaN), which the node before it made.")
+
+
 _MAKERS = {
     16: "Wan Empty Latent, or ComfyUI's EmptyHunyuanLatentVideo",
     48: "Wan Empty Latent, or ComfyUI's Wan22ImageToVideoLatent",

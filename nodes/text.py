@@ -12,6 +12,9 @@ from comfy_api.latest import io
 from ..wan_core.dtypes import resolve_dtype
 from ..wan_core.loading.text import TextFile, read_text_encoder
 from . import host
+from .base import WanNode, guarded_methods
+from .checks import check_characters
+from .placement import Placement
 
 if TYPE_CHECKING:
     from ..wan_core.models.text.tokenizer import Tokenizer
@@ -21,7 +24,9 @@ Tokens = dict[str, list[list[tuple]]]
 _KEY = "umt5xxl"  # under which ComfyUI's own Wan tokenizer returns its ids
 
 
-class LoadTextEncoder(io.ComfyNode):
+class LoadTextEncoder(WanNode):
+    files = ("text_encoder_name",)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -51,8 +56,8 @@ class LoadTextEncoder(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, text_encoder_name: str) -> bool | str:
-        return host.check_file(_read, FOLDER, text_encoder_name)
+    def check_inputs(cls, text_encoder_name: str | None) -> None:
+        host.check_file(_read, FOLDER, text_encoder_name)
 
     @classmethod
     def fingerprint_inputs(cls, text_encoder_name: str, dtype: str, device: str) -> tuple:
@@ -64,6 +69,7 @@ class LoadTextEncoder(io.ComfyNode):
         return io.NodeOutput(WanCLIP(host.read_header(_read, FOLDER, text_encoder_name), dtype, device))
 
 
+@guarded_methods("tokenize", "encode_from_tokens", "encode_from_tokens_scheduled", "encode")
 class WanCLIP:
     """A text encoder on a CLIP socket: the part of ComfyUI's CLIP interface that makes sense for umT5."""
 
@@ -74,6 +80,7 @@ class WanCLIP:
         self.file = file
         self.dtype = dtype
         self.device = device
+        self.patcher = Placement(host.text_device(device))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"The connected node asks the Wan text encoder for {name!r}, which it does not have. "
@@ -87,6 +94,7 @@ class WanCLIP:
 
     def tokenize(self, text: str, return_word_ids: bool = False, **_: object) -> Tokens:
         """Text -> ids with weight 1 each, in the shape of ComfyUI's tokenizers."""
+        check_characters("The prompt", text, lines=True)
         ids = self.tokenizer.encode(text)
         return {_KEY: [[(i, 1.0, 0) if return_word_ids else (i, 1.0) for i in ids]]}
 
@@ -94,7 +102,7 @@ class WanCLIP:
         self, tokens: Tokens, return_pooled: bool | str = False, return_dict: bool = False
     ) -> torch.Tensor | tuple | dict:
         """Ids -> [1,512,D]; umT5 has no pooled output, so None stands for it."""
-        encoder = host.engine().text_encoder(self.file, host.text_device(self.device), self.dtype)
+        encoder = host.engine().text_encoder(self.file, self.patcher.load_device, self.dtype)
         ids = [token[0] for part in tokens[_KEY] for token in part]
         cond = encoder.encode_ids([ids], on_block=host.check_cancelled).to(host.storage_device())
         if return_dict:
@@ -111,7 +119,9 @@ class WanCLIP:
         return self.encode_from_tokens(self.tokenize(text))
 
     def clone(self) -> WanCLIP:
-        return WanCLIP(self.file, self.dtype, self.device)
+        other = WanCLIP(self.file, self.dtype, self.device)
+        other.patcher = self.patcher.clone()
+        return other
 
     def clip_layer(self, layer_idx: int) -> None:
         """The last layer is the only one that Wan was trained with."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import shutil
 import time
@@ -24,6 +25,7 @@ from ..wan_core.loading.dit import DiTFile
 from ..wan_core.media.geometry import latent_frames
 from ..wan_core.recipe import ModelRecipe, noise_level_of
 from . import host
+from .base import WanNode
 from .text import WanCLIP
 from .types import WanModel
 from .vae import WanVAE
@@ -36,10 +38,13 @@ log = logging.getLogger(__name__)
 
 TABLE = "metadata.csv"
 WORK = "wan_training"  # below ComfyUI's output folder: states, logs and plots, a folder for each save name
+_READ_WHEN_QUEUED = 1_000_000  # bytes of a table: it is read in the web server's loop then
 _CHECKPOINTING = ["on", "offload", "off"]
 
 
-class TrainLora(io.ComfyNode):
+class TrainLora(WanNode):
+    files = ("dataset",)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -128,17 +133,16 @@ class TrainLora(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(
+    def check_inputs(
         cls, dataset: str | None, frames: int | None, targets: str | None, save_name: str | None
-    ) -> bool:
+    ) -> None:
         """What the widgets alone show; a None comes from a link and is not known yet."""
         if dataset is not None:
-            find_table(dataset)
+            find_table(dataset, largest=_READ_WHEN_QUEUED)
         if frames is not None:
             latent_frames(frames)
         if save_name is not None:
             lora_file(save_name)
-        return True
 
     @classmethod
     def fingerprint_inputs(cls, dataset: str | None = None, **_: object) -> tuple:
@@ -201,7 +205,7 @@ def train(
     try:
         # ComfyUI runs nodes in inference mode, whose tensors have no gradients.
         with torch.inference_mode(False), torch.enable_grad():
-            made = run(request, parts, device=host.device(), text_device=host.text_device(clip.device),
+            made = run(request, parts, device=host.device(), text_device=clip.patcher.load_device,
                        hooks=_hooks(request, progress))  # fmt: skip
     finally:
         gc.collect()  # the wrapped layers of a model in training hold each other
@@ -285,8 +289,11 @@ def _inputs() -> Path:
     return Path(folder_paths.get_input_directory()).absolute()
 
 
-def find_table(name: str) -> None:
+def find_table(name: str, largest: float = math.inf) -> None:
     """
+    Args:
+        largest: bytes of a table that is read now; of a larger one it is only seen that it is there.
+
     Raises:
         WanError: no such folder, no table in it, or one without the columns, without rows, or of files elsewhere.
     """
@@ -296,7 +303,9 @@ def find_table(name: str) -> None:
     if not folder.is_dir():
         raise WanError(f"There is no folder {folder}. Put the clips and their {TABLE} there, or choose one of "
                        f"{', '.join(datasets()) or '(none found)'}.")
-    files_of(folder, _inputs())
+    table = folder / TABLE
+    if not table.is_file() or table.stat().st_size <= largest:
+        files_of(folder, _inputs())
 
 
 def lora_file(name: str) -> Path:

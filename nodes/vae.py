@@ -13,17 +13,23 @@ from ..wan_core.dtypes import resolve_dtype
 from ..wan_core.errors import WanError
 from ..wan_core.loading.vae import VAEFile, read_vae
 from ..wan_core.media.geometry import latent_frames, pixel_frames
-from ..wan_core.memory.devices import available_bytes
+from ..wan_core.memory import capacity
+from ..wan_core.memory.plan import decode_bytes
 from ..wan_core.models.vae.tiles import Tiles, cut, decoded_tiles, encode_tiled_chunks, fitting_tiles
 from ..wan_core.models.vae.vae import VideoVAE, denormalise, normalise
 from . import host
+from .base import WanNode, guarded_methods
+from .pictures import pictures
+from .placement import Placement
 
 log = logging.getLogger(__name__)
 
 FOLDER = "vae"
 
 
-class LoadVAE(io.ComfyNode):
+class LoadVAE(WanNode):
+    files = ("vae_name",)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -48,8 +54,8 @@ class LoadVAE(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, vae_name: str) -> bool | str:
-        return host.check_file(read_vae, FOLDER, vae_name)
+    def check_inputs(cls, vae_name: str | None) -> None:
+        host.check_file(read_vae, FOLDER, vae_name)
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str, dtype: str) -> tuple:
@@ -61,6 +67,7 @@ class LoadVAE(io.ComfyNode):
         return io.NodeOutput(WanVAE(host.read_header(read_vae, FOLDER, vae_name), dtype))
 
 
+@guarded_methods("encode", "encode_chunks", "encode_tiled", "decode", "decode_tiled", "get_sd")
 class WanVAE:
     """A Wan VAE on a VAE socket: ComfyUI's interface over the engine's VAE.
 
@@ -77,6 +84,8 @@ class WanVAE:
         stride = spec.spatial_stride
         self.file = file
         self.dtype = dtype
+        self.device = host.vae_device()
+        self.patcher = Placement(self.device)
         self.latent_channels = spec.channels
         self.downscale_ratio = (lambda frames: max(0, (frames + 3) // TEMPORAL_STRIDE), stride, stride)
         self.upscale_ratio = (lambda frames: max(0, frames * TEMPORAL_STRIDE - 3), stride, stride)
@@ -84,8 +93,7 @@ class WanVAE:
 
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
         """Pixels -> raw latent. As ComfyUI's VAE: sides are cropped to the stride, frames to 4n + 1."""
-        videos = pixel_samples if pixel_samples.ndim == 5 else pixel_samples[None]
-        videos = _cropped(videos[..., :3], self.spacial_compression_encode())
+        videos = self._videos(pixel_samples, None)
         bar = host.Chunks(len(videos) * latent_frames(videos.shape[1]))
         return torch.cat([self.encode_chunks(_pieces(video), videos.shape[1], bar) for video in videos])
 
@@ -94,7 +102,8 @@ class WanVAE:
     ) -> torch.Tensor:
         """A stream of [1,3,f,H,W] in -1..1 -> raw latent [1,C,T,h,w]."""
         vae = self._weights()
-        encoded = list(vae.encode_chunks(chunks, bar or host.Chunks(latent_frames(frames)), total_frames=frames))
+        with host.cancellable(vae):
+            encoded = list(vae.encode_chunks(chunks, bar or host.Chunks(latent_frames(frames)), total_frames=frames))
         return denormalise(torch.cat(encoded, dim=2), vae.config.kind).to(host.storage_device())
 
     def decode(self, samples_in: torch.Tensor, vae_options: dict | None = None) -> torch.Tensor:
@@ -106,11 +115,12 @@ class WanVAE:
         overlap: int | None = None, **time: int | None,
     ) -> torch.Tensor:  # fmt: skip
         """Tiles in pixels, as ComfyUI's VAE. Time is streamed, so tiles in time are not needed."""
-        videos = pixel_samples if pixel_samples.ndim == 5 else pixel_samples[None]
-        videos = _cropped(videos[..., :3], self.spacial_compression_encode())
-        vae, tiles = self._weights(), _tiles(tile_y, tile_x, overlap, 1)
+        tiles = _tiles(tile_y, tile_x, overlap, 1)
+        videos = self._videos(pixel_samples, tiles)
+        vae = self._weights()
         bar = host.Chunks(len(videos) * latent_frames(videos.shape[1]) * self._tile_count(videos.shape[2:4], tiles))
-        encoded = [torch.cat(list(encode_tiled_chunks(vae, _pieces(video), tiles, bar)), dim=2) for video in videos]
+        with host.cancellable(vae):
+            encoded = [torch.cat(list(encode_tiled_chunks(vae, _pieces(video), tiles, bar)), dim=2) for video in videos]
         return denormalise(torch.cat(encoded), vae.config.kind).to(host.storage_device())
 
     def decode_tiled(
@@ -120,11 +130,51 @@ class WanVAE:
         """Tiles in places of the latent, as ComfyUI's VAE. Time is streamed, so tiles in time are not needed."""
         return self._decode(samples, _tiles(tile_y, tile_x, overlap, self.spacial_compression_decode()))
 
+    def _videos(self, pixels: torch.Tensor, tiles: Tiles | None) -> torch.Tensor:
+        """[B,F,H,W,3] in 0..1 that can be encoded; refuses what no machine of this size can encode."""
+        if not torch.is_tensor(pixels) or pixels.ndim not in (3, 4, 5):
+            found = list(pixels.shape) if torch.is_tensor(pixels) else type(pixels).__name__
+            raise WanError(f"The images are {found}: expected [frames, height, width, 3].")
+        frames = pictures(pixels.flatten(0, 1) if pixels.ndim == 5 else pixels, "The images")
+        videos = frames.view(*pixels.shape[:-1], 3) if pixels.ndim == 5 else frames[None]
+        videos = _cropped(videos, self.spacial_compression_encode())
+        self.check_encode(*_at_once(videos.shape[2:4], tiles))
+        return videos
+
+    def check_encode(self, height: int, width: int) -> None:
+        """
+        Raises:
+            WanError: the device cannot encode frames of this size, even in the best case.
+        """
+        device = self.patcher.load_device
+        needed = capacity.encode_bytes(self.file.config, height, width, self._compute_dtype())
+        capacity.check_bytes(needed, f"Encoding frames of {width}x{height}", device, host.total_bytes(device))
+
+    def _check_decode(self, size: Sequence[int], tiles: Tiles | None) -> None:
+        """Refuse what cannot be decoded, [B,F,H,W,3], before anything is allocated."""
+        host_device = host.storage_device()
+        capacity.check_tensor(size, "A video", device=host_device, total=host.total_bytes(host_device))
+        device, (height, width) = self.patcher.load_device, _at_once(size[2:4], tiles)
+        needed = decode_bytes(self.file.config, height, width, self._compute_dtype())
+        capacity.check_bytes(needed, f"Decoding frames of {width}x{height} at once", device, host.total_bytes(device),
+                             "Choose a (smaller) tile_size, or a smaller size.")  # fmt: skip
+
+    def _compute_dtype(self) -> torch.dtype:
+        return resolve_dtype(self.dtype, self.patcher.load_device, self.file.checkpoint.dtype)
+
     def _decode(self, samples: torch.Tensor, tiles: Tiles | None) -> torch.Tensor:
-        vae = self._weights()
         batch, _, frames, height, width = _video_latent(samples, self.latent_channels).shape
         stride = self.spacial_compression_decode()
         size = (batch, pixel_frames(frames), height * stride, width * stride, 3)
+        self._check_decode(size, tiles)
+        vae = self._weights()
+        with host.cancellable(vae):
+            return self._decoded(vae, samples, size, tiles)
+
+    def _decoded(
+        self, vae: VideoVAE, samples: torch.Tensor, size: Sequence[int], tiles: Tiles | None
+    ) -> torch.Tensor:
+        batch, frames = len(samples), samples.shape[2]
         video = torch.zeros(size, device=host.storage_device())
         bar = host.Chunks(batch * frames * self._tile_count(size[2:4], tiles))
         for i in range(batch):
@@ -136,12 +186,12 @@ class WanVAE:
         return video
 
     def _fitting_tiles(self, samples: torch.Tensor) -> Tiles | None:
-        device = host.vae_device()
+        device = self.patcher.load_device
         if device.type == "cpu":  # pages are swapped out before a tile would help
             return None
         vae, stride = self._weights(), self.spacial_compression_decode()
         _, _, _, height, width = _video_latent(samples, self.latent_channels).shape
-        free = available_bytes(device) + sum(p.nbytes for p in vae.parameters())  # those are there already
+        free = host.free_bytes(device) + sum(p.nbytes for p in vae.parameters())  # those are there already
         return fitting_tiles(vae.config, height * stride, width * stride, free, vae.conv2.weight.dtype)
 
     def _tile_count(self, size: Sequence[int], tiles: Tiles | None) -> int:
@@ -171,7 +221,7 @@ class WanVAE:
         return 0
 
     def _weights(self) -> VideoVAE:
-        return host.engine().vae(self.file, host.vae_device(), self.dtype)
+        return host.engine().vae(self.file, self.patcher.load_device, self.dtype)
 
 
 def _cropped(videos: torch.Tensor, stride: int) -> torch.Tensor:
@@ -206,6 +256,12 @@ def _blend(video: torch.Tensor, pieces: Iterable[tuple[tuple, torch.Tensor, torc
         video[place] += (piece[0].add(1).div(2) * weight).movedim(0, -1).to(video.device)
 
 
+def _at_once(size: Sequence[int], tiles: Tiles | None) -> tuple[int, int]:
+    """Height and width of what the VAE sees at a time."""
+    height, width = size
+    return (min(tiles.height, height), min(tiles.width, width)) if tiles else (height, width)
+
+
 def _tiles(height: int | None, width: int | None, overlap: int | None, unit: int) -> Tiles:
     """What ComfyUI asks for, in multiples of ``unit`` pixels; what it leaves open is 512 pixels and 64 shared ones."""
     size = [side * unit if side else 512 for side in (height, width)]
@@ -222,7 +278,7 @@ def _video_latent(samples: torch.Tensor, channels: int) -> torch.Tensor:
                    f"[batch, {channels}, frames, height, width]. {advice}")
 
 
-class VAEEncode(io.ComfyNode):
+class VAEEncode(WanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -243,9 +299,11 @@ class VAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae: object, image: torch.Tensor) -> io.NodeOutput:
+        image = pictures(image, "image")
         latent_frames(len(image))
         _check_sides(image, vae.spacial_compression_encode())
-        return io.NodeOutput({"samples": vae.encode(image[..., :3])})
+        with host.cancellable(getattr(vae, "first_stage_model", None)):
+            return io.NodeOutput({"samples": vae.encode(image)})
 
 
 def _check_sides(image: torch.Tensor, stride: int) -> None:
@@ -256,7 +314,7 @@ def _check_sides(image: torch.Tensor, stride: int) -> None:
                        f"{nearest}: resize or crop them first.")
 
 
-class VAEDecode(io.ComfyNode):
+class VAEDecode(WanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -284,10 +342,11 @@ class VAEDecode(io.ComfyNode):
     @classmethod
     def execute(cls, vae: object, samples: dict, tile_size: int = 0, overlap: int = 64) -> io.NodeOutput:
         latent = _video_latent(samples["samples"], getattr(vae, "latent_channels", samples["samples"].shape[1]))
-        if tile_size:
-            stride = vae.spacial_compression_decode()
-            side = max(1, tile_size // stride)
-            images = vae.decode_tiled(latent, tile_x=side, tile_y=side, overlap=min(overlap // stride, side // 2))
-        else:
-            images = vae.decode(latent)
+        with host.cancellable(getattr(vae, "first_stage_model", None)):
+            if tile_size:
+                stride = vae.spacial_compression_decode()
+                side = max(1, tile_size // stride)
+                images = vae.decode_tiled(latent, tile_x=side, tile_y=side, overlap=min(overlap // stride, side // 2))
+            else:
+                images = vae.decode(latent)
         return io.NodeOutput(images.reshape(-1, *images.shape[-3:]))

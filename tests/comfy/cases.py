@@ -5,6 +5,7 @@ A script of cases prints one JSON object: case -> traceback, empty when it passe
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -25,6 +26,16 @@ def outcomes(script: str, comfyui: Path, *arguments: object) -> dict[str, str]:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def import_pack() -> None:
+    """As ComfyUI does it, under the name wan_pack."""
+    root = HERE.resolve().parents[1]
+    spec = importlib.util.spec_from_file_location(
+        "wan_pack", root / "__init__.py", submodule_search_locations=[str(root)]
+    )
+    sys.modules["wan_pack"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["wan_pack"])
 
 
 def report(cases: Iterable[Callable[[], None]]) -> None:

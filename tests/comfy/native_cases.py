@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -13,21 +12,9 @@ import comfy.options  # noqa: E402, TID251
 comfy.options.enable_args_parsing()
 
 import torch  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def import_pack() -> None:
-    """As ComfyUI does it."""
-    spec = importlib.util.spec_from_file_location(
-        "wan_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["wan_pack"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["wan_pack"])
-
+from cases import import_pack, report  # noqa: E402
 
 import_pack()
-from cases import report  # noqa: E402
 from wan_pack.nodes import native  # noqa: E402
 from wan_pack.wan_core.engine import Engine, dit_bytes  # noqa: E402
 from wan_pack.wan_core.models.dit import WanDiT  # noqa: E402

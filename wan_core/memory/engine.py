@@ -64,10 +64,13 @@ class Engine:
         make_room: called with the bytes about to be loaded and the device, before each load, so that a host
             (ComfyUI) can move its own models away.
         keep_one: hold one model at a time on a device other than the CPU, whatever the room (``--offload_model``).
+        free_bytes: what a device has for us; a host that lends memory knows better than the driver what it can take
+            back. None asks the driver.
     """
 
     make_room: Callable[[int, torch.device], None] = _no_room_made
     keep_one: bool = False
+    free_bytes: Callable[[torch.device], int] | None = None
     loads: int = 0  # how many models were read so far; a run that reloads nothing leaves it as it was
     _loaded: OrderedDict[Hashable, _Loaded] = field(default_factory=OrderedDict)
     _plans: dict[Hashable, Plan] = field(default_factory=dict)
@@ -111,7 +114,7 @@ class Engine:
             if recipe.vram_limit == AUTO:
                 whole = replace(recipe, swap_blocks=0)
                 self.make_room(max(dit_bytes(file, whole, device) for file in recipe.own), device)
-            free = available_bytes(device) + self.bytes_on(device)
+            free = self.free(device) + self.bytes_on(device)
             self._plans[key] = plan(recipe, shape, device, guided=guided, free=free)
         found = self._plans[key]
         return replace(recipe, swap_blocks=found.swapped, prefetch=found.prefetch), found
@@ -240,6 +243,10 @@ class Engine:
         empty_cache()
         return before - self.bytes_on(device)
 
+    def free(self, device: torch.device) -> int:
+        """Bytes of a device that can still be had, beside what is loaded here."""
+        return self.free_bytes(device) if self.free_bytes else available_bytes(device)
+
     def bytes_on(self, device: torch.device | str) -> int:
         """Bytes of weights held for a device."""
         return sum(entry.bytes for entry in self._loaded.values() if entry.device == torch.device(device))
@@ -248,7 +255,7 @@ class Engine:
         on_device = [key for key, entry in self._loaded.items() if entry.device == device]
         for key in on_device:
             must_go = device.type != "cpu" and (self.keep_one or alone or self._loaded[key].alone)
-            if not must_go and available_bytes(device) >= size + _MARGIN:
+            if not must_go and self.free(device) >= size + _MARGIN:
                 return
             log.info("wan_core: releasing %s to make room", key[0])
             del self._loaded[key]
