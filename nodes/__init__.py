@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .clip_vision import LoadClipVision
 from .experts import ExpertSwitch
 from .finding import findable
 from .latents import EmptyLatent, ImageToVideo
@@ -26,6 +27,7 @@ NODES: list[type[io.ComfyNode]] = [
     BlockSwap,
     LoadTextEncoder,
     LoadVAE,
+    LoadClipVision,
     AestheticPrompt,
     EmptyLatent,
     ImageToVideo,

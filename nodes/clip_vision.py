@@ -11,11 +11,15 @@ from ..wan_core.errors import WanError
 from ..wan_core.loading.clip import ClipFile, read_clip
 from ..wan_core.media.geometry import image_tensor
 from . import host
+from .base import WanNode, guarded_methods
+from .pictures import pictures
 
 FOLDER = "clip_vision"
 
 
-class LoadClipVision(io.ComfyNode):
+class LoadClipVision(WanNode):
+    files = ("clip_name",)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -35,12 +39,12 @@ class LoadClipVision(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, clip_name: str) -> bool | str:
-        return host.check_file(read_clip, FOLDER, clip_name)
+    def check_inputs(cls, clip_name: str | None) -> None:
+        host.check_file(read_clip, FOLDER, clip_name)
 
     @classmethod
     def fingerprint_inputs(cls, clip_name: str) -> tuple:
-        return host.fingerprint(FOLDER, clip_name)
+        return host.fingerprint(FOLDER, clip_name, read_clip)
 
     @classmethod
     def execute(cls, clip_name: str) -> io.NodeOutput:
@@ -59,6 +63,7 @@ class Seen(NamedTuple):
         return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
 
 
+@guarded_methods("encode_image")
 class WanClipVision:
     """A CLIP vision encoder on a CLIP_VISION socket: ComfyUI's interface over the engine's encoder."""
 
@@ -72,16 +77,16 @@ class WanClipVision:
         out first, as CLIP Vision Encode with crop center asks.
         """
         encoder = host.engine().clip(self.file, host.text_device("default"))
-        pictures = torch.stack([image_tensor(one) for one in image])
-        tokens = encoder(_middle(pictures) if crop else pictures)
+        shown = torch.stack([image_tensor(one) for one in pictures(image, "image")])
+        tokens = encoder(_middle(shown) if crop else shown)
         return Seen(tokens.to(host.storage_device()))
 
 
-def _middle(pictures: torch.Tensor) -> torch.Tensor:
-    height, width = pictures.shape[-2:]
+def _middle(shown: torch.Tensor) -> torch.Tensor:
+    height, width = shown.shape[-2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    return pictures[..., top : top + side, left : left + side]
+    return shown[..., top : top + side, left : left + side]
 
 
 def tokens_of(seen: object, name: str) -> torch.Tensor:

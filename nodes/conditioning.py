@@ -9,10 +9,13 @@ from comfy.utils import common_upscale
 
 from ..wan_core.config import Variant
 from ..wan_core.errors import WanError
+from ..wan_core.models.dit.features.clip_tokens import ClipTokens
+from ..wan_core.models.dit.inputs import Concat
 from ..wan_core.models.vae.vae import normalise
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling.guidance import Condition
 from . import keys
+from .clip_vision import tokens_of
 
 IMAGE_CHANNELS = 16  # of the given frames' latent, beside the four of their mask
 
@@ -34,9 +37,26 @@ def condition(
     text, options = _only_entry(conditioning, name)
     _check_text(text, name, model, batch=shape[0])
     _check_keys(options, name, model.variant, warn)
+    tokens = _clip_tokens(options, name, model.variant, warn)
     if model.variant.image != "channels":
-        return Condition(text)
-    return Condition(text, given_frames(options, name, model.variant, shape).to(device))
+        return Condition(text, tokens)
+    return Condition(text, (Concat(given_frames(options, name, model.variant, shape).to(device)), *tokens))
+
+
+def _clip_tokens(
+    options: Mapping[str, object], name: str, variant: Variant, warn: Callable[[str], None]
+) -> tuple[ClipTokens, ...]:
+    """What CLIP saw, of models that hear it; what is missing or of no use is said."""
+    seen = options.get("clip_vision_output")
+    if seen is None:
+        if variant.clip:
+            warn(f"Warning: the {name} conditioning carries no CLIP tokens, which {variant.display_name} was trained "
+                 "with: those of an empty picture are used. Connect clip_vision of Wan Image to Video.")
+        return ()
+    if not variant.clip:
+        warn(without_effect("clip_vision_output", name, variant))
+        return ()
+    return (ClipTokens(tokens_of(seen, name)),)
 
 
 def given_frames(options: dict, name: str, variant: Variant, shape: torch.Size) -> torch.Tensor:

@@ -19,8 +19,8 @@ _MEANINGS = {
     "camera_conditions": "camera control", "audio_embed": "audio", "control": "ControlNet",
     "pose_latents": "a pose video (Animate, SCAIL)", "face_pixel_values": "a face video (Animate)",
 }  # fmt: skip
-# Nothing comes of them in a Wan network without an image encoder; denoise_mask has become per-frame timesteps before.
-_WITHOUT_EFFECT = {"clip_fea", "denoise_mask", "crossattn_controlnet", "latent_shapes", "attention_mask"}
+# denoise_mask has become per-frame timesteps before.
+_WITHOUT_EFFECT = {"denoise_mask", "crossattn_controlnet", "latent_shapes", "attention_mask"}
 
 # What ComfyUI's samplers, context windows and step caches tell a network beside patches.
 _KNOWN_OPTIONS = {

@@ -17,7 +17,7 @@ class Finding(NamedTuple):
 
 
 FINDING = {
-    "WanCoreLoadModel": Finding(("unet loader", "checkpoint", "gguf loader", "diffusion model"), ("attention",)),
+    "WanCoreLoadModel": Finding(("unet loader", "checkpoint", "gguf loader", "diffusion model"), ("attention", "variant")),
     "WanCoreFromModel": Finding(("model to wan", "native model", "gguf model")),
     "WanCoreExpertSwitch": Finding(("high noise low noise", "moe", "boundary", "two experts")),
     "WanCoreLora": Finding(("lightx2v", "lightning", "4 step", "lora loader", "causvid"),
@@ -25,6 +25,7 @@ FINDING = {
     "WanCoreBlockSwap": Finding(("offload", "low vram", "out of memory", "vram limit"), ("prefetch",)),
     "WanCoreLoadTextEncoder": Finding(("umt5", "t5", "clip loader"), ("device",)),
     "WanCoreLoadVAE": Finding(("wan vae loader", "video autoencoder")),
+    "WanCoreLoadClipVision": Finding(("clip vision loader", "image encoder", "vit-h")),
     "WanCoreAestheticPrompt": Finding(("camera words", "lighting", "prompt styler")),
     "WanCoreEmptyLatent": Finding(("video size", "t2v latent", "text to video"), ("batch_size",)),
     "WanCoreImageToVideo": Finding(("i2v", "first last frame", "flf2v", "animate image", "start image")),

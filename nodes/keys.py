@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-UNDERSTOOD = frozenset({"concat_latent_image", "concat_mask"})
+UNDERSTOOD = frozenset({"concat_latent_image", "concat_mask", "clip_vision_output"})
 
 # Nothing of them reaches a Wan model, in ComfyUI neither: marks of text encoders, sizes for other families, and what
 # ComfyUI's samplers themselves add before they ask the model.

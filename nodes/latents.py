@@ -16,6 +16,7 @@ from ..wan_core.models.vae.vae import denormalise
 from ..wan_core.recipe import ModelRecipe
 from . import host
 from .base import WanNode
+from .clip_vision import Seen, tokens_of
 from .pictures import pictures
 from .spaces import check_vae
 from .types import WanModel
@@ -114,7 +115,16 @@ class ImageToVideo(WanNode):
                 ),
                 io.Image.Input(
                     "end_image", optional=True,
-                    tooltip="The last frame (I2V-A14B only). Several images are the last frames.",
+                    tooltip="The last frame (I2V and FLF2V models). Several images are the last frames.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True,
+                    tooltip="Wan2.1's I2V and FLF2V models only: Load Wan CLIP Vision or ComfyUI's Load CLIP Vision. "
+                    "The images are looked at as the official code does.",
+                ),
+                io.ClipVisionOutput.Input(
+                    "clip_vision_output", optional=True,
+                    tooltip="Instead of clip_vision: what ComfyUI's CLIP Vision Encode saw (crop none).",
                 ),
             ],
             outputs=[
@@ -132,6 +142,7 @@ class ImageToVideo(WanNode):
     def execute(
         cls, model: ModelRecipe, vae: object, positive: list, negative: list, width: int, height: int, frames: int,
         fit: str, batch_size: int, start_image: torch.Tensor | None = None, end_image: torch.Tensor | None = None,
+        clip_vision: object = None, clip_vision_output: object = None,
     ) -> io.NodeOutput:  # fmt: skip
         check_vae(vae, model.variant)
         start, end = (image if image is None else pictures(image, name)
@@ -139,6 +150,7 @@ class ImageToVideo(WanNode):
         wanted = Wanted(width, height, frames, fit, batch_size, start, end)
         check_room(model, vae, wanted)
         values, latent = _STARTS[model.variant.image](model.variant, vae, wanted)
+        values |= seen_by_clip(model.variant, wanted, clip_vision, clip_vision_output)
         added = (node_helpers.conditioning_set_values(side, values) for side in (positive, negative))
         return io.NodeOutput(*added, latent)
 
@@ -174,6 +186,27 @@ class Wanted:
         return self.width * self.height
 
 
+def seen_by_clip(variant: Variant, wanted: Wanted, clip: object, seen: object) -> dict[str, object]:
+    """The ``clip_vision_output`` of the conditioning: of the start image, or of start and end for FLF2V.
+
+    Raises:
+        WanError: both ways are connected, or the model hears no CLIP.
+    """
+    if clip is None and seen is None:
+        return {}
+    if clip is not None and seen is not None:
+        raise WanError("clip_vision and clip_vision_output are both connected: choose one.")
+    if not variant.clip:
+        raise WanError(f"{variant.display_name} looks at no picture through CLIP: disconnect clip_vision. Wan2.1's I2V "
+                       "and FLF2V models do.")
+    if seen is not None:
+        return {"clip_vision_output": seen}
+    ends = [image for image in (None if wanted.start is None else wanted.start[:1],
+                                None if wanted.end is None else wanted.end[-1:]) if image is not None]  # fmt: skip
+    tokens = [tokens_of(clip.encode_image(image, crop=False), "new") for image in ends[: variant.clip]]
+    return {"clip_vision_output": Seen(torch.cat(tokens, dim=1))}
+
+
 def _without_image(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict, dict]:
     if wanted.start is not None or wanted.end is not None:
         raise WanError(f"{variant.display_name} takes no image. Load an I2V-A14B or TI2V-5B model, "
@@ -183,7 +216,9 @@ def _without_image(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict,
 
 
 def _with_channels(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict, dict]:
-    """I2V-A14B: the given frames in a video that is grey otherwise, encoded; concat_mask is 0 where one is given."""
+    """I2V: the given frames in a video that is grey otherwise, encoded; concat_mask is 0 where one is given."""
+    if variant.needs_end and (wanted.start is None or wanted.end is None):
+        raise WanError(f"{variant.display_name} goes from a first picture to a last: connect start_image and end_image.")
     width, height = _i2v_size(variant, wanted)
     shape = latents.latent_shape(variant, width, height, wanted.frames)
     given = _given_images(wanted, width, height)

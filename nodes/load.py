@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from comfy_api.latest import io
 
+from ..wan_core.config import VARIANTS
 from ..wan_core.dtypes import resolve_dtype
+from ..wan_core.layouts.variants import AUTO, Choice, choose
 from ..wan_core.loading.dit import DiTFile, quantised_note, read_dit
 from ..wan_core.models.dit.attention import BACKENDS, find_backend
 from ..wan_core.recipe import ModelRecipe
@@ -26,13 +26,13 @@ class LoadModel(WanNode):
             node_id="WanCoreLoadModel",
             display_name="Load Wan Model",
             category="Wan 2.2/loaders",
-            description="Chooses one Wan diffusion model. Only the file's header is read now; the weights are read "
-            "when sampling begins. T2V-A14B and I2V-A14B are two files each: load both and join them with Wan Expert "
-            "Switch.",
+            description="Chooses one Wan diffusion model, 2.1 or 2.2. Only the file's header is read now; the weights "
+            "are read when sampling begins. T2V-A14B and I2V-A14B are two files each: load both and join them with Wan "
+            "Expert Switch.",
             inputs=[
                 io.Combo.Input(
                     "model_name", options=host.model_names(FOLDER),
-                    tooltip="A Wan2.2 model in ComfyUI's diffusion_models folder: one file (safetensors, fp8 and int8 "
+                    tooltip="A Wan model in ComfyUI's diffusion_models folder: one file (safetensors, fp8 and int8 "
                     "too, or GGUF), or the folder of a sharded checkpoint as the official download has it.",
                 ),
                 io.Combo.Input(
@@ -47,29 +47,35 @@ class LoadModel(WanNode):
                     tooltip="How attention is computed. auto is sdpa, PyTorch's own; the others are faster on some "
                     "GPUs and must be installed (sage: pip install sageattention).",
                 ),
+                io.Combo.Input(
+                    "variant", options=[AUTO, *VARIANTS], default=AUTO, optional=True,
+                    tooltip="Which official model the file is, where several have the same layers: auto goes by the "
+                    "file's and its folder's name, and says what it assumed.",
+                ),
             ],
             outputs=[WanModel.Output(display_name="model")],
         )  # fmt: skip
 
     @classmethod
-    def check_inputs(cls, model_name: str | None) -> None:
-        host.check_file(_read, FOLDER, model_name)
+    def check_inputs(cls, model_name: str | None, variant: str | None = AUTO) -> None:
+        host.check_file(read_dit, FOLDER, model_name)
+        if model_name and variant:
+            _chosen(host.read_header(read_dit, FOLDER, model_name), variant)
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, dtype: str, attention: str) -> tuple:
-        return host.fingerprint(FOLDER, model_name, _read)
+    def fingerprint_inputs(cls, model_name: str, dtype: str, attention: str, variant: str = AUTO) -> tuple:
+        return host.fingerprint(FOLDER, model_name, read_dit)
 
     @classmethod
-    def execute(cls, model_name: str, dtype: str, attention: str) -> io.NodeOutput:
-        file: DiTFile = host.read_header(_read, FOLDER, model_name)
+    def execute(cls, model_name: str, dtype: str, attention: str, variant: str = AUTO) -> io.NodeOutput:
+        file: DiTFile = host.read_header(read_dit, FOLDER, model_name)
         find_backend(attention, host.device(), resolve_dtype(dtype, host.device(), file.checkpoint.dtype))
         note = quantised_note(file, dtype, host.device())
-        notes = (*file.notes, note) if note else file.notes
-        model = ModelRecipe(file, dtype=dtype, attention=attention, notes=notes)
+        chosen = _chosen(file, variant)
+        notes = tuple(filter(None, (*file.notes, note, chosen.assumed)))
+        model = ModelRecipe(file, dtype=dtype, attention=attention, notes=notes, variant=chosen.variant)
         return io.NodeOutput(model, ui=host.told("\n".join(model.notes)))
 
 
-def _read(path: Path) -> DiTFile:
-    file = read_dit(path)
-    ModelRecipe(file).variant  # noqa: B018 - refuses one that this version does not know
-    return file
+def _chosen(file: DiTFile, variant: str) -> Choice:
+    return choose(file.config, file.path, wanted=variant)

@@ -21,6 +21,7 @@ from ..wan_core.config import PerExpert
 from ..wan_core.errors import WanError
 from ..wan_core.memory.engine import Engine
 from ..wan_core.memory.plan import check_fits
+from ..wan_core.models.dit.features.clip_tokens import ClipTokens
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling.experts import Expert, Experts
 from ..wan_core.sampling.guidance import Condition
@@ -184,6 +185,11 @@ class WanAsNetwork(nn.Module):
         name, variant = str(conditioning.get("prompt_type", "")), self.recipe.variant
         check_model_keys(conditioning, name, variant)
         image = ["concat_latent_image"] if variant.image != "channels" and "concat_latent_image" in conditioning else []
+        seen = conditioning.get("clip_vision_output") is not None
+        if variant.clip and not seen:
+            self._warn(f"Warning: the {name} conditioning carries no CLIP tokens, which {variant.display_name} was "
+                       "trained with: those of an empty picture are used.")
+        image += ["clip_vision_output"] if seen and not variant.clip else []
         for key in (*image, *keys.asking(conditioning)):
             if key not in keys.SAMPLERS_OWN:
                 self._warn(without_effect(key, name, variant))
@@ -219,13 +225,17 @@ class WanAsNetwork(nn.Module):
             self._warn(warning)
         parts = len(options.get("cond_or_uncond", ())) if self.recipe.vram_limit is not None else 1
         if parts > 1:  # the limit is kept for one at a time
-            each = zip(x.chunk(parts), timestep.chunk(parts), context.chunk(parts), strict=True)
+            seen = (None,) * parts if clip_fea is None else clip_fea.chunk(parts)
+            each = zip(x.chunk(parts), timestep.chunk(parts), context.chunk(parts), seen, strict=True)
             return torch.cat([self._computed(*part, options) for part in each])
-        return self._computed(x, timestep, context, options)
+        return self._computed(x, timestep, context, clip_fea, options)
 
-    def _computed(self, x: Tensor, timestep: Tensor, context: Tensor, options: dict) -> Tensor:
+    def _computed(
+        self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None, options: dict
+    ) -> Tensor:  # fmt: skip
         expert = self._expert(x, float(timestep.max()), options)
-        return expert.model(x, timestep, self._condition(context), on_block=host.check_cancelled).to(x)
+        condition = self._condition(context, clip_fea if self.recipe.variant.clip else None)
+        return expert.model(x, timestep, condition, on_block=host.check_cancelled).to(x)
 
     def _expert(self, x: Tensor, timestep: float, options: dict) -> Expert:
         experts = self._fitted(x)
@@ -256,13 +266,24 @@ class WanAsNetwork(nn.Module):
             self._experts = shape, self.engine.experts(fitted, PerExpert(1, 1), self.device)
         return self._experts[1]
 
-    def _condition(self, context: Tensor) -> Condition:
-        """The same object for the same text, so that what an expert made of it is used again."""
+    def _condition(self, context: Tensor, clip_fea: Tensor | None) -> Condition:
+        """The same object for the same text and pictures, so that what an expert made of it is used again."""
         for known in self._texts:
-            if known.text.shape == context.shape and torch.equal(known.text, context):
+            if _same(known.text, context) and _same(_features(known), clip_fea):
                 return known
-        self._texts = [*self._texts[1 - _KEPT_TEXTS :], Condition(context.clone())]
+        inputs = () if clip_fea is None else (ClipTokens(clip_fea.clone()),)
+        self._texts = [*self._texts[1 - _KEPT_TEXTS :], Condition(context.clone(), inputs)]
         return self._texts[-1]
+
+
+def _features(condition: Condition) -> Tensor | None:
+    return next((one.features for one in condition.inputs), None)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 def _refuse_weights(*_: object, **__: object) -> NoReturn:

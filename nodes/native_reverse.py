@@ -21,7 +21,10 @@ from torch import Tensor
 from ..wan_core.config import VARIANTS, DiTConfig
 from ..wan_core.errors import WanError
 from ..wan_core.foreign import Foreign
+from ..wan_core.layouts.variants import candidates
 from ..wan_core.memory.engine import pad_text
+from ..wan_core.models.dit.features.clip_tokens import PICTURE_TOKENS, ClipTokens, ClipTokensConfig
+from ..wan_core.models.dit.inputs import with_channels
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling.guidance import Condition
 from . import host
@@ -79,7 +82,7 @@ def from_model(patcher: Any, name: str) -> ModelRecipe:
     _check_patches(patcher, name)
     network = patcher.model.diffusion_model
     need_attributes(_NAME, network, _DIMENSIONS, _INSTEAD)
-    config = DiTConfig(*(getattr(network, dimension) for dimension in _DIMENSIONS))
+    config = DiTConfig(*(getattr(network, dimension) for dimension in _DIMENSIONS), features=_features(network))
     dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
     same = (id(patcher.model), patcher.patches_uuid)
     _check_channels(config, name)
@@ -92,6 +95,7 @@ def from_model(patcher: Any, name: str) -> ModelRecipe:
 # --- what is refused
 
 _NAME, _INSTEAD = "Wan from ComfyUI MODEL", "Load Wan Model"
+CLIP_WIDTH = 1280  # of ComfyUI's image embedding, which knows no other
 _DIMENSIONS = ("in_dim", "out_dim", "dim", "ffn_dim", "num_layers", "text_dim", "freq_dim", "num_heads", "eps")
 
 
@@ -119,16 +123,20 @@ def _check_kind(patcher: Any, name: str) -> None:
         raise WanError(f"{name} comes from Wan as ComfyUI MODEL: connect the WAN_MODEL before that node instead.")
     if type(patcher.model) not in (model_base.WAN21, model_base.WAN22) or type(network) is not Network:
         raise _wrong_kind(name, f"{type(patcher.model).__name__} ({type(network).__name__})")
-    if network.img_emb is not None:
-        raise _wrong_kind(name, "Wan2.1 I2V or FLF2V (a CLIP image branch)")
     if network.ref_conv is not None:
         raise _wrong_kind(name, "Wan Fun Control with a reference image")
 
 
+def _features(network: Any) -> tuple[ClipTokensConfig, ...]:
+    if network.img_emb is None:
+        return ()
+    positions = getattr(network.img_emb, "emb_pos", None)
+    return (ClipTokensConfig(CLIP_WIDTH, 0 if positions is None else positions.shape[1]),)
+
+
 def _check_channels(config: DiTConfig, name: str) -> None:
-    known = {row.in_channels: row for row in VARIANTS.values()}
-    if config.in_channels not in known:
-        raise _wrong_kind(name, f"a Wan model of {config.in_channels} input channels")
+    if not candidates(config):
+        raise _wrong_kind(name, f"a Wan model of {config.in_channels} input and {config.out_channels} output channels")
 
 
 def _wrong_kind(name: str, found: str) -> WanError:
@@ -161,7 +169,7 @@ class NativeExpert:
     def __init__(self, patcher: Any):
         self.patcher = patcher
         self._options: dict | None = None
-        self._prompts: dict[int, tuple[Condition, uuid.UUID]] = {}
+        self._prompts: dict[int, uuid.UUID] = {}
 
     def __call__(
         self, x: Tensor, t: Tensor, condition: Condition, on_block: Callable[[int], None] | None = None
@@ -173,10 +181,13 @@ class NativeExpert:
         base, device = self.patcher.model, self.patcher.load_device
         dtype = base.manual_cast_dtype or base.get_dtype()
         text = pad_text(condition.text).expand(len(x), -1, -1)
-        if condition.concat is not None:
-            x = torch.cat([x, condition.concat.to(x).expand(len(x), -1, -1, -1, -1)], dim=1)
+        x = with_channels(x, condition.inputs)
+        seen = next((one.features for one in condition.inputs if isinstance(one, ClipTokens)), None)
+        if base.diffusion_model.img_emb is not None and seen is None:
+            seen = torch.zeros(1, PICTURE_TOKENS, CLIP_WIDTH)  # without it the network hears its text as a picture
         velocity = base.diffusion_model(
             x.to(device, dtype), t.to(device).float(), context=text.to(device, dtype),
+            clip_fea=None if seen is None else seen.to(device, dtype).expand(len(x), -1, -1),
             transformer_options=self._told(condition, t),
         )  # fmt: skip
         return velocity.to(x.device, torch.float32)
@@ -200,9 +211,9 @@ class NativeExpert:
 
     def _told(self, condition: Condition, t: Tensor) -> dict[str, Any]:
         """ComfyUI's notes for patches of the network: which half of the guidance this is, and the noise level."""
-        known = self._prompts.setdefault(id(condition), (condition, uuid.uuid4()))
-        half = list(self._prompts).index(id(condition))  # the positive prompt is always asked first
+        known = self._prompts.setdefault(condition.key, uuid.uuid4())
+        half = list(self._prompts).index(condition.key)  # the positive prompt is always asked first
         sigma = t.flatten().max().reshape(1) / 1000
         return self._options["transformer_options"] | {
-            "cond_or_uncond": [min(half, 1)], "uuids": [known[1]], "sigmas": sigma,
+            "cond_or_uncond": [min(half, 1)], "uuids": [known], "sigmas": sigma,
         }  # fmt: skip
