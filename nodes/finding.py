@@ -17,7 +17,8 @@ class Finding(NamedTuple):
 
 
 FINDING = {
-    "WanCoreLoadModel": Finding(("unet loader", "checkpoint", "gguf loader", "diffusion model"), ("attention", "variant")),
+    "WanCoreLoadModel": Finding(("unet loader", "checkpoint", "gguf loader", "diffusion model"),
+                                ("attention", "variant")),
     "WanCoreFromModel": Finding(("model to wan", "native model", "gguf model")),
     "WanCoreExpertSwitch": Finding(("high noise low noise", "moe", "boundary", "two experts")),
     "WanCoreLora": Finding(("lightx2v", "lightning", "4 step", "lora loader", "causvid"),

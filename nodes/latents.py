@@ -218,7 +218,8 @@ def _without_image(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict,
 def _with_channels(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict, dict]:
     """I2V: the given frames in a video that is grey otherwise, encoded; concat_mask is 0 where one is given."""
     if variant.needs_end and (wanted.start is None or wanted.end is None):
-        raise WanError(f"{variant.display_name} goes from a first picture to a last: connect start_image and end_image.")
+        raise WanError(f"{variant.display_name} goes from a first picture to a last: connect start_image and "
+                       "end_image.")
     width, height = _i2v_size(variant, wanted)
     shape = latents.latent_shape(variant, width, height, wanted.frames)
     given = _given_images(wanted, width, height)
