@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..wan_core import capacity
+from ..wan_core.checkpoint.mapped import fetch
 from ..wan_core.config import TEMPORAL_STRIDE, VAES
 from ..wan_core.dtypes import resolve_dtype
 from ..wan_core.errors import WanError
@@ -215,7 +216,7 @@ class WanVAE:
 
     def get_sd(self) -> dict[str, torch.Tensor]:
         """The weights by their official names, for VAESave."""
-        return {own: self.file.checkpoint.tensor(theirs).clone() for own, theirs in self.file.names.items()}
+        return {own: fetch(self.file.checkpoint.tensor(theirs)) for own, theirs in self.file.names.items()}
 
     def get_ram_usage(self) -> int:
         return 0

@@ -29,6 +29,7 @@ from .kind import ENDINGS, kind_of
 from .mapped import MappedFile, changed
 from .marks import TensorInfo, understand
 from .pickle_guard import check_pickle
+from .pickled import over_own_mapping
 from .storage import DTYPES as _DTYPES
 from .storage import NAMES as _NAMES
 
@@ -279,8 +280,10 @@ def _load_pickle(file: Path, device: str) -> dict[str, torch.Tensor]:
     """The tensors of a ``.pth``; ``device="meta"`` reads no tensor data."""
     check_pickle(file)
     try:
-        loaded = torch.load(str(file), map_location=device, weights_only=True, mmap=_is_zip(file) or None)
-        return _by_name(loaded, file)
+        mapped = _is_zip(file)
+        loaded = torch.load(str(file), map_location=device, weights_only=True, mmap=mapped or None)
+        tensors = _by_name(loaded, file)
+        return over_own_mapping(file, tensors) if mapped and device == "cpu" else tensors
     except pickle.UnpicklingError as error:
         raise WanError(f"{shown(file)} was refused: it is a pickle that wants to run code, or no plain state dict "
                        f"({_wanted(error)}). Use a safetensors version of it.") from error
