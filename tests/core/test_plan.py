@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wan_core.checkpoint.mapped import is_mapped
 from wan_core.checkpoint.marks import TensorInfo
 from wan_core.checkpoint.read import Checkpoint
 from wan_core.config import TEXT_LENGTH, DiTConfig, VAEConfig
@@ -19,6 +20,7 @@ from wan_core.models import dit
 from wan_core.models.dit import Block, TextStates, WanDiT, keeps_float32
 from wan_core.models.layers import Timed
 from wan_core.models.load_dit import DiTFile, build_dit, read_dit
+from wan_core.offload import spread
 from wan_core.pipeline import read_models
 from wan_core.plan import (
     activation_bytes,
@@ -98,9 +100,21 @@ def test_weights_are_those_that_the_built_model_holds(tmp_path: Path):
         assert weights_of(file, dtype, "cpu", mapped_too=True).total == held
         assert weights_of(file, dtype, "cpu").total == held  # nothing fits as it lies in the file
         assert weights_of(file, dtype, CUDA).blocks[1] == sum(p.nbytes for p in model.blocks[1].parameters())
-    assert weights_of(file, "float16", "cpu").total == sum(
-        p.nbytes for key, p in build_dit(file, dtype="float16").named_parameters() if keeps_float32(key)
-    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("swapped", [0, 1, 3])
+def test_a_cpu_holds_what_does_not_stay_in_the_file(tmp_path: Path, dtype: str, swapped: int):
+    """Resident: everything. With blocks that stream: what is small, what is converted, and whole blocks that stay."""
+    config = DiTConfig(16, 16, 256, 512, layers=3, text_dim=32, freq_dim=256, heads=2)
+    weights = _random_weights(WanDiT, config, torch.Generator().manual_seed(0))
+    save_file({key: value.half() for key, value in weights.items()}, tmp_path / "half.safetensors")
+    file = read_dit(tmp_path / "half.safetensors")
+    model = build_dit(file, dtype=dtype, swap_blocks=swapped)
+    held = sum(p.nbytes for p in model.parameters() if not p.is_meta and not is_mapped(p))
+    said = weights_of(file, dtype, "cpu", streaming=swapped > 0)
+    assert said.kept(spread(swapped, 3)) - said.scratch == held
+    assert swapped == 0 or max(said.slots) <= model.swap.block_bytes < max(said.slots) + 24 * 256  # and alignment
 
 
 def test_quantised_weights_count_as_they_are_packed(monkeypatch: pytest.MonkeyPatch):

@@ -28,7 +28,7 @@ def load_strict(
     place: Callable[[str], bool] = lambda key: True,
     packs: Callable[[str], bool] = lambda key: False,
     make: Callable[[str], Scaled | None] = lambda key: None,
-    sparing: bool = False,
+    spare: Callable[[str], bool] = lambda key: False,
 ) -> nn.Module:
     """Fill a module that was made on the meta device.
 
@@ -41,7 +41,8 @@ def load_strict(
         place: False for keys that stay memory-mapped on the CPU in the file's dtype (streamed blocks).
         packs: our keys of matrices that stay in their quantised format; all others are dequantised.
         make: the format in which such a matrix is packed now if the file has it in none, or in another.
-        sparing: leave matrices mapped that a CPU can use as they lie in the file: their layers read them at each use.
+        spare: our keys of matrices that stay mapped if a CPU can use them as they lie in the file: their layers read
+            them at each use.
 
     What stays is read into aligned memory of the model's own, also where dtype and device fit already: a mapping would
     kill the process when its file is truncated, and products would depend on where the file happens to have a matrix.
@@ -64,7 +65,7 @@ def load_strict(
         tensor = checkpoint.tensor(names[key])
         target = torch.float32 if keep_float32(key) else dtype
         target = target if target and tensor.is_floating_point() else tensor.dtype
-        if not _stays(module, key, tensor, device, target, streams=not place(key), sparing=sparing):
+        if not _stays(module, key, tensor, device, target, streams=not place(key), spare=spare(key)):
             if is_mapped(tensor):
                 reads.append((tensor, room_for(tensor, device, target)))
                 tensor = reads[-1][1]
@@ -79,13 +80,13 @@ def load_strict(
 
 def _stays(
     module: nn.Module, key: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, *,
-    streams: bool, sparing: bool,
+    streams: bool, spare: bool,
 ) -> bool:  # fmt: skip
     """Whether a tensor stays where it lies in the file: streamed ones, but for what is small and fits already."""
     fits = device.type == "cpu" and tensor.dtype == dtype
     path, _, name = key.rpartition(".")
     is_matrix = name == "weight" and getattr(module.get_submodule(path), "may_stay_in_file", False)
-    return (is_matrix or not fits) if streams else (is_matrix and fits and sparing)
+    return (is_matrix or not fits) if streams else (is_matrix and fits and spare)
 
 
 def _lend(module: nn.Module, scratch: Scratch) -> None:
