@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from .checkpoint import dit as dit_keys
 from .checkpoint import text as text_keys
 from .checkpoint import vae as vae_keys
 from .checkpoint.keys import IDENTITY, Renames
+from .checkpoint.write import save_tensors
 from .config import (
     HIGH_NOISE_FOLDER,
     LOW_NOISE_FOLDER,
@@ -195,7 +195,7 @@ def _random_lora(weights: Mapping[str, torch.Tensor], rank: int = 4) -> dict[str
 
 def _save(weights: Mapping[str, torch.Tensor], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, file, metadata={"format": "pt", MARK: "1"})
+    save_tensors(weights, file, {"format": "pt", MARK: "1"})
 
 
 def _save_shards(weights: Mapping[str, torch.Tensor], folder: Path, shards: int = 2) -> None:

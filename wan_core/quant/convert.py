@@ -18,6 +18,7 @@ from ..checkpoint import dit, text, vae
 from ..checkpoint.detect import NAMES, Part, part_of, parts_of
 from ..checkpoint.gguf_tokenizer import gguf_vocabulary, spiece_beside
 from ..checkpoint.keys import IDENTITY, Renames
+from ..checkpoint.mapped import fetch
 from ..checkpoint.place import MARK, check_target, complete_or_nothing, mark
 from ..checkpoint.read import Checkpoint, open_checkpoint
 from ..checkpoint.write import Planned, as_json, check_room, write_gguf, write_pickle, write_safetensors
@@ -338,7 +339,7 @@ class _Source:
         if info.format and self.checkpoint.packed(self.key).shape == self.shape:
             yield from self._unpacked(step)
         else:
-            yield from self.checkpoint.tensor(self.key).reshape(-1, columns).split(step)
+            yield from map(fetch, self.checkpoint.tensor(self.key).reshape(-1, columns).split(step))
 
     def _unpacked(self, step: int) -> Iterator[Tensor]:
         packed = self.checkpoint.packed(self.key)

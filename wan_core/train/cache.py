@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..atomic import unfinished
+from ..checkpoint.write import save_tensors
 from ..config import Variant
 from ..latents import condition_video, given_mask
 from ..models.text_encoder import OnBlock, TextEncoder
@@ -60,7 +60,7 @@ class Cache:
         made = {name: tensor.to("cpu", self.dtype).contiguous() for name, tensor in make().items()}
         file.parent.mkdir(exist_ok=True)
         with unfinished(file) as partial:
-            save_file(made, partial)
+            save_tensors(made, partial)
         return {name: tensor.float() for name, tensor in made.items()}
 
 
