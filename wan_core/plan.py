@@ -136,21 +136,22 @@ def weights_of(
         packed = packs(own) and (info.format is not None or make)
         target = torch.float32 if keeps_float32(own) else compute
         beside = bytes_beside(loras, own, compute) if packs(own) else 0
-        if packed:
-            size = 0 if on_cpu and info.format else _packed_bytes(file.checkpoint, theirs)
+        in_file = on_cpu and packed and info.format is not None
+        if in_file:
+            size = file.checkpoint.scale_bytes(theirs)
         else:
-            size = count * target.itemsize
+            size = _packed_bytes(file.checkpoint, theirs) if packed else count * target.itemsize
         if packed or merges(loras, own):
             scratch = max(scratch, count * compute.itemsize)
-        stays = on_cpu and not packed and info.format is None and info.dtype == target
-        read = stays and streaming and may_stay_in_file(own)
+        fits = on_cpu and not packed and info.format is None and info.dtype == target
+        read = fits and streaming and may_stay_in_file(own)
         if read:
             rows, columns = info.shape
             scratch = max(scratch, rows_at_once(rows, columns, target) * columns * target.itemsize)
         if (block := block_of(own)) is not None and block < len(blocks):
             blocks[block] += size + beside
-            slots[block] += beside + (0 if stays else size)
-            small[block] += size if stays and not read else 0
+            slots[block] += beside + (0 if fits or in_file else size)
+            small[block] += size if in_file or (fits and not read) else 0
         else:
             outside += beside + (0 if read else size)
     return Weights(outside, tuple(blocks), scratch, tuple(slots), tuple(small))

@@ -60,7 +60,7 @@ def load_strict(
     for key, slot in wanted.items():
         if packs(key) and (make(key) or _is_packed(checkpoint, names[key])):
             matrix = _packed(checkpoint, names[key], make(key), device)
-            packed[key] = matrix.to(device if place(key) else "cpu")
+            packed[key] = matrix.to(device) if place(key) or device.type == "cpu" else matrix
             continue
         tensor = checkpoint.tensor(names[key])
         target = torch.float32 if keep_float32(key) else dtype

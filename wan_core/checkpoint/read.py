@@ -110,6 +110,10 @@ class Checkpoint:
         pieces = [self._stored[piece] for _, piece in self.tensors[key].parts] or [self.tensors[key]]
         return sum(piece.bytes for piece in pieces)
 
+    def scale_bytes(self, key: str) -> int:
+        """What the scales of a packed matrix take in their file."""
+        return sum(self._stored[piece].bytes for role, piece in self.tensors[key].parts if role != "data")
+
     def _piece(self, key: str) -> torch.Tensor:
         info = self._stored[key]
         if info.unread:

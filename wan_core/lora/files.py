@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..checkpoint.mapped import fetch
 from ..checkpoint.read import Checkpoint, _some, open_checkpoint
 from ..config import VARIANTS, DiTConfig
 from ..errors import WanError
@@ -38,7 +39,7 @@ class Part:
             WanError: numbers in them that no adapter can have.
         """
         tensors = {role: checkpoint.tensor(key) for role, key in self.keys.items()}
-        alpha = float(tensors.pop("alpha").item()) if "alpha" in tensors else None
+        alpha = float(fetch(tensors.pop("alpha")).item()) if "alpha" in tensors else None
         if alpha is not None and not math.isfinite(alpha):
             raise WanError(f"{checkpoint.path} is broken: its {self.keys['alpha']} is {alpha}, expected a finite "
                            "number. Download the file again, or have its maker save it again.")

@@ -89,5 +89,5 @@ class Packed:
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix, in memory of its own."""
-        data = self.parts["data"]
-        return self.format.dequantise(self.parts, torch.empty(self.shape, dtype=dtype, device=data.device))
+        parts, data = self.to(self.parts["data"].device).parts, self.parts["data"]
+        return self.format.dequantise(parts, torch.empty(self.shape, dtype=dtype, device=data.device))

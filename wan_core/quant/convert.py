@@ -342,7 +342,7 @@ class _Source:
             yield from map(fetch, self.checkpoint.tensor(self.key).reshape(-1, columns).split(step))
 
     def _unpacked(self, step: int) -> Iterator[Tensor]:
-        packed = self.checkpoint.packed(self.key)
+        packed = self.checkpoint.packed(self.key).to("cpu")
         for start in range(0, self.shape[0], step):
             yield _decoded(packed.format, packed.format.rows(packed.parts, slice(start, start + step)))
 
