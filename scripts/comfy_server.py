@@ -268,7 +268,8 @@ class WebSocket:
 
 
 _COLOUR = r"\x1b\[[0-9;]*m"
-_DECORATION = re.compile(rf"^(?:{_COLOUR})*\[(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\](?:{_COLOUR})* |{_COLOUR}", re.MULTILINE)
+_LEVEL = rf"^(?:{_COLOUR})*\[(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\](?:{_COLOUR})* "
+_DECORATION = re.compile(f"{_LEVEL}|{_COLOUR}", re.MULTILINE)
 
 
 class Server:
