@@ -27,9 +27,11 @@ def text_to_video(*, frames: int = 5, **settings: object) -> tuple[Graph, Out, O
 
 
 def mapped_models(server: Server) -> list[str]:
+    """Model files that the server maps; not those that are gone, which newer versions' own loaders may still hold."""
     maps = Path(f"/proc/{server.process.pid}/maps").read_text().splitlines()
     folder = str((server.base / "models").resolve())
-    return sorted({line.split(maxsplit=5)[5] for line in maps if folder in line})
+    return sorted({line.split(maxsplit=5)[5] for line in maps
+                   if folder in line and not line.endswith(" (deleted)")})  # fmt: skip
 
 
 def own_memory(server: Server) -> int:

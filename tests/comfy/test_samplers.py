@@ -110,10 +110,10 @@ def test_comfyui_knows_what_the_engine_holds(client: Client, server: Server) -> 
     m, model = to_model(g)
     sampler = sampled(g, model, wan.empty(g, m, 32, 32, 1), seed=11)
     wan.save_latent(g, sampler, "samplers_memory")
-    said = len(server.log.read_text())
+    said = len(server.said())
     run = client.run(g.nodes)
     assert run.ok, run.error
-    log = server.log.read_text()[said:]
+    log = server.said(said)
     loads = [line for line in log.partition("Requested to load WAN21")[2].splitlines() if "loaded completely" in line]
     assert " 0.00 MB loaded" in loads[0], loads
     (device,) = client.get("/system_stats")["devices"]
