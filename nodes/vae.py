@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..wan_core.config import TEMPORAL_STRIDE, VAES
 from ..wan_core.dtypes import resolve_dtype
 from ..wan_core.errors import WanError
+from ..wan_core.files.mapped import fetch
 from ..wan_core.loading.vae import VAEFile, read_vae
 from ..wan_core.media.geometry import latent_frames, pixel_frames
 from ..wan_core.memory import capacity
@@ -215,7 +216,7 @@ class WanVAE:
 
     def get_sd(self) -> dict[str, torch.Tensor]:
         """The weights by their official names, for VAESave."""
-        return {own: self.file.checkpoint.tensor(theirs).clone() for own, theirs in self.file.names.items()}
+        return {own: fetch(self.file.checkpoint.tensor(theirs)) for own, theirs in self.file.names.items()}
 
     def get_ram_usage(self) -> int:
         return 0

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -266,6 +267,11 @@ class WebSocket:
         self._buffer += received
 
 
+_COLOUR = r"\x1b\[[0-9;]*m"
+_LEVEL = rf"^(?:{_COLOUR})*\[(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\](?:{_COLOUR})* "
+_DECORATION = re.compile(f"{_LEVEL}|{_COLOUR}", re.MULTILINE)
+
+
 class Server:
     """A running ComfyUI. Use it in a ``with``: it is stopped at the end."""
 
@@ -314,8 +320,11 @@ class Server:
 
     def tail(self, lines: int = 40) -> str:
         """The end of its log, without Python's import timings."""
-        log = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join([line for line in log if not line.startswith("import time:")][-lines:])
+        return "\n".join([line for line in self.said().splitlines() if not line.startswith("import time:")][-lines:])
+
+    def said(self, since: int = 0) -> str:
+        """Its log as plain text, behind the first ``since`` characters; newer versions colour it and name levels."""
+        return _DECORATION.sub("", self.log.read_text(encoding="utf-8", errors="replace"))[since:]
 
     def stop(self) -> None:
         self.process.terminate()

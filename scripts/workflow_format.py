@@ -12,10 +12,12 @@ from typing import Any
 
 Schemas = dict[str, dict[str, Any]]  # the server's /object_info
 Place = tuple[int, int]
-WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a choice that brings inputs of its own, "name.inner"
+WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC)
 ACTIVE, BYPASSED = 0, 4  # LiteGraph's modes
 OPTIONAL_SHAPE = 7  # how LiteGraph draws the slot of an optional input
 OUR_PACK, COMFYUI = {"cnr_id": "comfyui-wan22", "ver": "0.1.0"}, {"cnr_id": "comfy-core", "ver": "0.3.75"}
+_EMPTY = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}  # what a widget without a default shows
 EDITOR_ONLY = {"MarkdownNote": {"input": {}, "output": [], "output_name": []}}
 
 
@@ -69,13 +71,18 @@ class Node:
     def __getitem__(self, slot: int) -> Output:
         return Output(self, slot)
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self, sections: dict[str, Any] | None = None, prefix: str = "") -> Iterator[Input]:
+        """In the order of the schema; behind a choice, the inputs that it brings."""
+        sections = self.schema["input"] if sections is None else sections
         for section in ("required", "optional"):
-            for name, (kind, *rest) in self.schema["input"].get(section, {}).items():
+            for name, (kind, *rest) in sections.get(section, {}).items():
                 options = dict(rest[0]) if rest else {}
                 if isinstance(kind, list):
                     kind, options = "COMBO", {"options": kind, **options}
-                yield Input(name, kind, section == "optional", options)
+                slot = Input(prefix + name, kind, section == "optional", options)
+                yield slot
+                if kind == DYNAMIC:
+                    yield from self.inputs(chosen(options, self.value(slot)), f"{slot.name}.")
 
     def value(self, slot: Input) -> Any:
         """What the widget shows: given in the description, else its default."""
@@ -84,10 +91,18 @@ class Node:
             return given
         if "default" in slot.options:
             return slot.options["default"]
-        return slot.options["options"][0] if slot.kind == "COMBO" else ""
+        if slot.kind in (DYNAMIC, "COMBO"):
+            first = next(iter(slot.options.get("options", [])), None)
+            return first["key"] if slot.kind == DYNAMIC else first
+        return _EMPTY[slot.kind]
 
     def links(self) -> dict[str, Output]:
         return {name: value for name, value in self.values.items() if isinstance(value, Output)}
+
+
+def chosen(options: dict[str, Any], key: str) -> dict[str, Any]:
+    """The inputs that a value of a choice brings, in sections as those of a node."""
+    return next(option["inputs"] for option in options["options"] if option["key"] == key)
 
 
 class Graph:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,8 +84,8 @@ def small_comfyui(comfyui_path: Path, models: Path, tmp_path_factory: pytest.Tem
     """A private copy of ComfyUI whose native text encoder is as small as the checkpoint.
 
     ComfyUI builds umT5 from a fixed configuration file, so that its own CLIPLoader could open the real 11 GB file only.
-    The copy's file is written from the dimensions of the small checkpoint; nothing else is changed. Every server of the
-    tests runs from it.
+    The copy's file is written from the dimensions of the small checkpoint, and so is the one number by which versions
+    since 0.9 recognise a umT5-XXL; nothing else is changed. Every server of the tests runs from it.
     """
     copy = tmp_path_factory.mktemp("comfyui") / "comfyui"
     copy.mkdir()
@@ -96,9 +97,21 @@ def small_comfyui(comfyui_path: Path, models: Path, tmp_path_factory: pytest.Tem
     (copy / "extra_model_paths.yaml").unlink(missing_ok=True)
     path = copy / "comfy/text_encoders/umt5_config_xxl.json"
     (checkpoint,) = (models / "text_encoders").glob("umt5*.safetensors")
-    small = json.loads(path.read_text()) | umt5_dimensions(checkpoint)
-    path.write_text(json.dumps(small))
+    dimensions = umt5_dimensions(checkpoint)
+    path.write_text(json.dumps(json.loads(path.read_text()) | dimensions))
+    _recognise_small_umt5(copy / "comfy/sd.py", dimensions["d_ff"])
     return copy
+
+
+def _recognise_small_umt5(loader: Path, width: int) -> None:
+    """Versions up to 0.8 go by the 4096 channels, which the small one has too; later ones by the feed-forward width,
+    with which 24 layers would take 12 GB however thin everything else is."""
+    code = loader.read_text(encoding="utf-8")
+    xxl = re.compile(r"(\bweight\.shape\[0\] == )10240(:\s+return TEModel\.T5_XXL\b)")
+    by_channels = re.search(r"weight\.shape\[-1\] == 4096:\s+return TEModel\.T5_XXL\b", code)
+    code, changed = xxl.subn(rf"\g<1>{width}\g<2>", code)
+    assert changed == (0 if by_channels else 1), "this ComfyUI recognises a umT5-XXL by something new"
+    loader.write_text(code, encoding="utf-8")
 
 
 _USER_FOLDERS = (".git", ".venv", "venv", "models", "custom_nodes", "input", "output", "temp", "user")

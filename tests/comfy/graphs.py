@@ -128,4 +128,4 @@ def read_latent(server: Server, name: str) -> torch.Tensor:
 
 def loads(server: Server) -> int:
     """How often the engine has read weights, by the server's log."""
-    return server.log.read_text(encoding="utf-8", errors="replace").count("wan_core: loaded ")
+    return server.said().count("wan_core: loaded ")

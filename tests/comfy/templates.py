@@ -1,7 +1,8 @@
 """ComfyUI's official templates, read from the package that its requirements install, in the API format.
 
 What the editor does when a prompt is queued: bypassed nodes pass their input on, muted ones and notes disappear,
-subgraphs are opened, and widget values are named by the nodes' schemas.
+subgraphs are opened, and widget values are named by the nodes' schemas. `settled` does what the server does with
+newer templates: they hold their numbers in nodes of their own and choose between two ways with switches.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from comfyui_workflow_templates import get_asset_path
+from workflow_format import WIDGET_TYPES, Node
 
 Api = dict[str, dict[str, Any]]
 Schemas = dict[str, dict[str, Any]]  # the server's /object_info
 MUTED, BYPASSED = 2, 4  # LiteGraph's modes
 INSIDE = -10  # the node that stands for a subgraph's inputs
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-AFTER_SEEDS = ("fixed", "increment", "decrement", "randomize")
+PRIMITIVES = ("PrimitiveInt", "PrimitiveFloat", "PrimitiveBoolean", "PrimitiveString", "PrimitiveStringMultiline")
+SWITCH = "ComfySwitchNode"
+SEEDS, AFTER_SEEDS = ("seed", "noise_seed"), ("fixed", "increment", "decrement", "randomize")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,14 @@ class Value:
     """A widget's value that reaches an input through the boundary of a subgraph."""
 
     value: Any
+
+
+def exists(name: str) -> bool:
+    """Whether the installed package has a template; they come and go."""
+    try:
+        return Path(get_asset_path(name, f"{name}.json")).is_file()
+    except KeyError:
+        return False
 
 
 def read(name: str) -> dict[str, Any]:
@@ -43,6 +54,21 @@ def nodes_of(workflow: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def to_api(workflow: dict[str, Any], schemas: Schemas) -> Api:
     subgraphs = {inner["id"]: inner for inner in workflow.get("definitions", {}).get("subgraphs", [])}
     return _Scope(workflow, schemas, subgraphs).api()
+
+
+def settled(graph: Api) -> Api:
+    """The same graph with values in the place of primitives, and of switches the branch that they choose."""
+
+    def value(given: Any) -> Any:
+        node = graph.get(given[0]) if isinstance(given, list) and given else None
+        if node and node["class_type"] in PRIMITIVES:
+            return value(node["inputs"]["value"])
+        if node and node["class_type"] == SWITCH:
+            return value(node["inputs"]["on_true" if value(node["inputs"]["switch"]) else "on_false"])
+        return given
+
+    return {id: node | {"inputs": {name: value(given) for name, given in node["inputs"].items()}}
+            for id, node in graph.items() if node["class_type"] not in (*PRIMITIVES, SWITCH)}  # fmt: skip
 
 
 class _Scope:
@@ -101,10 +127,11 @@ class _Scope:
         given = next((one for one in self.instance["inputs"] if one["name"] == name), {})
         if given.get("link") is not None:
             return self.outer.source(given["link"])
-        widgets = [one["name"] for one in self.graph["inputs"] if one["type"] in WIDGETS]
-        if name not in widgets:
+        widgets = [one["name"] for one in self.graph["inputs"] if one["type"] in WIDGET_TYPES]
+        values = self.instance["widgets_values"]
+        if name not in widgets or not values:  # without any, the widgets of the nodes inside are shown outside
             return None
-        return Value(self.instance["widgets_values"][widgets.index(name)])
+        return Value(values[widgets.index(name)])
 
 
 def _origin(link: list | dict) -> tuple[int, tuple[int, int]]:
@@ -114,13 +141,15 @@ def _origin(link: list | dict) -> tuple[int, tuple[int, int]]:
 
 
 def _widgets(schema: dict[str, Any], values: list) -> dict[str, Any]:
-    rest, named = list(values), {}
-    for section in ("required", "optional"):
-        for name, (kind, *more) in schema["input"].get(section, {}).items():
-            options = more[0] if more else {}
-            if not (isinstance(kind, list) or kind in WIDGETS) or options.get("forceInput") or not rest:
-                continue
-            named[name] = rest.pop(0)
-            if name in ("seed", "noise_seed") and rest and rest[0] in AFTER_SEEDS:
+    """Each widget's name and value; those that the file does not have yet show their defaults."""
+    rest, node = list(values), Node(0, "", schema, {}, (0, 0), (0, 0))
+    named = {}
+    for slot in node.inputs():  # a choice that is set brings its inputs next
+        if not slot.is_widget:
+            continue
+        if rest:
+            node.values[slot.name] = rest.pop(0)
+            if rest and rest[0] in AFTER_SEEDS and (slot.name in SEEDS or slot.options.get("control_after_generate")):
                 rest.pop(0)
+        named[slot.name] = node.value(slot)
     return named

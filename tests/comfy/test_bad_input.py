@@ -53,7 +53,7 @@ def ending(g: Graph, last: Out) -> Graph:
 
 
 def transformers_read(server: Server) -> int:
-    return server.log.read_text(encoding="utf-8", errors="replace").count("wan_core: loaded dit")
+    return server.said().count("wan_core: loaded dit")
 
 
 @pytest.fixture(scope="module")

@@ -96,5 +96,5 @@ def test_a_tiny_decoder_is_used_and_a_broken_one_passed_over(automatic: Server, 
     for seed in (1, 2):
         done, _ = run(client, "ti2v", seed=seed)
         assert pictures(done)[0].size == (4, 4)
-    warned = automatic.log.read_text().count("without the tiny decoder taew2_2.safetensors")
+    warned = automatic.said().count("without the tiny decoder taew2_2.safetensors")
     assert warned == 1

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.comfy import graphs as wan
 from tests.comfy import nano
 from tests.comfy.graphs import Graph, Out
-from tests.comfy.test_engine import mapped_models, wait_until
+from tests.comfy.test_engine import mapped_models, own_memory, stored_bytes, wait_until
 
 SAMPLERS = (
     "euler", "euler_ancestral", "heun", "heunpp2", "dpm_2", "dpm_2_ancestral", "lms", "dpmpp_2s_ancestral",
@@ -110,16 +110,17 @@ def test_comfyui_knows_what_the_engine_holds(client: Client, server: Server) -> 
     m, model = to_model(g)
     sampler = sampled(g, model, wan.empty(g, m, 32, 32, 1), seed=11)
     wan.save_latent(g, sampler, "samplers_memory")
-    said = len(server.log.read_text())
+    said = len(server.said())
     run = client.run(g.nodes)
     assert run.ok, run.error
-    log = server.log.read_text()[said:]
+    log = server.said(said)
     loads = [line for line in log.partition("Requested to load WAN21")[2].splitlines() if "loaded completely" in line]
     assert " 0.00 MB loaded" in loads[0], loads
     (device,) = client.get("/system_stats")["devices"]
     assert 0 < device["vram_free"] <= device["vram_total"] and 0 <= device["torch_vram_free"] <= device["vram_total"]
-    assert [file for file in mapped_models(server) if "noise" in file]
+    before, size = own_memory(server), stored_bytes(server, wan.expert("t2v", "high"))
     client.free()
+    assert wait_until(lambda: before - own_memory(server) > 0.8 * size)
     assert wait_until(lambda: not mapped_models(server)), mapped_models(server)
     g.set(sampler, seed=12)
     again = client.run(g.nodes)

@@ -26,7 +26,7 @@ def blurred_example(radius: int) -> dict:
 
 
 def test_pack_imports_without_error(server: Server) -> None:
-    log = server.log.read_text().partition("To see the GUI")[0]  # its start; prompts come after it
+    log = server.said().partition("To see the GUI")[0]  # its start; prompts come after it
     line = next(line for line in log.splitlines() if line.rstrip().endswith(f"/custom_nodes/{PACK}"))
     assert re.fullmatch(r"\s*\d+\.\d seconds: .*", line), f"{line}\n{server.tail(80)}"
     before_prompts = log.partition("got prompt")[0]  # the mistakes that other tests make on purpose leave tracebacks
@@ -36,7 +36,7 @@ def test_pack_imports_without_error(server: Server) -> None:
 def test_pack_adds_little_to_the_start(server: Server) -> None:
     """Beside torch in the same start, because a busy machine slows both; `python -m bench import` tells the seconds."""
     line = re.compile(r"^import time: +\d+ \| +(\d+) \| +(\S+)$", re.MULTILINE)
-    took = {name.rpartition("/")[2]: int(microseconds) for microseconds, name in line.findall(server.log.read_text())}
+    took = {name.rpartition("/")[2]: int(microseconds) for microseconds, name in line.findall(server.said())}
     assert took[f"{PACK}.nodes"] < took["torch"] / 10
 
 

@@ -92,11 +92,11 @@ def test_the_lora_works_in_comfyuis_own_loader(client: Client, server: Server, d
     assert plot_of(client, run).size == (800, 400)
     assert any(t.abs().max() > 0 for key, t in load_file(file).items() if key.endswith("lora_B.weight"))
 
-    before = len(server.log.read_text())
+    before = len(server.said())
     g = Graph()
     native_video(g, None), native_video(g, "looks/shapes.safetensors")
     assert client.run(g.nodes).ok
-    said = server.log.read_text()[before:]
+    said = server.said(before)
     assert "lora key not loaded" not in said and "NOT LOADED" not in said
     plain, changed = (wan.read_latent(server, f"native_{name}") for name in ("plain", "lora"))
     assert (plain - changed).abs().max() > 1e-3

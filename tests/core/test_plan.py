@@ -14,9 +14,11 @@ from torch import Tensor
 from wan_core.config import TEXT_LENGTH, DiTConfig, VAEConfig
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import Checkpoint
+from wan_core.files.mapped import is_mapped
 from wan_core.files.marks import TensorInfo
 from wan_core.loading.dit import DiTFile, build_dit, read_dit
 from wan_core.memory.plan import activation_bytes, check_fits, check_frames_fit, decode_bytes, plan, smaller, weights_of
+from wan_core.memory.stream import spread
 from wan_core.memory.tracing import peak_bytes
 from wan_core.models.dit import dit
 from wan_core.models.dit.dit import Block, TextStates, WanDiT, keeps_float32
@@ -90,9 +92,21 @@ def test_weights_are_those_that_the_built_model_holds(tmp_path: Path):
         assert weights_of(file, dtype, "cpu", mapped_too=True).total == held
         assert weights_of(file, dtype, "cpu").total == held  # nothing fits as it lies in the file
         assert weights_of(file, dtype, CUDA).blocks[1] == sum(p.nbytes for p in model.blocks[1].parameters())
-    assert weights_of(file, "float16", "cpu").total == sum(
-        p.nbytes for key, p in build_dit(file, dtype="float16").named_parameters() if keeps_float32(key)
-    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("swapped", [0, 1, 3])
+def test_a_cpu_holds_what_does_not_stay_in_the_file(tmp_path: Path, dtype: str, swapped: int):
+    """Resident: everything. With blocks that stream: what is small, what is converted, and whole blocks that stay."""
+    config = DiTConfig(16, 16, 256, 512, layers=3, text_dim=32, freq_dim=256, heads=2)
+    weights = _random_weights(WanDiT, config, torch.Generator().manual_seed(0))
+    save_file({key: value.half() for key, value in weights.items()}, tmp_path / "half.safetensors")
+    file = read_dit(tmp_path / "half.safetensors")
+    model = build_dit(file, dtype=dtype, swap_blocks=swapped)
+    held = sum(p.nbytes for p in model.parameters() if not p.is_meta and not is_mapped(p))
+    said = weights_of(file, dtype, "cpu", streaming=swapped > 0)
+    assert said.kept(spread(swapped, 3)) - said.scratch == held
+    assert swapped == 0 or max(said.slots) <= model.swap.block_bytes < max(said.slots) + 24 * 256  # and alignment
 
 
 def test_quantised_weights_count_as_they_are_packed(monkeypatch: pytest.MonkeyPatch):

@@ -30,6 +30,7 @@ from .kind import ENDINGS, kind_of
 from .mapped import MappedFile, changed
 from .marks import TensorInfo, understand
 from .pickle_guard import check_pickle
+from .pickled import over_own_mapping
 from .storage import DTYPES as _DTYPES
 from .storage import NAMES as _NAMES
 
@@ -109,6 +110,10 @@ class Checkpoint:
         """What a tensor takes in its file; a packed matrix with its scales."""
         pieces = [self._stored[piece] for _, piece in self.tensors[key].parts] or [self.tensors[key]]
         return sum(piece.bytes for piece in pieces)
+
+    def scale_bytes(self, key: str) -> int:
+        """What the scales of a packed matrix take in their file."""
+        return sum(self._stored[piece].bytes for role, piece in self.tensors[key].parts if role != "data")
 
     def _piece(self, key: str) -> torch.Tensor:
         info = self._stored[key]
@@ -280,8 +285,10 @@ def _load_pickle(file: Path, device: str) -> dict[str, torch.Tensor]:
     """The tensors of a ``.pth``; ``device="meta"`` reads no tensor data."""
     check_pickle(file)
     try:
-        loaded = torch.load(str(file), map_location=device, weights_only=True, mmap=_is_zip(file) or None)
-        return _by_name(loaded, file)
+        mapped = _is_zip(file)
+        loaded = torch.load(str(file), map_location=device, weights_only=True, mmap=mapped or None)
+        tensors = _by_name(loaded, file)
+        return over_own_mapping(file, tensors) if mapped and device == "cpu" else tensors
     except pickle.UnpicklingError as error:
         raise WanError(f"{shown(file)} was refused: it is a pickle that wants to run code, or no plain state dict "
                        f"({_wanted(error)}). Use a safetensors version of it.") from error

@@ -1,8 +1,12 @@
 """Mapped files, and reading what lies behind a mapped tensor without touching the mapping.
 
 A mapped page that the disk cannot deliver any more (the file was truncated, the network share went away) is no error
-that a program could handle: the system ends the process. What streams for as long as a clip is made is therefore read
-by ordinary reads, which can fail. They also take several places of a disk at once, and count no memory as ours.
+that a program could handle: the system ends the process. So a mapped tensor says where numbers lie, and whoever wants
+the numbers asks for them here: ``fetch``, ``read_into`` and ``rows_of`` use ordinary reads, which can fail. They also
+take several places of a disk at once.
+
+What is read lies in memory that begins at a multiple of ``ALIGNMENT``. A file promises no such thing, and libraries
+choose their instructions by it: the product of a matrix with one row may be rounded in another order.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +27,9 @@ from torch import Tensor
 
 from ..errors import WanError
 
+ALIGNMENT = 64  # bytes: what PyTorch's allocator gives, and the widest instructions and cache lines want
 _READERS = 4  # reads under way at once: one alone reaches neither a disk's speed nor that of the memory
+_PART = 16 * 1024**2  # bytes that one reader takes of a large tensor
 _CHUNK = 4 * 1024**2  # bytes that wait for their conversion: few enough for a processor's cache
 
 _NO_RESERVE = 0x4000  # MAP_NORESERVE, which the module names from Python 3.13 on
@@ -48,10 +54,16 @@ class MappedFile(mmap.mmap):
         return self
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """What lies at a place of the file."""
+        """What lies at a place of the file.
+
+        Raises:
+            WanError: the file was truncated since its header was read.
+        """
         count = math.prod(shape)
         if not count:
             return torch.empty(shape, dtype=dtype)
+        if offset + count * dtype.itemsize > len(self):
+            raise changed(self.file)
         return torch.frombuffer(self, dtype=dtype, count=count, offset=offset).view(shape)
 
 
@@ -59,6 +71,48 @@ def changed(path: Path) -> WanError:
     """What to say of a file that is not any more what its header said."""
     return WanError(f"{path} was changed or removed after it was chosen. Load it again "
                     "(ComfyUI: press R to refresh the node definitions, then queue).")  # fmt: skip
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers lie in a mapped file."""
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and _map_at(tensor.data_ptr()) is not None
+
+
+def fetch(
+    tensor: Tensor, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+    aligned: bool = False,
+) -> Tensor:  # fmt: skip
+    """As ``tensor.to(device, dtype)``, but what it returns is never mapped: what is, is read.
+
+    Args:
+        aligned: return memory that begins at a multiple of ``ALIGNMENT``, for a tensor that stays.
+
+    Raises:
+        WanError: see ``read_into``.
+    """
+    device, dtype = torch.device(device or tensor.device), dtype or tensor.dtype
+    crooked = aligned and device.type == "cpu" and (tensor.data_ptr() % ALIGNMENT or not tensor.is_contiguous())
+    if not crooked and not is_mapped(tensor):
+        return tensor.to(device, dtype)
+    place = room_for(tensor, device, dtype)
+    read_into([(tensor, place)])
+    return place
+
+
+def room_for(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Uninitialised aligned memory for a tensor; anybody may write into it, in inference mode or out of it."""
+    with torch.inference_mode(False):
+        return torch.empty(tensor.shape, device=device, dtype=dtype)
+
+
+def rows_of(tensor: Tensor, index: slice | Tensor) -> Tensor:
+    """``tensor[index]``: for a slice the same memory; for row numbers a copy, read where the tensor is mapped."""
+    if isinstance(index, slice) or not is_mapped(tensor):
+        return tensor[index]
+    numbers, places = index.unique(return_inverse=True)
+    rows = torch.empty(len(numbers), *tensor.shape[1:], dtype=tensor.dtype)
+    read_into((tensor[number], row) for number, row in zip(numbers.tolist(), rows, strict=True))
+    return rows[places]
 
 
 def read_into(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -75,7 +129,7 @@ def read_into(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
             if source is None:
                 place.copy_(tensor)
             elif _is_copy(tensor, place):
-                jobs.append(_pool.submit(source.read, place))
+                jobs += [_pool.submit(part.read, into) for part, into in _parts(source, place)]
             else:
                 _convert(source, tensor.dtype, place)
     finally:
@@ -116,11 +170,19 @@ def _behind(tensor: Tensor) -> _Source | None:
     """Where a tensor lies in a mapped file; None for any other and for views with gaps or another order."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
         return None
-    address = tensor.data_ptr()
-    for mapped in list(_maps):
-        if mapped.address <= address < mapped.address + len(mapped):
-            return _Source(mapped.file, mapped.state, address - mapped.address)
-    return None
+    mapped = _map_at(tensor.data_ptr())
+    return None if mapped is None else _Source(mapped.file, mapped.state, tensor.data_ptr() - mapped.address)
+
+
+def _map_at(address: int) -> MappedFile | None:
+    return next((one for one in list(_maps) if one.address <= address < one.address + len(one)), None)
+
+
+def _parts(source: _Source, place: Tensor) -> Iterator[tuple[_Source, Tensor]]:
+    """A large tensor in parts for several readers."""
+    for part in place.view(-1).split(max(1, _PART // place.dtype.itemsize)):
+        yield source, part
+        source = replace(source, offset=source.offset + part.nbytes)
 
 
 def _is_copy(tensor: Tensor, place: Tensor) -> bool:

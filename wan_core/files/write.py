@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from ..errors import WanError
 from ..quant.gguf import BLOCK_TYPES
 from .gguf import _PLAIN, _TYPE_NUMBERS, MAGIC
+from .mapped import ALIGNMENT
 from .place import mark_pickle
 from .storage import NAMES as _NAMES
 
@@ -59,20 +61,43 @@ OnWritten = Callable[[Planned], None]
 def write_safetensors(
     file: Path, tensors: Sequence[Planned], metadata: Mapping[str, str], on_written: OnWritten
 ) -> None:
-    header: dict[str, dict] = {"__metadata__": dict(metadata)}
-    end = 0
-    for one in tensors:
+    """Written in the order given, and laid out so that whoever maps the file finds the tensors aligned.
+
+    The header is padded with spaces, which the format allows; gaps between tensors it does not.
+    """
+    header: dict[str, dict] = {"__metadata__": dict(metadata)} if metadata else {}
+    offsets, end = {}, 0
+    for one in sorted(tensors, key=lambda one: -_evenness(one.bytes)):
         start, end = end, end + one.bytes
+        offsets[one.name] = start
         header[one.name] = {"dtype": _NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         stream.flush()  # so that what a killed run leaves says whose it is
         for one in tensors:
+            stream.seek(8 + len(text) + offsets[one.name])
             _write(stream, one)
             on_written(one)
         _settle(stream)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file from tensors in memory."""
+    plans = [Planned(key, tuple(one.shape), one.dtype, partial(_whole, one)) for key, one in tensors.items()]
+    write_safetensors(Path(file), plans, metadata or {}, lambda one: None)
+
+
+def _whole(tensor: Tensor) -> list[Tensor]:
+    return [tensor.detach().to("cpu")]
+
+
+def _evenness(size: int) -> int:
+    """The largest power of two, up to the alignment, that divides a size. Tensors in falling order of it all lie at
+    multiples of their own.
+    """
+    return math.gcd(size, ALIGNMENT)
 
 
 def write_gguf(

@@ -18,6 +18,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.door import damaged, shown
 from ..files.gguf import Array, read_header
 from ..files.kind import is_gguf
+from ..files.mapped import fetch
 from ..models.text.tokenizer import SPIECE_FILE, find_tokenizer
 from ..models.text.tokenizer_check import problem_of
 from .text import spiece_key
@@ -92,7 +93,7 @@ def _vocabulary(spiece: bytes, rows: int) -> dict[str, Any]:
 def spiece_inside(checkpoint: Checkpoint) -> bytes | None:
     """The SentencePiece model that a text encoder's file carries."""
     if key := spiece_key(checkpoint):
-        return checkpoint.tensor(key).to(torch.uint8).numpy().tobytes()
+        return fetch(checkpoint.tensor(key)).to(torch.uint8).numpy().tobytes()
     return spiece_model(checkpoint.files[0])
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, _some
+from ..files.mapped import fetch, is_mapped, read_into, room_for
 from ..layouts.extras import misfit
 from ..quant.base import Packed
 from ..quant.linear import pack_layers
@@ -27,6 +28,7 @@ def load_strict(
     place: Callable[[str], bool] = lambda key: True,
     packs: Callable[[str], bool] = lambda key: False,
     make: Callable[[str], Scaled | None] = lambda key: None,
+    spare: Callable[[str], bool] = lambda key: False,
 ) -> nn.Module:
     """Fill a module that was made on the meta device.
 
@@ -39,36 +41,66 @@ def load_strict(
         place: False for keys that stay memory-mapped on the CPU in the file's dtype (streamed blocks).
         packs: our keys of matrices that stay in their quantised format; all others are dequantised.
         make: the format in which such a matrix is packed now if the file has it in none, or in another.
+        spare: our keys of matrices that stay mapped if a CPU can use them as they lie in the file: their layers read
+            them at each use.
 
-    A tensor whose dtype and device already fit stays memory-mapped: loading a float32 file for float32 on the CPU
-    copies nothing.
+    What stays is read into aligned memory of the model's own, also where dtype and device fit already: a mapping would
+    kill the process when its file is truncated, and products would depend on where the file happens to have a matrix.
+    On a CPU, packed matrices stay mapped, and are read as they are used.
 
     Raises:
-        WanError: missing or unexpected keys, or other shapes than expected; all of them are listed.
+        WanError: missing or unexpected keys, or other shapes than expected; all of them are listed. Or a file was
+            changed while it was read.
     """
     wanted = dict(module.state_dict(keep_vars=True))
     _check_names(wanted, names, checkpoint)
     _check_shapes(wanted, names, checkpoint)
     packed: dict[str, Packed] = {}
+    scratch, device, reads = Scratch(), torch.device(device), []
     for key, slot in wanted.items():
         if packs(key) and (make(key) or _is_packed(checkpoint, names[key])):
             matrix = _packed(checkpoint, names[key], make(key), device)
-            packed[key] = matrix.to(device if place(key) else "cpu")
+            packed[key] = matrix.to(device) if place(key) or device.type == "cpu" else matrix
             continue
         tensor = checkpoint.tensor(names[key])
-        if place(key):
-            target = torch.float32 if keep_float32(key) else dtype
-            tensor = tensor.to(device=device, dtype=target if tensor.is_floating_point() else None)
+        target = torch.float32 if keep_float32(key) else dtype
+        target = target if target and tensor.is_floating_point() else tensor.dtype
+        if not _stays(module, key, tensor, device, target, streams=not place(key), spare=spare(key)):
+            if is_mapped(tensor):
+                reads.append((tensor, room_for(tensor, device, target)))
+                tensor = reads[-1][1]
+            else:
+                tensor = fetch(tensor, device, target, aligned=True)
         assign(module, key, tensor, is_parameter=isinstance(slot, nn.Parameter))
-    pack_layers(module, packed, Scratch())
+    read_into(reads)
+    _lend(module, scratch)
+    pack_layers(module, packed, scratch)
     return module.eval().requires_grad_(False)
+
+
+def _stays(
+    module: nn.Module, key: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, *,
+    streams: bool, spare: bool,
+) -> bool:  # fmt: skip
+    """Whether a tensor stays where it lies in the file: streamed ones, but for what is small and fits already."""
+    fits = device.type == "cpu" and tensor.dtype == dtype
+    path, _, name = key.rpartition(".")
+    is_matrix = name == "weight" and getattr(module.get_submodule(path), "may_stay_in_file", False)
+    return (is_matrix or not fits) if streams else (is_matrix and fits and spare)
+
+
+def _lend(module: nn.Module, scratch: Scratch) -> None:
+    """The buffer to all layers whose matrices are mapped."""
+    for layer in module.modules():
+        if getattr(layer, "may_stay_in_file", False) and hasattr(layer, "scratch") and is_mapped(layer.weight):
+            layer.scratch = scratch
 
 
 def _packed(checkpoint: Checkpoint, key: str, make: Scaled | None, device: torch.device | str) -> Packed:
     """A matrix as the file has it, mapped, or packed on the device."""
     if _is_packed(checkpoint, key) and (make is None or checkpoint.tensors[key].format.name == make.name):
         return checkpoint.packed(key)
-    return make.pack(checkpoint.tensor(key).to(device))
+    return make.pack(fetch(checkpoint.tensor(key), device))
 
 
 def _is_packed(checkpoint: Checkpoint, key: str) -> bool:

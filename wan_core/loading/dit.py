@@ -95,7 +95,8 @@ def build_dit(
     swap = BlockSwap(model.blocks, swap_blocks, device=device, dtype=dtype, keep_float32=keeps_float32,
                      prefetch=prefetch, check=lambda: check_unchanged(file))
     load_strict(model, file.checkpoint, file.names, device=device, dtype=dtype, keep_float32=keeps_float32,
-                place=swap.places, packs=keys.packs, make=lambda key: make)  # fmt: skip
+                place=swap.places, packs=keys.packs, make=lambda key: make,
+                spare=lambda key: swap_blocks > 0 and not key.startswith("blocks."))  # fmt: skip
     file.checkpoint.close()  # the recipe outlives the weights; the mapping must not outlive them too
     model.attend = backend.run
     model.swap = swap.adopt() if swap_blocks else None

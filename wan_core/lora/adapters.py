@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files.mapped import fetch
+
 Shapes = Mapping[str, tuple[int, ...]]  # role -> shape
 
 DECOMPOSED = frozenset({"dora", "magnitude"})
@@ -117,7 +119,7 @@ class Adapter(nn.Module):
         return total * (wanted.view(-1, 1)[rows] / (weight.norm(dim=1, keepdim=True) + eps))
 
     def _part(self, role: str, device: torch.device, rows: slice = slice(None)) -> Tensor:
-        return self._buffers[role][rows].to(device, torch.float32)
+        return fetch(self._buffers[role][rows], device, torch.float32)
 
 
 class LowRank(Adapter):

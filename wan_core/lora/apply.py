@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files.mapped import fetch
 from ..files.unchanged import check_unchanged
 from ..layouts.dit import packs
 from ..layouts.keys import block_of
@@ -66,7 +67,7 @@ def _rows_of(layer: nn.Linear | QuantLinear, rows: slice) -> Tensor:
     if isinstance(layer, QuantLinear):
         packed = layer.packed
         return type(packed)(packed.format, dict(packed.format.rows(packed.parts, rows))).dequantise()
-    return layer.weight[rows]
+    return fetch(layer.weight[rows])
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Adaptation:
                 continue
             patched = self._patch(key.removesuffix(".weight"), parts, scratch)
             if (block := self._streamed_block(key)) is not None:
-                beside.setdefault(block, []).extend(self._cargo(patched))
+                beside.setdefault(block, []).extend(self._passengers(patched))
             else:
                 self._settle(patched)
         if self.model.swap:
@@ -170,13 +171,18 @@ class Adaptation:
             for role, tensor in adapter.named_buffers():
                 yield adapter, role, tensor, self._wanted_dtype(adapter, tensor)
 
+    def _passengers(self, patched: PatchedLinear) -> Iterator[tuple[nn.Module, str, Tensor, torch.dtype]]:
+        """What travels; on a CPU, what is merged is read from its file some rows at a time as it is."""
+        on_cpu = self.model.device.type == "cpu"
+        return (one for one in self._cargo(patched) if not on_cpu or one[0].additive)
+
     def _settle(self, patched: PatchedLinear) -> None:
         """The adapters' tensors come to the device; whole differences stay in their file, they are as large as the
         weights.
         """
         for adapter, role, tensor, dtype in self._cargo(patched):
             if adapter.additive or role not in ("diff", "set"):
-                adapter._buffers[role] = tensor.to(self.model.device, dtype)
+                adapter._buffers[role] = fetch(tensor, self.model.device, dtype, aligned=True)
 
     def _merge_all(self) -> None:
         for merged in self._merged:
@@ -188,13 +194,15 @@ class Adaptation:
     def _put(self, key: str, active: Sequence[tuple[Adapter, float]]) -> None:
         """A weight from its file, with adapters or without."""
         stored = self.file.checkpoint.tensor(self.file.names[key])
+        owner, name = self._slot(key)
         dtype = torch.float32 if keeps_float32(key) else self.model.dtype
         if active:
             out = torch.empty(stored.shape, dtype=dtype, device=self.model.device)
-            weight = merge_into(out, stored.__getitem__, active)
+            weight = merge_into(out, lambda rows: fetch(stored[rows]), active)
+        elif getattr(owner, "scratch", None) is not None and stored.dtype == dtype:
+            weight = stored  # the layer reads it at each use
         else:
-            weight = stored.to(self.model.device, dtype)
-        owner, name = self._slot(key)
+            weight = fetch(stored, self.model.device, dtype, aligned=True)
         owner._parameters[name] = nn.Parameter(weight, requires_grad=False)
 
     def _undo(self) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..config import VARIANTS, DiTConfig
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, _some, open_checkpoint
+from ..files.mapped import fetch
 from ..loading.dit import DiTFile
 from .adapters import Adapter, BiasOfUp
 from .dialects import keys_of_expert, names_of, relative_of, sort_keys
@@ -38,7 +39,7 @@ class Part:
             WanError: numbers in them that no adapter can have.
         """
         tensors = {role: checkpoint.tensor(key) for role, key in self.keys.items()}
-        alpha = float(tensors.pop("alpha").item()) if "alpha" in tensors else None
+        alpha = float(fetch(tensors.pop("alpha")).item()) if "alpha" in tensors else None
         if alpha is not None and not math.isfinite(alpha):
             raise WanError(f"{checkpoint.path} is broken: its {self.keys['alpha']} is {alpha}, expected a finite "
                            "number. Download the file again, or have its maker save it again.")

@@ -57,7 +57,7 @@ class Hadamard(Adapter):
     def _factor(self, number: str, rows: slice, device: torch.device) -> Tensor:
         b = self._part(f"hada_w{number}_b", device)
         if f"hada_t{number}" in self._buffers:
-            a = self._buffers[f"hada_w{number}_a"][:, rows].to(device, torch.float32)
+            a = self._part(f"hada_w{number}_a", device)[:, rows]
             return _unfolded(self._part(f"hada_t{number}", device), a, b)
         return self._part(f"hada_w{number}_a", device, rows) @ b.flatten(1)
 

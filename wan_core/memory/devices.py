@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,6 +70,12 @@ def available_bytes(device: torch.device) -> int:
 
 
 def empty_cache() -> None:
-    """Give the allocator's reserve back to the device."""
+    """Give the allocators' reserves back to the device and to the system."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if trim := getattr(_c_library(), "malloc_trim", None):  # glibc keeps what was freed below its top
+        trim(0)
+
+
+def _c_library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None

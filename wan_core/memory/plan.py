@@ -21,9 +21,9 @@ from ..files.checkpoint import Checkpoint
 from ..layouts.dit import packs
 from ..layouts.keys import block_of
 from ..lora.use import LoraUse, bytes_beside, merges
-from ..models.dit.dit import TOKENS_AT_ONCE, keeps_float32
+from ..models.dit.dit import TOKENS_AT_ONCE, keeps_float32, may_stay_in_file
 from ..models.dit.features import feature_of
-from ..models.dit.layers import SLICE
+from ..models.dit.layers import SLICE, rows_at_once
 from ..models.dit.rope import SLICE as ROTATED_AT_ONCE
 from ..quant.registry import MADE_ON_LOAD
 from .devices import total_bytes
@@ -47,15 +47,25 @@ class DiTHeader(Protocol):
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of one expert's weights on a device; on a CPU only those that are not used as they lie in the file."""
+    """Bytes of one expert's weights on a device; on a CPU without those that stay in the file and are read as they are
+    used: packed matrices and, with blocks that stream, matrices that a CPU can use as they lie there.
+    """
 
     outside: int  # of the blocks
-    blocks: tuple[int, ...]  # of each block
-    scratch: int  # one dequantised matrix, where any is packed
+    blocks: tuple[int, ...]  # of each block, resident
+    scratch: int  # the buffer that a matrix is dequantised or read into
+    slots: tuple[int, ...]  # of each block, what its slot holds while it streams
+    small: tuple[int, ...]  # of each block, what is in memory also while it streams
 
     @property
     def total(self) -> int:
         return self.outside + sum(self.blocks)
+
+    def kept(self, swapped: Sequence[int]) -> int:
+        """With these blocks streaming, all but what the slots hold."""
+        gone = set(swapped)
+        inside = (self.small[i] if i in gone else size for i, size in enumerate(self.blocks))
+        return self.outside + self.scratch + sum(inside)
 
 
 @dataclass(frozen=True)
@@ -107,36 +117,45 @@ class Plan:
 
 def weights_of(
     file: DiTHeader, dtype: str | torch.dtype | None, device: torch.device | str, *, mapped_too: bool = False,
-    loras: Sequence[LoraUse] = (),
+    loras: Sequence[LoraUse] = (), streaming: bool = False,
 ) -> Weights:  # fmt: skip
     """An expert's weights from its header, with its LoRAs.
 
     Args:
-        mapped_too: count also what a CPU uses as it lies in the file.
+        mapped_too: count also what stays in the file on a CPU.
+        streaming: whether any blocks stream.
     """
     device = torch.device(device)
     compute = resolve_dtype(dtype, device, file.checkpoint.dtype)
     make = dtype in MADE_ON_LOAD if isinstance(dtype, str) else False
     on_cpu = device.type == "cpu" and not mapped_too
-    outside, blocks, scratch = 0, [0] * file.config.layers, 0
+    outside, scratch = 0, 0
+    blocks, slots, small = ([0] * file.config.layers for _ in range(3))
     for own, theirs in file.names.items():
         info = file.checkpoint.tensors[theirs]
         count = math.prod(info.shape)
         packed = packs(own) and (info.format is not None or make)
         target = torch.float32 if keeps_float32(own) else compute
-        if packed:
-            size = 0 if on_cpu and info.format else _packed_bytes(file.checkpoint, theirs)
-        else:
-            size = 0 if on_cpu and info.format is None and info.dtype == target else count * target.itemsize
         beside = bytes_beside(loras, own, compute) if packs(own) else 0
-        size += beside
+        in_file = on_cpu and packed and info.format is not None
+        if in_file:
+            size = file.checkpoint.scale_bytes(theirs)
+        else:
+            size = _packed_bytes(file.checkpoint, theirs) if packed else count * target.itemsize
         if packed or merges(loras, own):
             scratch = max(scratch, count * compute.itemsize)
+        fits = on_cpu and not packed and info.format is None and info.dtype == target
+        read = fits and streaming and may_stay_in_file(own)
+        if read:
+            rows, columns = info.shape
+            scratch = max(scratch, rows_at_once(rows, columns, target) * columns * target.itemsize)
         if (block := block_of(own)) is not None and block < len(blocks):
-            blocks[block] += size
+            blocks[block] += size + beside
+            slots[block] += beside + (0 if fits or in_file else size)
+            small[block] += size if in_file or (fits and not read) else 0
         else:
-            outside += size
-    return Weights(outside, tuple(blocks), scratch)
+            outside += beside + (0 if read else size)
+    return Weights(outside, tuple(blocks), scratch, tuple(slots), tuple(small))
 
 
 def _packed_bytes(checkpoint: Checkpoint, key: str) -> int:
@@ -313,27 +332,33 @@ def _layout(
     """Swapped blocks, prefetch -> plan. Both experts have the same shapes; of the engine's own the larger counts."""
     config = recipe.high.config
     dtype = resolve_dtype(recipe.dtype, device, recipe.stored)
-    each = [weights_of(file, recipe.dtype, device, loras=recipe.loras_of(file)) for file in recipe.own]
-    weights = max(each, key=lambda w: w.total, default=Weights(0, (0,) * config.layers, 0))
+    held_whole, held_in_part = (_larger_expert(recipe, device, streaming=streaming) for streaming in (False, True))
     b, _, t, h, w = shape
     tokens = t * math.ceil(h / PATCH[1]) * math.ceil(w / PATCH[2])
     held = held_bytes(config, shape, dtype, guided=guided, keep_text=recipe.keeps_text)
     activations = activation_bytes(config, b, tokens, dtype) + held
-    largest = max(weights.blocks)
     streams = device.type in LANES
 
     def lay(swapped: int, prefetch: int) -> Plan:
         gone = spread(swapped, config.layers)
         prefetch = min(prefetch, max(0, swapped - 1)) if streams else 0
-        moved = sum(weights.blocks[i] for i in gone)
+        weights = held_in_part if swapped else held_whole
+        largest, moved = max(weights.slots), sum(weights.slots[i] for i in gone)
         return Plan(
             device=str(device), dtype=dtype, shape=shape, layers=config.layers, swapped=swapped, prefetch=prefetch,
-            weights=weights.total - moved + weights.scratch, stream=(prefetch + 1) * largest if swapped else 0,
+            weights=weights.kept(gone), stream=(prefetch + 1) * largest if swapped else 0,
             activations=activations, ram=STAGES * pinned_bytes(largest) if swapped and streams else 0,
             moved=moved * (1 + guided),
         )  # fmt: skip
 
     return lay
+
+
+def _larger_expert(recipe: ModelRecipe, device: torch.device, *, streaming: bool) -> Weights:
+    each = [weights_of(file, recipe.dtype, device, loras=recipe.loras_of(file), streaming=streaming)
+            for file in recipe.own]  # fmt: skip
+    nothing = (0,) * recipe.high.config.layers
+    return max(each, key=lambda w: w.total, default=Weights(0, nothing, 0, nothing, nothing))
 
 
 def pinned_bytes(size: int) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import WanError
-from ..files.mapped import read_into
+from ..files.mapped import is_mapped, read_into
 
 log = logging.getLogger(__name__)
 
@@ -404,8 +404,11 @@ class BlockSwap:
         left = {(id(owner), name) for owner, name in apart}
         for index, own in self._own.items():
             own.take_away()
-            more = (Cargo(owner, name, False, tensor.data, dtype, 0) for owner, name, tensor, dtype in
-                    beside.get(index, ()) if (tensor.device, tensor.dtype) != (self.device, dtype))  # fmt: skip
+            more = [
+                Cargo(owner, name, False, tensor.data, dtype, 0)
+                for owner, name, tensor, dtype in beside.get(index, ())
+                if (tensor.device, tensor.dtype) != (self.device, dtype) or is_mapped(tensor)
+            ]
             stay = (item for item in own.cargo if (id(item.owner), item.name) not in left)
             self._loads[index] = _laid_out([*stay, *more])
 

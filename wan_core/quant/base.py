@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..files.mapped import fetch, rows_of
+
 Parts = Mapping[str, Tensor]  # the tensors of one packed matrix, by their role: "data", "scale"
 
 # Weights decoded in one go: what is made on the way takes several times as much float32 memory as this.
@@ -45,12 +47,13 @@ class Format(ABC):
         count = max(1, _AT_ONCE.get(out.device.type, _AT_ONCE_ELSEWHERE) // out.shape[1])
         for start in range(0, len(out), count):
             rows = slice(start, start + count)
-            self._decode(self.rows(parts, rows), out[rows])
+            some = {name: fetch(part) for name, part in self.rows(parts, rows).items()}
+            self._decode(some, out[rows])
         return out
 
     def rows(self, parts: Parts, index: slice | Tensor) -> Parts:
         """The parts of some rows of the matrix."""
-        return {"data": parts["data"][index]}
+        return {"data": rows_of(parts["data"], index)}
 
     def lacks_arithmetic(self, device: torch.device) -> bool:
         """Whether the format is made for products that this device does not have."""
@@ -77,9 +80,14 @@ class Packed:
         return sum(part.nbytes for part in self.parts.values())
 
     def to(self, device: torch.device | str) -> Packed:
-        return Packed(self.format, {name: part.to(device) for name, part in self.parts.items()})
+        """On a CPU, a matrix in a mapped file stays there, and is read as it is used; what is small comes to memory."""
+        on_cpu = torch.device(device).type == "cpu"
+        return Packed(self.format, {
+            name: part if on_cpu and name == "data" and part.device.type == "cpu" else fetch(part, device)
+            for name, part in self.parts.items()
+        })  # fmt: skip
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix, in memory of its own."""
-        data = self.parts["data"]
-        return self.format.dequantise(self.parts, torch.empty(self.shape, dtype=dtype, device=data.device))
+        parts, data = self.to(self.parts["data"].device).parts, self.parts["data"]
+        return self.format.dequantise(parts, torch.empty(self.shape, dtype=dtype, device=data.device))

@@ -3,7 +3,7 @@
 Tensor cores take these scales in tiles of 128 rows by 4 blocks (docs.nvidia.com/cuda/cublas, "1D block scaling factors
 layout"), and so do files: within a tile the four scales of a row lie together, and row ``r`` comes at ``r % 32``, then
 ``r // 32``. Rows and blocks are filled up to whole tiles. A scale is found in its tile when its row is decoded, so that
-the tiles stay mapped in their file.
+the tiles need not be laid out anew.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..files.mapped import rows_of
 from .base import Format, Parts
 
 TILE = (128, 4)  # rows, blocks
@@ -40,7 +41,7 @@ class BlockScaled(Format):
         return {"data": stored["data"], **parts}
 
     def rows(self, parts: Parts, index: slice | Tensor) -> Parts:
-        data = parts["data"][index]
+        data = rows_of(parts["data"], index)
         whole = {"whole": parts["whole"]} if "whole" in parts else {}
         if "scale" in parts:
             return {"data": data, "scale": parts["scale"][index], **whole}

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files.mapped import fetch
 from .base import Format, Packed
 from .scratch import Scratch
 
@@ -43,7 +44,7 @@ class QuantLinear(nn.Module):
         if not torch.is_grad_enabled() and (product := _multiplied(self.format, x, parts)) is not None:
             return product if self.bias is None else product.add_(self.bias)
         if parts["data"].device != x.device:  # they stay where they are; this call takes a copy
-            parts = {name: part.to(x.device) for name, part in parts.items()}
+            parts = {name: fetch(part, x.device) for name, part in parts.items()}
         shape = self.out_features, self.in_features
         # With gradients backward needs the matrix, when the scratch buffer holds another one.
         room = x.new_empty(shape) if torch.is_grad_enabled() else (scratch or self.scratch).space(shape, like=x)

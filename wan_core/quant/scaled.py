@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..files.mapped import rows_of
 from .base import Format, Packed, Parts
 
 _SMALLEST = 1e-30  # the scale of a row of zeros
@@ -34,8 +35,8 @@ class Scaled(Format):
     def rows(self, parts: Parts, index: slice | Tensor) -> Parts:
         data, scale = parts["data"], parts.get("scale")
         if scale is None:
-            return {"data": data[index]}
-        return {"data": data[index], "scale": scale[index] if len(scale) > 1 else scale}
+            return {"data": rows_of(data, index)}
+        return {"data": rows_of(data, index), "scale": scale[index] if len(scale) > 1 else scale}
 
     def _decode(self, parts: Parts, out: Tensor) -> None:
         out.copy_(parts["data"])

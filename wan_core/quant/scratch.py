@@ -6,7 +6,10 @@ import math
 import threading
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+from ..files.mapped import is_mapped, read_into
 
 
 class Scratch(threading.local):
@@ -25,16 +28,19 @@ class Scratch(threading.local):
         return Scratch, ()
 
     def space(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Uninitialised memory with the device and dtype of ``like``; valid until the next call."""
+        """Uninitialised memory with the device and dtype of ``like``, aligned; valid until the next call."""
         size = math.prod(shape)
         buffer = self.buffer
         if buffer is None or buffer.numel() < size or buffer.device != like.device or buffer.dtype != like.dtype:
             self.buffer = None  # the old one goes first: both together might not fit
-            self.buffer = like.new_empty(size)
+            with torch.inference_mode(False):  # it may be written to later, out of inference mode
+                self.buffer = torch.empty(size, device=like.device, dtype=like.dtype)
         return self.buffer[:size].view(*shape)
 
     def fitted(self, weight: Tensor, like: Tensor) -> Tensor:
-        """The weight with the device and dtype of ``like``; valid until the next call."""
-        if weight.device == like.device and weight.dtype == like.dtype:
+        """The weight with the device and dtype of ``like``, in memory; valid until the next call."""
+        if weight.device == like.device and weight.dtype == like.dtype and not is_mapped(weight):
             return weight
-        return self.space(weight.shape, like).copy_(weight)
+        place = self.space(weight.shape, like)
+        read_into([(weight, place)])
+        return place

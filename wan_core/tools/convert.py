@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..files.mapped import fetch
 from ..files.place import MARK, check_target, complete_or_nothing, mark
 from ..files.write import Planned, as_json, check_room, write_gguf, write_pickle, write_safetensors
 from ..layouts import dit, text, vae
@@ -338,10 +339,10 @@ class _Source:
         if info.format and self.checkpoint.packed(self.key).shape == self.shape:
             yield from self._unpacked(step)
         else:
-            yield from self.checkpoint.tensor(self.key).reshape(-1, columns).split(step)
+            yield from map(fetch, self.checkpoint.tensor(self.key).reshape(-1, columns).split(step))
 
     def _unpacked(self, step: int) -> Iterator[Tensor]:
-        packed = self.checkpoint.packed(self.key)
+        packed = self.checkpoint.packed(self.key).to("cpu")
         for start in range(0, self.shape[0], step):
             yield _decoded(packed.format, packed.format.rows(packed.parts, slice(start, start + step)))
 

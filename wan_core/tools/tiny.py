@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ..config import (
@@ -32,6 +31,7 @@ from ..config import (
     Variant,
 )
 from ..errors import WanError
+from ..files.write import save_tensors
 from ..layouts import clip as clip_keys
 from ..layouts import dit as dit_keys
 from ..layouts import text as text_keys
@@ -227,7 +227,7 @@ def _random_lora(weights: Mapping[str, torch.Tensor], rank: int = 4) -> dict[str
 
 def _save(weights: Mapping[str, torch.Tensor], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, file, metadata={"format": "pt", MARK: "1"})
+    save_tensors(weights, file, {"format": "pt", MARK: "1"})
 
 
 def _save_shards(weights: Mapping[str, torch.Tensor], folder: Path, shards: int = 2) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import Variant
 from ..files.atomic import unfinished
+from ..files.write import save_tensors
 from ..loading.text import OnBlock, TextEncoder
 from ..models.vae.vae import OnChunk, VideoVAE
 from ..sampling.starts import known_channels
@@ -60,7 +60,7 @@ class Cache:
         made = {name: tensor.to("cpu", self.dtype).contiguous() for name, tensor in make().items()}
         file.parent.mkdir(exist_ok=True)
         with unfinished(file) as partial:
-            save_file(made, partial)
+            save_tensors(made, partial)
         return {name: tensor.float() for name, tensor in made.items()}
 
 

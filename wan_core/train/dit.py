@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import Variant
 from ..dtypes import NAMES
 from ..errors import WanError
+from ..files.write import save_tensors
 from ..media.video import unfinished
 from . import lora
 from .cache import Entry, batches_of
@@ -165,7 +165,7 @@ def save_weights(weights: Mapping[str, Tensor], file: Path, dtype: str, metadata
     target = None if dtype == "auto" else NAMES[dtype]
     made = {key: tensor.detach().to("cpu", target or tensor.dtype).contiguous() for key, tensor in weights.items()}
     with unfinished(file) as partial:
-        save_file(made, partial, metadata={"format": "pt", **metadata})
+        save_tensors(made, partial, {"format": "pt", **metadata})
 
 
 def _check_channels(model: TrainedDiT, variant: Variant) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import WanError
+from ..files.write import save_tensors
 from ..media.video import unfinished
 
 TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
@@ -99,7 +100,7 @@ def lora_tensors(adapted: Mapping[str, AdaptedLinear], dtype: torch.dtype = torc
 
 def save_lora(adapted: Mapping[str, AdaptedLinear], file: Path, metadata: Mapping[str, str]) -> None:
     with unfinished(file) as partial:
-        save_file(lora_tensors(adapted), partial, metadata={"format": "pt", **metadata})
+        save_tensors(lora_tensors(adapted), partial, {"format": "pt", **metadata})
 
 
 def merge_lora(weights: Mapping[str, Tensor], file: str | Path, strength: float = 1.0) -> dict[str, Tensor]:

@@ -130,8 +130,6 @@ def load_trained(
     with torch.device("meta"):
         model = TrainedDiT(file.config)
     load_strict(model, file.checkpoint, file.names, device=device, dtype=dtype)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # a mapped file is read-only
     file.checkpoint.close()
     return model.requires_grad_(True)
 

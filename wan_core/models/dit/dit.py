@@ -19,6 +19,7 @@ from .attention import Attend, sdpa
 from .features import Branch, feature_of
 from .layers import (
     SLICE,
+    Linear,
     Modulation,
     RMSNorm,
     Timed,
@@ -88,7 +89,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         for name in "qkvo":
-            setattr(self, name, nn.Linear(config.dim, config.dim))
+            setattr(self, name, Linear(config.dim, config.dim))
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
 
@@ -114,7 +115,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         for name in "qkvo":
-            setattr(self, name, nn.Linear(config.dim, config.dim))
+            setattr(self, name, Linear(config.dim, config.dim))
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
 
@@ -151,7 +152,7 @@ class FeedForward(nn.Sequential):
     """Linear, GELU(tanh), linear; in inference a long x is overwritten bit by bit: the wide middle stays small."""
 
     def __init__(self, dim: int, ffn_dim: int):
-        super().__init__(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        super().__init__(Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), Linear(ffn_dim, dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
@@ -202,7 +203,7 @@ class Head(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.eps = config.eps
-        self.head = nn.Linear(config.dim, config.out_channels * PATCH[0] * PATCH[1] * PATCH[2])
+        self.head = Linear(config.dim, config.out_channels * PATCH[0] * PATCH[1] * PATCH[2])
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
 
     def forward(self, x: torch.Tensor, timed: Timed) -> torch.Tensor:
@@ -229,10 +230,10 @@ class WanDiT(nn.Module):
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=PATCH, stride=PATCH)
         self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+            Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim)
         )
-        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
+        self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, dim * 6))
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.head = Head(config)
         for feature in config.features:
@@ -385,3 +386,7 @@ def keeps_float32(key: str) -> bool:
     """Weights that stay float32 in a half-precision model: small, and every step multiplies by them."""
     return "norm" in key or key.endswith("modulation") or key.startswith(("time_embedding.", "head."))
 
+
+def may_stay_in_file(key: str) -> bool:
+    """Whether a weight, by its full name, is the matrix of a ``Linear``, which can read it from its file."""
+    return key.endswith(".weight") and "norm" not in key and not key.startswith("patch_embedding.")

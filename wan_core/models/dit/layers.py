@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...files.mapped import fetch, is_mapped
+from ...quant.scratch import Scratch
+
 SLICE = 4096  # tokens in one float32 slice
+READ_AT_ONCE = 32 * 1024**2  # bytes of a half-precision matrix that are read from its file in one go
 
 
 class Modulation(NamedTuple):
@@ -49,12 +53,43 @@ def sinusoid(t: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
+class Linear(nn.Linear):
+    """A linear layer whose matrix may stay in its mapped file; then it is read at each use, into a shared buffer."""
+
+    may_stay_in_file = True
+    scratch: Scratch | None = None  # given where the matrix stays in the file
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] -> [..., out_features]"""
+        if self.scratch is None or not is_mapped(self.weight):
+            return F.linear(x, self.weight, self.bias)
+        if torch.is_grad_enabled():  # backward needs the matrix, when the buffer holds another one
+            return F.linear(x, fetch(self.weight), self.bias)
+        count = rows_at_once(self.out_features, self.in_features, self.weight.dtype)
+        if count >= self.out_features:
+            return F.linear(x, self.scratch.fitted(self.weight, like=self.weight), self.bias)
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for start in range(0, self.out_features, count):
+            rows = slice(start, start + count)
+            weight = self.scratch.fitted(self.weight[rows], like=self.weight)
+            y[..., rows] = F.linear(x, weight, None if self.bias is None else self.bias[rows])
+        return y
+
+
+def rows_at_once(rows: int, columns: int, dtype: torch.dtype) -> int:
+    """How many rows of a matrix in a file are read for one product: all in float32, whose products must be those of a
+    matrix in memory to the last bit; in half precision what keeps the buffer small.
+    """
+    return rows if dtype == torch.float32 else min(rows, max(1, READ_AT_ONCE // (columns * dtype.itemsize)))
+
+
 def linear_float32(layer: nn.Linear, x: torch.Tensor, parts: int = 1) -> torch.Tensor:
     """A linear layer computed in float32 whatever its weights are stored in, some output rows at a time."""
     if layer.weight.dtype == torch.float32:
         return layer(x)
     weights, biases = layer.weight.chunk(parts), layer.bias.chunk(parts)
-    return torch.cat([F.linear(x, w.float(), b.float()) for w, b in zip(weights, biases, strict=True)], dim=-1)
+    pairs = zip(weights, biases, strict=True)
+    return torch.cat([F.linear(x, fetch(w, dtype=torch.float32), b.float()) for w, b in pairs], dim=-1)
 
 
 class RMSNorm(nn.Module):

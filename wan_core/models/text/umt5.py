@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...config import TextConfig
+from ...files.mapped import rows_of
 from ...quant.linear import QuantEmbedding
 from ...quant.scratch import Scratch
 
@@ -37,6 +38,8 @@ class Linear(nn.Module):
     So a memory-mapped bfloat16 file serves a float32 computation without a float32 copy of the model.
     """
 
+    may_stay_in_file = True
+
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
@@ -48,6 +51,7 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """A table of rows; only the rows asked for leave the table's own device and dtype."""
 
+    may_stay_in_file = True
     packed_kind = QuantEmbedding  # what stands here when the table is in a quantised format
 
     def __init__(self, rows: int, dim: int):
@@ -55,7 +59,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, dim))
 
     def forward(self, ids: Tensor, like: Tensor) -> Tensor:
-        return self.weight[ids.to(self.weight.device)].to(device=like.device, dtype=like.dtype)
+        return rows_of(self.weight, ids.to(self.weight.device)).to(device=like.device, dtype=like.dtype)
 
 
 class RMSNorm(nn.Module):
