@@ -16,9 +16,9 @@ from cases import import_pack, report  # noqa: E402
 
 import_pack()
 from wan_pack.nodes import native  # noqa: E402
-from wan_pack.wan_core.engine import Engine, dit_bytes  # noqa: E402
-from wan_pack.wan_core.models.dit import WanDiT  # noqa: E402
-from wan_pack.wan_core.models.load_dit import read_dit  # noqa: E402
+from wan_pack.wan_core.loading.dit import read_dit  # noqa: E402
+from wan_pack.wan_core.memory.engine import Engine, dit_bytes  # noqa: E402
+from wan_pack.wan_core.models.dit.dit import WanDiT  # noqa: E402
 from wan_pack.wan_core.recipe import ModelRecipe  # noqa: E402
 
 CPU = torch.device("cpu")

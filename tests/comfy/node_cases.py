@@ -44,11 +44,11 @@ from cases import import_pack, report  # noqa: E402
 import_pack()
 from wan_pack import nodes as pack  # noqa: E402
 from wan_pack.nodes import base, conditioning, host, native, native_reverse, pictures, sample  # noqa: E402
-from wan_pack.wan_core import devices  # noqa: E402
 from wan_pack.wan_core.config import PerExpert  # noqa: E402
 from wan_pack.wan_core.errors import WanError  # noqa: E402
+from wan_pack.wan_core.loading.dit import read_dit  # noqa: E402
 from wan_pack.wan_core.lora.use import Loras, LoraUse  # noqa: E402
-from wan_pack.wan_core.models.load_dit import read_dit  # noqa: E402
+from wan_pack.wan_core.memory import devices  # noqa: E402
 from wan_pack.wan_core.recipe import ModelRecipe  # noqa: E402
 
 CPU = torch.device("cpu")

@@ -51,7 +51,7 @@ import gc, json, sys
 from dataclasses import replace
 import torch
 from bench.memory import _anonymous
-from wan_core import offload
+from wan_core.memory import stream as offload
 from wan_core.config import PerExpert
 from wan_core.memory.engine import Engine
 from wan_core.pipeline import Request, generate, read_models
