@@ -24,8 +24,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from wan_core.config import PATCH, VARIANTS, DiTConfig
-from wan_core.loading.dit import build_dit, read_dit
+from wan_core.loading.dit import read_dit
 from wan_core.media.geometry import latent_shape
+from wan_core.memory.build import build_dit
 from wan_core.memory.plan import GB, Plan, activation_bytes, held_bytes, plan
 from wan_core.models.dit.dit import WanDiT
 from wan_core.recipe import ModelRecipe

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wan_core.config import PATCH
+from wan_core.loading.taehv import load_tiny_decoder
 from wan_core.media.geometry import noise, preview_rgb
 from wan_core.media.preview import PAUSE, SHARE, Painter, moving_picture, small_frames
-from wan_core.models.vae.taehv import TinyConfig, TinyDecoder, load_tiny_decoder, published_key
+from wan_core.models.vae.taehv import TinyConfig, TinyDecoder, published_key
 
 from .memory import CONFIGS
 

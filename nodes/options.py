@@ -10,8 +10,7 @@ from ..wan_core.errors import WanError
 from ..wan_core.foreign import only_own
 from ..wan_core.media import geometry as latents
 from ..wan_core.memory.plan import AUTO, plan
-from ..wan_core.memory.stream import PREFETCH
-from ..wan_core.recipe import ModelRecipe
+from ..wan_core.recipe import PREFETCH, ModelRecipe
 from . import host
 from .base import WanNode
 from .types import WanModel

@@ -173,7 +173,7 @@ def _tiny_decoder(latent: torch.Tensor) -> TinyDecoder | None:
 
 def _loaded(name: str, channels: int) -> TinyDecoder | None:
     """A decoder, or None for a file that is none; that is said once until the file changes."""
-    from ..wan_core.models.vae.taehv import load_tiny_decoder
+    from ..wan_core.loading.taehv import load_tiny_decoder
 
     stamp = host.fingerprint("vae_approx", name)
     if stamp in _refused:

@@ -11,12 +11,13 @@ from comfy_api.latest import io
 from ..wan_core.config import TEMPORAL_STRIDE, VAES
 from ..wan_core.dtypes import resolve_dtype
 from ..wan_core.errors import WanError
-from ..wan_core.files.mapped import fetch
 from ..wan_core.loading.vae import VAEFile, read_vae
+from ..wan_core.mapped import fetch
 from ..wan_core.media.geometry import latent_frames, pixel_frames
 from ..wan_core.memory import capacity
 from ..wan_core.memory.plan import decode_bytes
-from ..wan_core.models.vae.tiles import Tiles, cut, decoded_tiles, encode_tiled_chunks, fitting_tiles
+from ..wan_core.memory.vae_placement import fitting_tiles
+from ..wan_core.models.vae.tiles import Tiles, cut, decoded_tiles, encode_tiled_chunks
 from ..wan_core.models.vae.vae import VideoVAE, denormalise, normalise
 from . import host
 from .base import WanNode, guarded_methods

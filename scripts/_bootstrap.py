@@ -49,6 +49,7 @@ TEST_PACKAGES = (
     "pytest==9.2.0",
     "playwright==1.65.2",
     "ruff==0.17.6",
+    "import-linter==2.17",
 )
 DEBIAN_BROWSER = ("chromium", "fonts-noto-cjk")  # the fonts make screenshots with Chinese prompts readable
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

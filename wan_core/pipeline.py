@@ -30,9 +30,10 @@ from .memory.devices import available_bytes
 from .memory.engine import Engine, largest_matrix, text_bytes
 from .memory.plan import AUTO, GB, MARGIN, decode_bytes
 from .memory.run import denoise_in_memory
+from .memory.vae_placement import fitting_tiles
 from .models.dit.attention import find_backend
 from .models.dit.features.clip_tokens import ClipTokens
-from .models.vae.tiles import Tiles, decode_tiled_chunks, encode_tiled_chunks, fitting_tiles
+from .models.vae.tiles import Tiles, decode_tiled_chunks, encode_tiled_chunks
 from .recipe import ModelRecipe, pair
 from .sampling.denoise import StepReport
 from .sampling.experts import Switch

@@ -5,7 +5,9 @@ Option nodes return a changed copy (``dataclasses.replace``); the engine turns t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,11 +17,46 @@ from .foreign import Foreign
 from .layouts.noise_level import noise_level_of
 from .layouts.variants import candidates, choose
 from .loading.dit import DiTFile
-from .lora.use import Loras, LoraUse
-from .memory.stream import PREFETCH
 from .sampling.experts import Switch
 
+if TYPE_CHECKING:
+    from .lora.files import LoraFile
+
+PREFETCH = 1  # streamed blocks on the device before their turn, unless asked otherwise
+
 Network = DiTFile | Foreign
+
+
+@dataclass(frozen=True, eq=False)
+class LoraUse:
+    """A LoRA on one expert; steps are counted from 0, both ends included, and None is the last of any schedule."""
+
+    file: LoraFile
+    strength: float
+    first_step: int = 0
+    last_step: int | None = None
+
+    @property
+    def ranged(self) -> bool:
+        """Whether it does not act at every step."""
+        return self.first_step > 0 or self.last_step is not None
+
+    def at(self, step: int) -> float:
+        """The strength at a step."""
+        within = self.first_step <= step and (self.last_step is None or step <= self.last_step)
+        return self.strength if within else 0.0
+
+
+@dataclass(frozen=True)
+class Loras:
+    """Each expert's chain, in the order in which it is applied; a dense model's is ``high``."""
+
+    high: tuple[LoraUse, ...] = ()
+    low: tuple[LoraUse, ...] = ()
+
+    def __iter__(self) -> Iterator[LoraUse]:
+        yield from self.high
+        yield from self.low
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,9 +47,8 @@ from wan_pack.nodes import base, conditioning, host, native, native_reverse, pic
 from wan_pack.wan_core.config import PerExpert  # noqa: E402
 from wan_pack.wan_core.errors import WanError  # noqa: E402
 from wan_pack.wan_core.loading.dit import read_dit  # noqa: E402
-from wan_pack.wan_core.lora.use import Loras, LoraUse  # noqa: E402
 from wan_pack.wan_core.memory import devices  # noqa: E402
-from wan_pack.wan_core.recipe import ModelRecipe  # noqa: E402
+from wan_pack.wan_core.recipe import Loras, LoraUse, ModelRecipe  # noqa: E402
 
 CPU = torch.device("cpu")
 for node in pack.NODES:

@@ -185,10 +185,10 @@ def _readers(folder: Path) -> list[Callable[[Path], object]]:
     from tests.core.damaged_values import sound_files
     from wan_core.files.checkpoint import open_checkpoint
     from wan_core.loading.dit import load_dit, read_dit
+    from wan_core.loading.taehv import load_tiny_decoder
     from wan_core.loading.text import load_text_encoder
     from wan_core.loading.vae import load_vae
     from wan_core.lora.files import read_lora
-    from wan_core.models.vae.taehv import load_tiny_decoder
 
     sound = sound_files()
     header, size = safetensors_header(sound.specs["dit"], {})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wan_core.files.mapped import ALIGNMENT, is_mapped
+from wan_core.mapped import ALIGNMENT, is_mapped
 
 ODD = (0, 4, 8, 24, 40)  # bytes beside a multiple of 64; 24 is where one processor's products began to differ
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -19,17 +19,18 @@ from torch import Tensor
 from tests.core.misaligned import ODD, aligned_products, write_at
 from tests.core.test_preview import tiny_weights
 from wan_core.config import DiTConfig
-from wan_core.files.mapped import ALIGNMENT
 from wan_core.files.write import save_tensors
-from wan_core.loading.dit import build_dit, read_dit
+from wan_core.loading.dit import read_dit
+from wan_core.loading.taehv import load_tiny_decoder
 from wan_core.loading.text import load_text_encoder
 from wan_core.loading.vae import load_vae
 from wan_core.lora.apply import adaptation_of
 from wan_core.lora.files import read_lora
-from wan_core.memory import stream as offload
-from wan_core.memory.stream import HostLane
+from wan_core.mapped import ALIGNMENT
+from wan_core.memory.build import build_dit
+from wan_core.memory.stream import transfer as offload
+from wan_core.memory.stream.transfer import HostBackend
 from wan_core.models.dit.dit import WanDiT
-from wan_core.models.vae.taehv import load_tiny_decoder
 from wan_core.tools.convert import convert
 from wan_core.tools.tiny import _random_lora, _random_weights, write_tiny
 
@@ -82,7 +83,7 @@ def test_a_transformer(tmp_path: Path, weights: dict[str, Tensor], stored: torch
 
 
 def test_a_transformer_in_the_reader_thread(tmp_path: Path, weights: dict[str, Tensor], monkeypatch):
-    monkeypatch.setitem(offload.LANES, "cpu", HostLane)
+    monkeypatch.setitem(offload.BACKENDS, "cpu", HostBackend)
     stored = {key: value.bfloat16() for key, value in weights.items()}
     everywhere(tmp_path / "dit", stored, lambda file: build_dit(read_dit(file), dtype="float32", swap_blocks=2,
                                                                prefetch=1)(*inputs()))  # fmt: skip

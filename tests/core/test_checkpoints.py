@@ -16,8 +16,8 @@ import wan_core
 from wan_core.config import VARIANTS, DiTConfig
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import open_checkpoint
-from wan_core.files.mapped import ALIGNMENT
 from wan_core.loading.dit import read_dit
+from wan_core.mapped import ALIGNMENT
 from wan_core.models.dit.dit import WanDiT
 from wan_core.tools.tiny import LAYOUTS, TinySizes, make_tiny, write_tiny
 

@@ -13,9 +13,10 @@ from tests.core.lora_files import DIALECTS_OF_LORA, STRENGTH, Dialect, draw, low
 from wan_core.config import DiTConfig
 from wan_core.errors import WanError
 from wan_core.layouts.dit import DIALECTS
-from wan_core.loading.dit import build_dit, read_dit
+from wan_core.loading.dit import read_dit
 from wan_core.lora.apply import Adaptation, PatchedLinear, adaptation_of
 from wan_core.lora.files import read_lora
+from wan_core.memory.build import build_dit
 from wan_core.models.dit.dit import WanDiT
 from wan_core.tools.tiny import TinySizes, _random_weights, make_tiny
 

@@ -17,19 +17,20 @@ from tests.core.test_lora import CONFIG, close, inputs, velocity, weights_of
 from wan_core.config import PerExpert
 from wan_core.errors import WanError
 from wan_core.layouts.dit import packs
-from wan_core.loading.dit import build_dit, read_dit
+from wan_core.loading.dit import read_dit
 from wan_core.lora.apply import PatchedLinear, adaptation_of
 from wan_core.lora.attach import with_lora
 from wan_core.lora.files import read_lora
-from wan_core.lora.use import Loras, LoraUse, bytes_beside
-from wan_core.memory import stream as offload
+from wan_core.lora.use import bytes_beside
+from wan_core.memory.build import build_dit
 from wan_core.memory.engine import Engine, dit_bytes
-from wan_core.memory.stream import HostLane
+from wan_core.memory.stream import transfer as offload
+from wan_core.memory.stream.transfer import HostBackend
 from wan_core.models.dit.dit import WanDiT
 from wan_core.quant.fp8 import FP8
 from wan_core.quant.int8 import Int8
 from wan_core.quant.linear import QuantLinear
-from wan_core.recipe import ModelRecipe, pair
+from wan_core.recipe import Loras, LoraUse, ModelRecipe, pair
 from wan_core.sampling.denoise import denoise
 from wan_core.sampling.experts import Switch
 from wan_core.sampling.guidance import Condition
@@ -64,7 +65,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reader thread, the ring and the slots, as on CUDA, with plain memory."""
-    monkeypatch.setitem(offload.LANES, "cpu", HostLane)
+    monkeypatch.setitem(offload.BACKENDS, "cpu", HostBackend)
 
 
 def dequantised(dit: WanDiT) -> dict[str, Tensor]:

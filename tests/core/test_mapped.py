@@ -11,7 +11,7 @@ import torch
 
 from wan_core.errors import WanError
 from wan_core.files import mapped
-from wan_core.files.mapped import MappedFile, read_into
+from wan_core.mapped import MappedFile, read_into
 
 COUNT = 1000
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from nano.evaluate import score, statistics
 from nano.judge import FILES, TI2V, Judge, held_out_prompts, plain
 from tests.core.nano_night import DIALECTS, NANO, nano_judge, write_as
-from wan_core.loading.dit import build_dit, read_dit
+from wan_core.loading.dit import read_dit
 from wan_core.lora.apply import adaptation_of
 from wan_core.lora.files import read_lora
+from wan_core.memory.build import build_dit
 from wan_core.memory.engine import pad_text
 from wan_core.models.dit.dit import WanDiT
 from wan_core.tools.convert import convert

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from wan_core.config import DiTConfig
 from wan_core.errors import WanError
 from wan_core.loading import dit as load_dit
-from wan_core.loading.dit import build_dit, read_dit
-from wan_core.memory import stream as offload
-from wan_core.memory.stream import BlockSwap, HostLane, Ring, load_of, spread
+from wan_core.loading.dit import read_dit
+from wan_core.memory.build import build_dit
+from wan_core.memory.stream import transfer as offload
+from wan_core.memory.stream.ring import Ring, spread
+from wan_core.memory.stream.swap import BlockSwap
+from wan_core.memory.stream.transfer import HostBackend, transfer_of
 from wan_core.models.dit.dit import WanDiT, keeps_float32
 from wan_core.tools.tiny import _random_weights
 
@@ -41,7 +44,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reader thread, the ring and the slots, as on CUDA, with plain memory."""
-    monkeypatch.setitem(offload.LANES, "cpu", HostLane)
+    monkeypatch.setitem(offload.BACKENDS, "cpu", HostBackend)
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +110,7 @@ def test_buffers_are_moved_as_they_are_and_parameters_converted():
     layer = nn.ModuleDict({"q": Quantised(), "norm": nn.LayerNorm(3, dtype=torch.bfloat16)})
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     device = torch.device("meta")  # nothing lies there yet: all must move
-    load = load_of(layer, device, torch.float16, keeps_float32)
+    load = transfer_of(layer, device, torch.float16, keeps_float32)
     load.take_away()
     assert all(tensor.is_meta for tensor in layer.state_dict().values())
     slot = torch.zeros(load.bytes, dtype=torch.uint8)
@@ -118,7 +121,7 @@ def test_buffers_are_moved_as_they_are_and_parameters_converted():
                       "norm.weight": torch.float32, "norm.bias": torch.float32}  # fmt: skip
     assert all(torch.equal(value, before[key].to(value.dtype)) for key, value in layer.state_dict().items())
     assert isinstance(layer["q"].bias, nn.Parameter)
-    assert all(item.offset % offload.ALIGNMENT == 0 for item in load.cargo)
+    assert all(item.offset % offload.ALIGNMENT == 0 for item in load.tensors)
 
 
 class FakeClock:
@@ -297,14 +300,14 @@ def test_a_closed_swap_begins_anew(files: dict[str, Path]):
 def test_slots_are_used_again(files: dict[str, Path]):
     dit = build_dit(read_dit(files["bfloat16"]), dtype="float32", swap_blocks=LAYERS, prefetch=2)
     places = set()
-    original = offload.Load.put
+    original = offload.BlockTransfer.put
 
-    def spy(load: offload.Load, buffer: Tensor) -> None:
+    def spy(load: offload.BlockTransfer, buffer: Tensor) -> None:
         places.add(buffer.data_ptr())
         original(load, buffer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offload.Load, "put", spy)
+        patch.setattr(offload.BlockTransfer, "put", spy)
         for _ in range(3):
             dit(*inputs())
     assert len(places) == dit.swap.slots == 3
@@ -321,7 +324,7 @@ def test_it_works_in_inference_mode(files: dict[str, Path]):
     assert torch.equal(dit(*inputs()), resident)
 
 
-@pytest.mark.parametrize("lane", [None, HostLane], ids=["direct", "thread"])
+@pytest.mark.parametrize("lane", [None, HostBackend], ids=["direct", "thread"])
 @pytest.mark.parametrize("asked", [True, False], ids=["before", "while-reading"])
 @pytest.mark.parametrize("damage", ["truncated", "replaced", "removed"])
 def test_a_file_that_changes_while_mapped_is_noticed(
@@ -329,7 +332,7 @@ def test_a_file_that_changes_while_mapped_is_noticed(
 ):
     """Also after it was asked for and before it is read: to touch the mapping then would kill the process."""
     if lane:
-        monkeypatch.setitem(offload.LANES, "cpu", lane)
+        monkeypatch.setitem(offload.BACKENDS, "cpu", lane)
     if not asked:
         monkeypatch.setattr(load_dit, "check_unchanged", lambda file: None)
     path = tmp_path / "model.safetensors"

@@ -51,12 +51,12 @@ import gc, json, sys
 from dataclasses import replace
 import torch
 from bench.memory import _anonymous
-from wan_core.memory import stream as offload
+from wan_core.memory.stream import transfer as offload
 from wan_core.config import PerExpert
 from wan_core.memory.engine import Engine
 from wan_core.pipeline import Request, generate, read_models
 torch.set_num_threads(1)
-offload.LANES["cpu"] = offload.HostLane  # the reader thread, the ring and the slots, as on CUDA
+offload.BACKENDS["cpu"] = offload.HostBackend  # the reader thread, the ring and the slots, as on CUDA
 models = read_models(sys.argv[1], "t2v-A14B", dtype="bfloat16")
 models = replace(models, dit=replace(models.dit, swap_blocks=4, prefetch=2))
 request = Request("a cat", "", size=(32, 32), frames=1, steps=2, seed=1, guidance=PerExpert(2.0, 2.0))

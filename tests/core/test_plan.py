@@ -14,11 +14,12 @@ from torch import Tensor
 from wan_core.config import TEXT_LENGTH, DiTConfig, VAEConfig
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import Checkpoint
-from wan_core.files.mapped import is_mapped
 from wan_core.files.marks import TensorInfo
-from wan_core.loading.dit import DiTFile, build_dit, read_dit
+from wan_core.loading.dit import DiTFile, read_dit
+from wan_core.mapped import is_mapped
+from wan_core.memory.build import build_dit
 from wan_core.memory.plan import activation_bytes, check_fits, check_frames_fit, decode_bytes, plan, smaller, weights_of
-from wan_core.memory.stream import spread
+from wan_core.memory.stream.ring import spread
 from wan_core.memory.tracing import peak_bytes
 from wan_core.models.dit import dit
 from wan_core.models.dit.dit import Block, TextStates, WanDiT, keeps_float32

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from wan_core.config import PerExpert
 from wan_core.errors import WanError
+from wan_core.loading.taehv import load_tiny_decoder
 from wan_core.media.geometry import noise, preview_rgb
 from wan_core.media.preview import Pace, Painter, moving_picture, small_frames, thinned
-from wan_core.models.vae.taehv import load_tiny_decoder
 
 WIDTHS = (256, 128, 64, 64)
 

@@ -17,9 +17,10 @@ import wan_core
 from tests.core.test_quant_read import SIZES, in_blocks, plain_model, velocity
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import open_checkpoint
-from wan_core.loading.dit import build_dit, read_dit
+from wan_core.loading.dit import read_dit
 from wan_core.lora.apply import adaptation_of
 from wan_core.lora.files import read_lora
+from wan_core.memory.build import build_dit
 from wan_core.quant.base import Packed
 from wan_core.quant.block_scaled import from_tiles, in_tiles, tiles_shape
 from wan_core.quant.linear import QuantLinear

@@ -17,7 +17,8 @@ import wan_core
 from tests.core.quant_files import fp8_scaled, is_matrix, random_blocks, write_gguf
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import open_checkpoint
-from wan_core.loading.dit import build_dit, quantised_note, read_dit
+from wan_core.loading.dit import quantised_note, read_dit
+from wan_core.memory.build import build_dit
 from wan_core.models.dit.dit import WanDiT
 from wan_core.quant.gguf import BLOCK_TYPES
 from wan_core.quant.linear import QuantLinear

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from wan_core.loading.dit import build_dit, load_dit, read_dit
+from wan_core.loading.dit import load_dit, read_dit
+from wan_core.memory.build import build_dit
 from wan_core.models.dit.dit import WanDiT
 from wan_core.sampling.denoise import denoise
 from wan_core.sampling.experts import Experts

@@ -41,7 +41,8 @@ def truncate(*_):
 def dit(path, lora=None, merge=False, on_block=None, **options):
     from wan_core.lora.apply import adaptation_of
     from wan_core.lora.files import read_lora
-    from wan_core.loading.dit import build_dit, read_dit
+    from wan_core.loading.dit import read_dit
+    from wan_core.memory.build import build_dit
     file = read_dit(path)
     model = build_dit(file, **options)
     if lora:

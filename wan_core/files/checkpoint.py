@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from ..errors import WanError
+from ..mapped import MappedFile, changed
 from ..quant.base import Packed
 from . import gguf as read_gguf
 from . import safetensors_header
@@ -27,7 +28,6 @@ from .door import MOST_TENSORS, Damage, check_name, check_shape, damaged, shown
 from .door import some as _some
 from .index import ENDING, Index, choose_index, read_index
 from .kind import ENDINGS, kind_of
-from .mapped import MappedFile, changed
 from .marks import TensorInfo, understand
 from .pickle_guard import check_pickle
 from .pickled import over_own_mapping

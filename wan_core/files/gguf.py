@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from ..errors import WanError
+from ..mapped import MappedFile
 from ..quant.gguf import BLOCK_TYPES, GGUF
 from .door import LONGEST_NAME, MOST_DIMENSIONS, MOST_TENSORS, Damage, check_name, check_shape, damaged, shown
 from .kind import GGUF_MAGIC as MAGIC
-from .mapped import MappedFile
 from .marks import TensorInfo
 
 _STRING, _ARRAY = 8, 9

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .mapped import MappedFile, fetch
+from ..mapped import MappedFile, fetch
 
 _LOCAL_HEADER = 30  # bytes of a zip entry's own header, before its name
 

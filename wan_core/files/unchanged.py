@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ..mapped import changed
 from .checkpoint import Checkpoint
-from .mapped import changed
 
 
 class HeaderRead(Protocol):

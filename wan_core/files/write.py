@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ..errors import WanError
+from ..mapped import ALIGNMENT
 from ..quant.gguf import BLOCK_TYPES
 from .gguf import _PLAIN, _TYPE_NUMBERS, MAGIC
-from .mapped import ALIGNMENT
 from .place import mark_pickle
 from .storage import NAMES as _NAMES
 

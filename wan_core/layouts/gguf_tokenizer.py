@@ -18,7 +18,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.door import damaged, shown
 from ..files.gguf import Array, read_header
 from ..files.kind import is_gguf
-from ..files.mapped import fetch
+from ..mapped import fetch
 from ..models.text.tokenizer import SPIECE_FILE, find_tokenizer
 from ..models.text.tokenizer_check import problem_of
 from .text import spiece_key

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, _some
-from ..files.mapped import fetch, is_mapped, read_into, room_for
 from ..layouts.extras import misfit
+from ..mapped import fetch, is_mapped, read_into, room_for
 from ..quant.base import Packed
 from ..quant.linear import pack_layers
 from ..quant.scaled import Scaled

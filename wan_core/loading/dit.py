@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import nn
 
 from ..config import DiTConfig
 from ..dtypes import resolve_dtype
 from ..files.checkpoint import Checkpoint, open_checkpoint
-from ..files.unchanged import check_unchanged
 from ..layouts import dit as keys
 from ..layouts.architecture import check_runs
 from ..layouts.detect import find
-from ..memory.stream import PREFETCH, BlockSwap
 from ..models.dit.attention import find_backend
 from ..models.dit.dit import WanDiT, keeps_float32
 from ..quant.registry import MADE_ON_LOAD
@@ -71,16 +72,28 @@ def understand_dit(checkpoint: Checkpoint) -> tuple[DiTConfig, dict[str, str], t
     return config, names, (*notes, *more)
 
 
-def build_dit(
+class Stream(Protocol):
+    """Blocks whose weights stay in the file, and come to the device for the time of one block."""
+
+    def places(self, key: str) -> bool:
+        """Whether a weight of the model, by its full name, lives on the device all the time."""
+
+    def adopt(self) -> Stream:
+        """Take over the other blocks' weights, which are loaded (mapped) by now."""
+
+
+def fill_dit(
     file: DiTFile,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
     attention: str = "auto",
-    swap_blocks: int = 0,
-    prefetch: int = PREFETCH,
+    stream: Callable[[nn.ModuleList, torch.dtype], Stream] | None = None,
 ) -> WanDiT:
-    """The model with its weights on the device, but for ``swap_blocks`` blocks, which stream from the file.
+    """The model with its weights on the device.
+
+    Args:
+        stream: blocks and the computation's dtype -> what brings some of them in their turn.
 
     Raises:
         WanError: see ``load_strict``, ``find_backend`` and ``resolve_dtype``.
@@ -92,14 +105,13 @@ def build_dit(
         log.info("wan_core: %s", note)
     with torch.device("meta"):
         model = WanDiT(file.config)
-    swap = BlockSwap(model.blocks, swap_blocks, device=device, dtype=dtype, keep_float32=keeps_float32,
-                     prefetch=prefetch, check=lambda: check_unchanged(file))
+    swap = stream(model.blocks, dtype) if stream else None
     load_strict(model, file.checkpoint, file.names, device=device, dtype=dtype, keep_float32=keeps_float32,
-                place=swap.places, packs=keys.packs, make=lambda key: make,
-                spare=lambda key: swap_blocks > 0 and not key.startswith("blocks."))  # fmt: skip
+                place=swap.places if swap else lambda key: True, packs=keys.packs, make=lambda key: make,
+                spare=lambda key: swap is not None and not key.startswith("blocks."))  # fmt: skip
     file.checkpoint.close()  # the recipe outlives the weights; the mapping must not outlive them too
     model.attend = backend.run
-    model.swap = swap.adopt() if swap_blocks else None
+    model.swap = swap.adopt() if swap else None
     return model
 
 
@@ -132,4 +144,4 @@ def load_dit(
     Raises:
         WanError: the file is missing, damaged, or no Wan DiT.
     """
-    return build_dit(read_dit(path), device=device, dtype=dtype)
+    return fill_dit(read_dit(path), device=device, dtype=dtype)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files.mapped import fetch
+from ..mapped import fetch
 
 Shapes = Mapping[str, tuple[int, ...]]  # role -> shape
 

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files.mapped import fetch
 from ..files.unchanged import check_unchanged
 from ..layouts.dit import packs
 from ..layouts.keys import block_of
 from ..loading.dit import DiTFile
+from ..mapped import fetch
 from ..models.dit.dit import WanDiT, keeps_float32
 from ..quant.linear import QuantLinear
 from ..quant.scratch import Scratch

@@ -9,10 +9,9 @@ from ..config import PerExpert
 from ..errors import WanError
 from ..foreign import only_own
 from ..loading.dit import DiTFile
-from ..recipe import ModelRecipe, noise_level_of
+from ..recipe import Loras, LoraUse, ModelRecipe, noise_level_of
 from .files import LoraFile, read_lora
 from .twins import find_twin, has_other_epoch, level_of
-from .use import Loras, LoraUse
 
 AUTO = "auto"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from ..config import VARIANTS, DiTConfig
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, _some, open_checkpoint
-from ..files.mapped import fetch
 from ..loading.dit import DiTFile
+from ..mapped import fetch
 from .adapters import Adapter, BiasOfUp
 from .dialects import keys_of_expert, names_of, relative_of, sort_keys
 from .kinds import kinds_of

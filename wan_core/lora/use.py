@@ -1,45 +1,13 @@
-"""Which LoRAs a recipe wants, how strongly, and at which steps."""
+"""What the LoRAs of a recipe take beside a block's weights, and which of them must be merged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
-from .files import LoraFile, Part
-
-
-@dataclass(frozen=True, eq=False)
-class LoraUse:
-    """A LoRA on one expert; steps are counted from 0, both ends included, and None is the last of any schedule."""
-
-    file: LoraFile
-    strength: float
-    first_step: int = 0
-    last_step: int | None = None
-
-    @property
-    def ranged(self) -> bool:
-        """Whether it does not act at every step."""
-        return self.first_step > 0 or self.last_step is not None
-
-    def at(self, step: int) -> float:
-        """The strength at a step."""
-        within = self.first_step <= step and (self.last_step is None or step <= self.last_step)
-        return self.strength if within else 0.0
-
-
-@dataclass(frozen=True)
-class Loras:
-    """Each expert's chain, in the order in which it is applied; a dense model's is ``high``."""
-
-    high: tuple[LoraUse, ...] = ()
-    low: tuple[LoraUse, ...] = ()
-
-    def __iter__(self) -> Iterator[LoraUse]:
-        yield from self.high
-        yield from self.low
+from ..recipe import LoraUse
+from .files import Part
 
 
 def merges(uses: Sequence[LoraUse], key: str) -> bool:

@@ -24,10 +24,11 @@ from ..files.unchanged import check_unchanged
 from ..foreign import Foreign
 from ..layouts import text as text_layout
 from ..loading.clip import ClipFile, build_clip, clip_dtype
-from ..loading.dit import DiTFile, build_dit
+from ..loading.dit import DiTFile
 from ..loading.text import TextEncoder, TextFile, build_text_encoder
 from ..loading.vae import VAEFile, build_vae
 from ..lora.apply import adaptation_of
+from ..memory.build import build_dit
 from ..models.clip.vit import ClipVision
 from ..models.dit.dit import TextStates, WanDiT
 from ..models.dit.inputs import with_channels
@@ -38,7 +39,7 @@ from ..sampling.guidance import Condition
 from .devices import available_bytes, empty_cache
 from .plan import AUTO, Plan, plan, smaller, weights_of
 from .readahead import ReadAhead
-from .stream import spread
+from .stream.ring import spread
 
 log = logging.getLogger(__name__)
 

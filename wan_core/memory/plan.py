@@ -20,14 +20,16 @@ from ..errors import WanError
 from ..files.checkpoint import Checkpoint
 from ..layouts.dit import packs
 from ..layouts.keys import block_of
-from ..lora.use import LoraUse, bytes_beside, merges
+from ..lora.use import bytes_beside, merges
 from ..models.dit.dit import TOKENS_AT_ONCE, keeps_float32, may_stay_in_file
 from ..models.dit.features import feature_of
 from ..models.dit.layers import SLICE, rows_at_once
 from ..models.dit.rope import SLICE as ROTATED_AT_ONCE
 from ..quant.registry import MADE_ON_LOAD
+from ..recipe import LoraUse
 from .devices import total_bytes
-from .stream import LANES, STAGES, check_count, spread
+from .stream.ring import STAGES, check_count, spread
+from .stream.transfer import BACKENDS
 from .tracing import peak_bytes
 
 if TYPE_CHECKING:
@@ -337,7 +339,7 @@ def _layout(
     tokens = t * math.ceil(h / PATCH[1]) * math.ceil(w / PATCH[2])
     held = held_bytes(config, shape, dtype, guided=guided, keep_text=recipe.keeps_text)
     activations = activation_bytes(config, b, tokens, dtype) + held
-    streams = device.type in LANES
+    streams = device.type in BACKENDS
 
     def lay(swapped: int, prefetch: int) -> Plan:
         gone = spread(swapped, config.layers)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..files.mapped import fetch, rows_of
+from ..mapped import fetch, rows_of
 
 Parts = Mapping[str, Tensor]  # the tensors of one packed matrix, by their role: "data", "scale"
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..files.mapped import rows_of
+from ..mapped import rows_of
 from .base import Format, Parts
 
 TILE = (128, 4)  # rows, blocks

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files.mapped import fetch
+from ..mapped import fetch
 from .base import Format, Packed
 from .scratch import Scratch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..files.mapped import rows_of
+from ..mapped import rows_of
 from .base import Format, Packed, Parts
 
 _SMALLEST = 1e-30  # the scale of a row of zeros

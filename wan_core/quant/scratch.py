@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..files.mapped import is_mapped, read_into
+from ..mapped import is_mapped, read_into
 
 
 class Scratch(threading.local):

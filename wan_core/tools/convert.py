@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, open_checkpoint
-from ..files.mapped import fetch
 from ..files.place import MARK, check_target, complete_or_nothing, mark
 from ..files.write import Planned, as_json, check_room, write_gguf, write_pickle, write_safetensors
 from ..layouts import dit, text, vae
@@ -27,6 +26,7 @@ from ..layouts.variants import choose
 from ..loading.dit import understand_dit
 from ..loading.text import understand_text
 from ..loading.vae import understand_vae
+from ..mapped import fetch
 from ..quant.base import Format
 from ..quant.block_scaled import BlockScaled, in_tiles, tiles_shape
 from ..quant.fp8 import FP8

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...files.mapped import fetch, is_mapped
+from ...mapped import fetch, is_mapped
 from ...quant.scratch import Scratch
 
 SLICE = 4096  # tokens in one float32 slice

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...config import TextConfig
-from ...files.mapped import rows_of
+from ...mapped import rows_of
 from ...quant.linear import QuantEmbedding
 from ...quant.scratch import Scratch
 

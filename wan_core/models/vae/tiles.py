@@ -14,7 +14,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ...config import TEMPORAL_STRIDE, VAEConfig
+from ...config import TEMPORAL_STRIDE
 from ...errors import WanError
 from .layers import FrameCache
 from .vae import OnChunk, VideoVAE, check_frame_count, latent_frames
@@ -99,24 +99,6 @@ def _rise(places: Tensor, before: slice, after: slice, scale: int, ramp: float) 
     """0 to 1 around the middle of what two pieces share."""
     middle = (before.stop + after.start) * scale / 2
     return ((places - middle) / max(ramp, 1e-6) + 0.5).clamp(0, 1)
-
-
-def fitting_tiles(config: VAEConfig, height: int, width: int, free: float, dtype: torch.dtype) -> Tiles | None:
-    """The largest tiles whose decoding fits into ``free`` bytes, for frames of so many pixels; None: no tiles needed.
-
-    Where nothing fits, the smallest tiles.
-    """
-    from ...memory.plan import decode_bytes
-
-    if decode_bytes(config, height, width, dtype) <= free:
-        return None
-    sizes = [size for size in _SIZES if size < max(height, width)] or _SIZES[-1:]
-    fits = (s for s in sizes if decode_bytes(config, min(s, height), min(s, width), dtype) <= free)
-    size = next(fits, sizes[-1])
-    return Tiles.square(size)
-
-
-_SIZES = (1024, 768, 640, 512, 448, 384, 320, 256, 192)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from ..errors import WanError
+from .errors import WanError
 
 ALIGNMENT = 64  # bytes: what PyTorch's allocator gives, and the widest instructions and cache lines want
 _READERS = 4  # reads under way at once: one alone reaches neither a disk's speed nor that of the memory

@@ -1,0 +1,194 @@
+"""What one block brings to the device, and the memory it passes through on the way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ...mapped import read_into
+
+log = logging.getLogger(__name__)
+
+ALIGNMENT = 256  # bytes; a tensor's place in a slot
+
+Key = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class TensorSlot:
+    """One tensor of a block: where it comes from, where it goes, and where it lies in a slot."""
+
+    owner: nn.Module
+    name: str
+    is_parameter: bool
+    stored: torch.Tensor  # mapped
+    dtype: torch.dtype  # on the device
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.stored.numel() * self.dtype.itemsize
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Its place in a buffer of bytes, as a tensor."""
+        return buffer[self.offset : self.end].view(self.dtype).view(self.stored.shape)
+
+    def put(self, tensor: torch.Tensor) -> None:
+        if self.is_parameter:
+            self.owner._parameters[self.name] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            self.owner._buffers[self.name] = tensor
+
+
+@dataclass(frozen=True)
+class BlockTransfer:
+    """All that one block brings to the device."""
+
+    tensors: tuple[TensorSlot, ...]
+
+    @property
+    def bytes(self) -> int:
+        return self.tensors[-1].end if self.tensors else 0
+
+    def read_into(self, buffer: torch.Tensor) -> None:
+        """Read from the file, in the device's dtypes."""
+        read_into((item.stored, item.view(buffer)) for item in self.tensors)
+
+    def put(self, buffer: torch.Tensor) -> None:
+        for item in self.tensors:
+            item.put(item.view(buffer))
+
+    def take_away(self) -> None:
+        for item in self.tensors:
+            item.put(torch.empty_like(item.stored, device="meta"))
+
+
+def transfer_of(block: nn.Module, device: torch.device, dtype: torch.dtype, keep_float32: Key) -> BlockTransfer:
+    """What must be moved of a block whose tensors are mapped: parameters in the dtype of the computation (or float32),
+    buffers as they are. What is right as it lies in the file stays there.
+    """
+    tensors = []
+    for path, owner in block.named_modules():
+        for is_parameter, tensors in ((True, owner._parameters), (False, owner._buffers)):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                full = f"{path}.{name}" if path else name
+                target = _target_dtype(full, tensor, is_parameter, dtype, keep_float32)
+                if tensor.device == device and tensor.dtype == target:
+                    continue
+                tensors.append(TensorSlot(owner, name, is_parameter, tensor.data, target, 0))
+    return laid_out(tensors)
+
+
+def laid_out(tensors: Iterable[TensorSlot]) -> BlockTransfer:
+    """Each tensor at a place of its own in the slot."""
+    placed, offset = [], 0
+    for item in tensors:
+        placed.append(replace(item, offset=offset))
+        offset = -(-placed[-1].end // ALIGNMENT) * ALIGNMENT
+    return BlockTransfer(tuple(placed))
+
+
+def _target_dtype(
+    name: str, tensor: torch.Tensor, is_parameter: bool, dtype: torch.dtype, keep_float32: Key
+) -> torch.dtype:
+    if not is_parameter or not tensor.is_floating_point():
+        return tensor.dtype
+    return torch.float32 if keep_float32(name) else dtype
+
+
+class TransferBackend(Protocol):
+    """The memory that blocks pass through, and how one place waits for another. Calls but ``stage`` return at once."""
+
+    slots: Sequence[torch.Tensor]
+
+    def stage(self, index: int) -> torch.Tensor:
+        """A staging buffer, once nothing reads from it any more."""
+
+    def copy(self, stage: int, slot: int, count: int) -> None:
+        """Begin to copy so many bytes, after the last computation with the slot."""
+
+    def enter(self, slot: int) -> None:
+        """Let the computation that follows wait for the copy."""
+
+    def leave(self, slot: int) -> None:
+        """The computation that has been asked for so far is the last with this slot's present content."""
+
+    def close(self) -> None:
+        """Wait until no copy is under way."""
+
+
+class HostBackend:
+    """Plain memory and copies that are done when they return: for any device without streams."""
+
+    @torch.inference_mode(False)  # ComfyUI runs nodes in inference mode, and another thread writes into these
+    def __init__(self, device: torch.device, slots: int, stages: int, size: int):
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
+        self.stages = [torch.empty(size, dtype=torch.uint8) for _ in range(stages)]
+
+    def stage(self, index: int) -> torch.Tensor:
+        return self.stages[index]
+
+    def copy(self, stage: int, slot: int, count: int) -> None:
+        self.slots[slot][:count].copy_(self.stages[stage][:count])
+
+    def enter(self, slot: int) -> None: ...
+
+    def leave(self, slot: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _pinned(size: int) -> torch.Tensor:
+    """Host memory that a device copies from by itself; plain memory, waited for, where the system gives none."""
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        log.warning("wan_core: no pinned memory (%s): blocks are copied more slowly.", str(error).split("\n")[0])
+        return torch.empty(size, dtype=torch.uint8)
+
+
+class CudaBackend:
+    """Pinned staging buffers and a stream of its own for copies; events order it and the computation."""
+
+    @torch.inference_mode(False)
+    def __init__(self, device: torch.device, slots: int, stages: int, size: int):
+        self.device = device
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
+        self.stages = [_pinned(size) for _ in range(stages)]
+        self.stream = torch.cuda.Stream(device)
+        self._ready = [torch.cuda.Event() for _ in range(slots)]  # the slot's copy is done
+        self._free = [torch.cuda.Event() for _ in range(slots)]  # the slot's last computation is done
+        self._drained = [torch.cuda.Event(blocking=True) for _ in range(stages)]  # the stage's copy is done
+        for event in self._free:  # a slot may be memory that kernels under way still use for something else
+            event.record(torch.cuda.current_stream(device))
+
+    def stage(self, index: int) -> torch.Tensor:
+        self._drained[index].synchronize()
+        return self.stages[index]
+
+    def copy(self, stage: int, slot: int, count: int) -> None:
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self._free[slot])
+            self.slots[slot][:count].copy_(self.stages[stage][:count], non_blocking=True)
+            self._ready[slot].record(self.stream)
+            self._drained[stage].record(self.stream)
+
+    def enter(self, slot: int) -> None:
+        torch.cuda.current_stream(self.device).wait_event(self._ready[slot])
+
+    def leave(self, slot: int) -> None:
+        self._free[slot].record(torch.cuda.current_stream(self.device))
+
+    def close(self) -> None:
+        self.stream.synchronize()
+
+
+# Of devices that prefetch.
+BACKENDS: dict[str, Callable[[torch.device, int, int, int], TransferBackend]] = {"cuda": CudaBackend}
