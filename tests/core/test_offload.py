@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from wan_core.config import DiTConfig
 from wan_core.errors import WanError
-from wan_core.loading import dit as load_dit
 from wan_core.loading.dit import read_dit
 from wan_core.memory.build import build_dit
 from wan_core.memory.stream import transfer as offload
@@ -80,7 +79,7 @@ def test_half_precision_equals_resident(files: dict[str, Path]):
     make = lambda n: build_dit(read_dit(files["bfloat16"]), dtype="bfloat16", swap_blocks=n)  # noqa: E731
     resident, swapped = make(0), make(LAYERS)
     assert torch.equal(resident(*inputs()), swapped(*inputs()))
-    sizes = {item.dtype for item in swapped.swap._loads[0].cargo}
+    sizes = {item.dtype for item in swapped.swap._transfers[0].tensors}
     assert sizes == {torch.float32}  # bfloat16 matrices are used as they lie in the file
 
 
@@ -260,7 +259,7 @@ def test_an_error_inside_a_block_gives_the_slot_back(files: dict[str, Path]):
     dit = build_dit(read_dit(files["bfloat16"]), dtype="float32", swap_blocks=4)
     attend, resident = dit.attend, velocities(files["float32"], calls=1)[0]
 
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("made up")
 
     dit.attend = fail
@@ -311,7 +310,7 @@ def test_slots_are_used_again(files: dict[str, Path]):
         for _ in range(3):
             dit(*inputs())
     assert len(places) == dit.swap.slots == 3
-    assert dit.swap.block_bytes == max(load.bytes for load in dit.swap._loads.values())
+    assert dit.swap.block_bytes == max(load.bytes for load in dit.swap._transfers.values())
 
 
 @pytest.mark.usefixtures("in_a_thread")
@@ -334,7 +333,7 @@ def test_a_file_that_changes_while_mapped_is_noticed(
     if lane:
         monkeypatch.setitem(offload.BACKENDS, "cpu", lane)
     if not asked:
-        monkeypatch.setattr(load_dit, "check_unchanged", lambda file: None)
+        monkeypatch.setattr("wan_core.memory.build.check_unchanged", lambda file: None)
     path = tmp_path / "model.safetensors"
     path.write_bytes(files["bfloat16"].read_bytes())
     dit = build_dit(read_dit(path), dtype="float32", swap_blocks=LAYERS)

@@ -72,7 +72,7 @@ def transfer_of(block: nn.Module, device: torch.device, dtype: torch.dtype, keep
     """What must be moved of a block whose tensors are mapped: parameters in the dtype of the computation (or float32),
     buffers as they are. What is right as it lies in the file stays there.
     """
-    tensors = []
+    slots = []
     for path, owner in block.named_modules():
         for is_parameter, tensors in ((True, owner._parameters), (False, owner._buffers)):
             for name, tensor in tensors.items():
@@ -82,8 +82,8 @@ def transfer_of(block: nn.Module, device: torch.device, dtype: torch.dtype, keep
                 target = _target_dtype(full, tensor, is_parameter, dtype, keep_float32)
                 if tensor.device == device and tensor.dtype == target:
                     continue
-                tensors.append(TensorSlot(owner, name, is_parameter, tensor.data, target, 0))
-    return laid_out(tensors)
+                slots.append(TensorSlot(owner, name, is_parameter, tensor.data, target, 0))
+    return laid_out(slots)
 
 
 def laid_out(tensors: Iterable[TensorSlot]) -> BlockTransfer:
