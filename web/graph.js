@@ -2,9 +2,9 @@
 /// <reference path="./types.d.ts" />
 import { app } from '../../scripts/app.js'
 
-/** The graph that is open, with its subgraphs below it. */
+/** The graph that is open, with its subgraphs below it; before there is one, nothing, and no complaint of rootGraph. */
 export function openGraph() {
-  return app.rootGraph ?? app.graph
+  return app.isGraphReady === false ? undefined : (app.rootGraph ?? app.graph)
 }
 
 /**

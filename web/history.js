@@ -29,7 +29,7 @@ export async function lastTexts() {
   /** @type {Map<string, { id: string, text: string, error?: boolean }>} */
   const found = new Map()
   for (const entry of entries.reverse()) {
-    if (entry.prompt?.[3]?.extra_pnginfo?.workflow?.id !== openGraph().id) continue
+    if (entry.prompt?.[3]?.extra_pnginfo?.workflow?.id !== openGraph()?.id) continue
     for (const said of textsIn(entry)) if (!found.has(said.id)) found.set(said.id, said)
   }
   return [...found.values()]

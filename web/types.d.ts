@@ -11,6 +11,7 @@ declare module '*/scripts/app.js' {
       processMouseWheel(event: WheelEvent): void
     }
     rootGraph?: Graph
+    isGraphReady?: boolean
     graph: Graph
   }
 }

@@ -33,6 +33,8 @@ COMFYUIS_OWN_ERRORS = (
     r"JobsApiError: Failed to fetch jobs",
     # --disable-api-nodes forbids the frontend the internet, and it complains about that.
     r"violates the (following|document's) Content Security Policy",
+    # A figure that frontend 1.49.6 watches before there is a graph; the pack's own openGraph asks first.
+    r"ComfyApp graph accessed before initialization @ .*/assets/",
     # A settings listener of frontend 1.32.9 that runs before the first workflow is open.
     r"TypeError: Cannot read properties of undefined \(reading 'id'\)\s+at onChange \(.*/assets/index-",
 )

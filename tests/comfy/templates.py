@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comfy_server import Client
 from comfyui_workflow_templates import get_asset_path
-from workflow_format import WIDGET_TYPES, Node
+from workflow_format import COMFYUI, WIDGET_TYPES, Node
 
 Api = dict[str, dict[str, Any]]
 Schemas = dict[str, dict[str, Any]]  # the server's /object_info
@@ -38,6 +39,11 @@ def exists(name: str) -> bool:
         return Path(get_asset_path(name, f"{name}.json")).is_file()
     except KeyError:
         return False
+
+
+def as_written(client: Client) -> bool:
+    """Whether the server is the version that the pack's own workflows were written for."""
+    return client.get("/system_stats")["system"]["comfyui_version"] == COMFYUI["ver"]
 
 
 def read(name: str) -> dict[str, Any]:
