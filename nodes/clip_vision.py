@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from comfy_api.latest import io
 
 from ..wan_core.errors import WanError
 from ..wan_core.loading.clip import ClipFile, read_clip
-from ..wan_core.media.geometry import image_tensor
+from ..wan_core.media.geometry import image_tensor, resize_bicubic
 from . import host
 from .base import WanNode, guarded_methods
 from .pictures import pictures
@@ -51,16 +51,18 @@ class LoadClipVision(WanNode):
         return io.NodeOutput(WanClipVision(host.read_header(read_clip, FOLDER, clip_name)))
 
 
-class Seen(NamedTuple):
-    """A CLIP_VISION_OUTPUT: what ComfyUI's conditioning nodes read of it. Wan uses the last but one block's stream."""
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A CLIP_VISION_OUTPUT for Wan: the stream before the last block, by ComfyUI's name for it, [B,N,1280]."""
 
     penultimate_hidden_states: torch.Tensor
-    last_hidden_state: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    mm_projected: torch.Tensor | None = None
 
-    def __getitem__(self, key: str | int) -> torch.Tensor | None:
-        return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return getattr(self, key)
+
+    def __getattr__(self, name: str) -> object:  # still an AttributeError, for whoever asks whether it is there
+        raise AttributeError(f"A node wants {name} of what Load Wan CLIP Vision saw. It computes what Wan uses only "
+                             "(penultimate_hidden_states): for that node use ComfyUI's Load CLIP Vision.")
 
 
 @guarded_methods("encode_image")
@@ -70,11 +72,11 @@ class WanClipVision:
     def __init__(self, file: ClipFile):
         self.file = file
 
-    def encode_image(self, image: torch.Tensor, crop: bool = False) -> Seen:
+    def encode_image(self, image: torch.Tensor, crop: bool = True) -> Seen:
         """Pictures [B,H,W,3] in 0..1 -> tokens [B,257,1280].
 
-        Prepared as the official code does, stretched to a square without antialiasing; ``crop`` cuts the middle square
-        out first, as CLIP Vision Encode with crop center asks.
+        Prepared as the official code does, stretched to a square without antialiasing; ``crop``, on by default as in
+        ComfyUI, cuts the middle square out first, as CLIP Vision Encode with crop center asks.
         """
         encoder = host.engine().clip(self.file, host.text_device("default"))
         shown = torch.stack([image_tensor(one) for one in pictures(image, "image")])
@@ -89,14 +91,36 @@ def _middle(shown: torch.Tensor) -> torch.Tensor:
     return shown[..., top : top + side, left : left + side]
 
 
-def tokens_of(seen: object, name: str) -> torch.Tensor:
+def look(clip: object, image: torch.Tensor) -> torch.Tensor:
+    """Pictures [B,H,W,3] in 0..1 -> tokens [B,257,1280], by our CLIP or ComfyUI's, prepared as the official code does.
+
+    ComfyUI's would smooth the picture before it is made small; of one that is small already it takes the pixels as they
+    are, rounded to 8 bits.
+
+    Raises:
+        WanError: there is no encoder on the socket.
+    """
+    if not callable(getattr(clip, "encode_image", None)):
+        raise WanError("What is connected to clip_vision encodes no images: connect Load Wan CLIP Vision, or ComfyUI's "
+                       "Load CLIP Vision with clip_vision_h.safetensors.")
+    if not isinstance(clip, WanClipVision):
+        side = getattr(clip, "image_size", 224)
+        small = [resize_bicubic(image_tensor(one), side, side) for one in image]
+        image = torch.stack(small).movedim(1, -1).add(1).div(2)
+    return tokens_of(clip.encode_image(image, crop=False), "clip_vision")
+
+
+def tokens_of(seen: object, source: str) -> torch.Tensor:
     """The tokens [B,N,1280] of a CLIP_VISION_OUTPUT, ours or ComfyUI's.
+
+    Args:
+        source: where it comes from, for messages.
 
     Raises:
         WanError: it has none.
     """
     tokens = getattr(seen, "penultimate_hidden_states", None)
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 3:
-        raise WanError(f"The clip_vision_output of the {name} conditioning holds no CLIP tokens. Encode the picture "
-                       "with Load Wan CLIP Vision, or with CLIP Vision Encode and clip_vision_h.safetensors.")
+        raise WanError(f"The clip_vision_output of {source} holds no CLIP tokens. Encode the picture with Load Wan "
+                       "CLIP Vision, or with CLIP Vision Encode and clip_vision_h.safetensors.")
     return tokens

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from comfy.utils import common_upscale
 
 from ..wan_core.config import Variant
 from ..wan_core.errors import WanError
-from ..wan_core.models.dit.features.clip_tokens import ClipTokens
+from ..wan_core.models.dit.features.clip_tokens import ClipTokens, ClipTokensConfig, check_features
 from ..wan_core.models.dit.inputs import Concat
 from ..wan_core.models.vae.vae import normalise
 from ..wan_core.recipe import ModelRecipe
@@ -37,26 +37,47 @@ def condition(
     text, options = _only_entry(conditioning, name)
     _check_text(text, name, model, batch=shape[0])
     _check_keys(options, name, model.variant, warn)
-    tokens = _clip_tokens(options, name, model.variant, warn)
+    tokens = _clip_tokens(options, name, model, shape[0], warn)
     if model.variant.image != "channels":
         return Condition(text, tokens)
     return Condition(text, (Concat(given_frames(options, name, model.variant, shape).to(device)), *tokens))
 
 
 def _clip_tokens(
-    options: Mapping[str, object], name: str, variant: Variant, warn: Callable[[str], None]
+    options: Mapping[str, object], name: str, model: ModelRecipe, batch: int, warn: Callable[[str], None]
 ) -> tuple[ClipTokens, ...]:
-    """What CLIP saw, of models that hear it; what is missing or of no use is said."""
+    """What CLIP saw, of models that hear it; what is of no use is said."""
     seen = options.get("clip_vision_output")
     if seen is None:
-        if variant.clip:
-            warn(f"Warning: the {name} conditioning carries no CLIP tokens, which {variant.display_name} was trained "
-                 "with: those of an empty picture are used. Connect clip_vision of Wan Image to Video.")
         return ()
-    if not variant.clip:
-        warn(without_effect("clip_vision_output", name, variant))
+    if not model.variant.clip:
+        warn(without_effect("clip_vision_output", name, model.variant))
         return ()
-    return (ClipTokens(tokens_of(seen, name)),)
+    tokens = clip_tokens(seen, name, model)
+    if len(tokens) not in (1, batch):
+        warn(f"Warning: CLIP saw {len(tokens)} pictures for the {name} conditioning, but there "
+             f"{'is 1 video' if batch == 1 else f'are {batch} videos'}: the first picture is used.")
+        tokens = tokens[:1]
+    return (ClipTokens(tokens),)
+
+
+def clip_tokens(seen: object, name: str, model: ModelRecipe) -> torch.Tensor:
+    """The CLIP tokens [B,N,1280] that a conditioning carries.
+
+    Raises:
+        WanError: there are none, or not what the model takes.
+    """
+    tokens = tokens_of(seen, f"the {name} conditioning")
+    check_features(tokens, model.high.config.feature(ClipTokensConfig))
+    return tokens
+
+
+def without_clip(names: Sequence[str], variant: Variant) -> str:
+    """The warning that these sides of the guidance carry no CLIP tokens."""
+    carry = "carries" if len(names) == 1 else "carry"
+    sides = " and the ".join(names)
+    return (f"Warning: the {sides} conditioning {carry} no CLIP tokens, which {variant.display_name} was trained "
+            "with: those of an empty picture are used. Connect clip_vision of Wan Image to Video.")  # fmt: skip
 
 
 def given_frames(options: dict, name: str, variant: Variant, shape: torch.Size) -> torch.Tensor:

@@ -16,7 +16,8 @@ from ..wan_core.models.vae.vae import denormalise
 from ..wan_core.recipe import ModelRecipe
 from . import host
 from .base import WanNode
-from .clip_vision import Seen, tokens_of
+from .clip_vision import Seen, look
+from .conditioning import clip_tokens
 from .pictures import pictures
 from .spaces import check_vae
 from .types import WanModel
@@ -29,15 +30,15 @@ def _size_inputs() -> list[io.Input]:
     return [
         io.Int.Input(
             "width", default=832, min=16, max=16384, step=16,
-            tooltip="Width in pixels: a multiple of 16 for the A14B models, of 32 for the 5B.",
+            tooltip="Width in pixels: a multiple of 16, of 32 for the 5B.",
         ),
         io.Int.Input(
             "height", default=480, min=16, max=16384, step=16,
-            tooltip="Height in pixels: a multiple of 16 for the A14B models, of 32 for the 5B.",
+            tooltip="Height in pixels: a multiple of 16, of 32 for the 5B.",
         ),
         io.Int.Input(
             "frames", default=81, min=1, max=16385, step=4,
-            tooltip="Length in frames, 4n + 1. A14B: 81 frames are 5 s at 16 fps; 5B: 121 frames are 5 s at 24 fps.",
+            tooltip="Length in frames, 4n + 1. 81 frames are 5 s at 16 fps; for the 5B 121 frames are 5 s at 24 fps.",
         ),
     ]  # fmt: skip
 
@@ -95,11 +96,13 @@ class ImageToVideo(WanNode):
             node_id="WanCoreImageToVideo",
             display_name="Wan Image to Video",
             category="Wan 2.2/latent",
-            description="Makes images the first (and, with I2V-A14B, the last) frames of the video. For TI2V-5B the "
-            "image may be left out: the latent is then empty and the model goes by the text alone.",
+            description="Makes images the first (and, with I2V and FLF2V models, the last) frames of the video. For "
+            "TI2V-5B the image may be left out: the latent is then empty and the model goes by the text alone.",
             inputs=[
-                WanModel.Input("model", tooltip="I2V-A14B or TI2V-5B: decides how the image enters."),
-                io.Vae.Input("vae", tooltip="Encodes the images: Wan2.1 VAE for I2V-A14B, Wan2.2 VAE for TI2V-5B."),
+                WanModel.Input("model", tooltip="An I2V, FLF2V or TI2V model: decides how the image enters."),
+                io.Vae.Input(
+                    "vae", tooltip="Encodes the images: Wan2.2 VAE for TI2V-5B, Wan2.1 VAE for all other models."
+                ),
                 io.Conditioning.Input("positive", tooltip="The prompt; comes out again with the image added."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt; comes out again with the image added."),
                 *_size_inputs(),
@@ -148,9 +151,11 @@ class ImageToVideo(WanNode):
         start, end = (image if image is None else pictures(image, name)
                       for name, image in (("start_image", start_image), ("end_image", end_image)))  # fmt: skip
         wanted = Wanted(width, height, frames, fit, batch_size, start, end)
+        check_images(model.variant, wanted)
         check_room(model, vae, wanted)
+        seen = seen_by_clip(model, wanted, clip_vision, clip_vision_output)
         values, latent = _STARTS[model.variant.image](model.variant, vae, wanted)
-        values |= seen_by_clip(model.variant, wanted, clip_vision, clip_vision_output)
+        values |= seen
         added = (node_helpers.conditioning_set_values(side, values) for side in (positive, negative))
         return io.NodeOutput(*added, latent)
 
@@ -186,12 +191,13 @@ class Wanted:
         return self.width * self.height
 
 
-def seen_by_clip(variant: Variant, wanted: Wanted, clip: object, seen: object) -> dict[str, object]:
+def seen_by_clip(model: ModelRecipe, wanted: Wanted, clip: object, seen: object) -> dict[str, object]:
     """The ``clip_vision_output`` of the conditioning: of the start image, or of start and end for FLF2V.
 
     Raises:
-        WanError: both ways are connected, or the model hears no CLIP.
+        WanError: both ways are connected, the model hears no CLIP, or another CLIP.
     """
+    variant = model.variant
     if clip is None and seen is None:
         return {}
     if clip is not None and seen is not None:
@@ -199,27 +205,39 @@ def seen_by_clip(variant: Variant, wanted: Wanted, clip: object, seen: object) -
     if not variant.clip:
         raise WanError(f"{variant.display_name} looks at no picture through CLIP: disconnect clip_vision. Wan2.1's I2V "
                        "and FLF2V models do.")
-    if seen is not None:
-        return {"clip_vision_output": seen}
-    ends = [image for image in (None if wanted.start is None else wanted.start[:1],
-                                None if wanted.end is None else wanted.end[-1:]) if image is not None]  # fmt: skip
-    tokens = [tokens_of(clip.encode_image(image, crop=False), "new") for image in ends[: variant.clip]]
-    return {"clip_vision_output": Seen(torch.cat(tokens, dim=1))}
+    if seen is None:
+        ends = [image[place] for image, place in ((wanted.start, slice(1)), (wanted.end, slice(-1, None)))
+                if image is not None]  # fmt: skip
+        seen = Seen(torch.cat([look(clip, image) for image in ends[: variant.clip]], dim=1))
+    clip_tokens(seen, "new", model)
+    return {"clip_vision_output": seen}
+
+
+def check_images(variant: Variant, wanted: Wanted) -> None:
+    """Whether a model can begin with the images that are connected.
+
+    Raises:
+        WanError: it takes none, needs some, or cannot take them where they are.
+    """
+    name, start, end = variant.display_name, wanted.start is not None, wanted.end is not None
+    if variant.image == "none" and (start or end):
+        raise WanError(f"{name} takes no image. Load an I2V or TI2V-5B model, or remove the image.")
+    if variant.image == "frame" and end:
+        raise WanError(f"{name} takes a start image only. Remove the end image, or load I2V-A14B.")
+    if variant.image == "channels" and not (start or end):
+        raise WanError(f"{name} animates an image: connect start_image, end_image, or both. For text alone load a T2V "
+                       "or TI2V-5B model.")
+    if variant.needs_end and not (start and end):
+        raise WanError(f"{name} goes from a first picture to a last: connect start_image and end_image.")
 
 
 def _without_image(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict, dict]:
-    if wanted.start is not None or wanted.end is not None:
-        raise WanError(f"{variant.display_name} takes no image. Load an I2V-A14B or TI2V-5B model, "
-                       "or remove the image.")
     shape = latents.latent_shape(variant, wanted.width, wanted.height, wanted.frames)
     return {}, {"samples": _empty(shape, wanted.batch)}
 
 
 def _with_channels(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict, dict]:
     """I2V: the given frames in a video that is grey otherwise, encoded; concat_mask is 0 where one is given."""
-    if variant.needs_end and (wanted.start is None or wanted.end is None):
-        raise WanError(f"{variant.display_name} goes from a first picture to a last: connect start_image and "
-                       "end_image.")
     width, height = _i2v_size(variant, wanted)
     shape = latents.latent_shape(variant, width, height, wanted.frames)
     given = _given_images(wanted, width, height)
@@ -231,28 +249,19 @@ def _with_channels(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict,
 
 def _i2v_size(variant: Variant, wanted: Wanted) -> tuple[int, int]:
     image = wanted.start if wanted.start is not None else wanted.end
-    if image is None:
-        raise WanError(f"{variant.display_name} animates an image: connect start_image, end_image, or both. "
-                       "For text alone load a T2V-A14B or TI2V-5B model.")
     if wanted.fit == "exact":
         return wanted.width, wanted.height
     return latents.i2v_size(wanted.area, image.shape[2], image.shape[1], VAES[variant.vae])
 
 
 def _given_images(wanted: Wanted, width: int, height: int) -> dict[int, torch.Tensor]:
-    """Frame number -> [3,H,W] in -1..1. In "area" the image that gave the aspect ratio is only scaled."""
-    start = [] if wanted.start is None else list(wanted.start[: wanted.frames])
-    end = [] if wanted.end is None else list(wanted.end[-wanted.frames :])
-    scaled = wanted.fit == "area"
-    given = {i: _fitted(image, width, height, scaled) for i, image in enumerate(start)}
-    first = wanted.frames - len(end)
-    return given | {first + i: _fitted(image, width, height, scaled and not start) for i, image in enumerate(end)}
-
-
-def _fitted(image: torch.Tensor, width: int, height: int, scaled: bool) -> torch.Tensor:
-    if scaled:
-        return latents.resize_bicubic(latents.image_tensor(image.cpu()), height, width)
-    return latents.ti2v_image(image.cpu(), width, height)[:, 0]
+    """Frame number -> [3,H,W] in -1..1. In "area" they are only scaled, once they are as wide and high as the first."""
+    start = [] if wanted.start is None else list(wanted.start[: wanted.frames].cpu())
+    end = [] if wanted.end is None else list(wanted.end[-wanted.frames :].cpu())
+    images = dict(enumerate(start)) | dict(enumerate(end, start=wanted.frames - len(end)))
+    if wanted.fit == "area":
+        return latents.scaled_alike(images, width, height)
+    return {place: latents.ti2v_image(image, width, height)[:, 0] for place, image in images.items()}
 
 
 def _encode(vae: object, given: dict[int, torch.Tensor], frames: int) -> torch.Tensor:
@@ -267,8 +276,6 @@ def _encode(vae: object, given: dict[int, torch.Tensor], frames: int) -> torch.T
 
 def _with_frame(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict, dict]:
     """TI2V-5B: the image's latent is the first latent frame, and noise_mask 0 keeps it there."""
-    if wanted.end is not None:
-        raise WanError(f"{variant.display_name} takes a start image only. Remove the end image, or load I2V-A14B.")
     if wanted.start is None:
         return _without_image(variant, vae, wanted)
     width, height = _ti2v_size(variant, wanted)

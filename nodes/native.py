@@ -28,7 +28,7 @@ from ..wan_core.sampling.guidance import Condition
 from ..wan_core.sampling.schedules import Schedule, from_sigmas
 from . import host, keys
 from .base import WanNode, guarded_methods
-from .conditioning import check_model_keys, without_effect
+from .conditioning import check_model_keys, clip_tokens, without_clip, without_effect
 from .extras import OTHERWISE, refuse_conditions, refuse_patches, unheard
 from .probe import need
 from .types import WanModel
@@ -52,7 +52,7 @@ class ToModel(WanNode):
                 io.Float.Input(
                     "shift", default=5.0, min=0.01, max=100.0, step=0.01, round=0.001,
                     tooltip="Moves the steps towards noise, as ComfyUI's ModelSamplingSD3. Official: T2V-A14B 12, "
-                    "I2V-A14B 5, TI2V-5B 5.",
+                    "I2V-A14B 5, TI2V-5B 5; Wan2.1: T2V 5 (1.3B 8), I2V 5 (480p 3), FLF2V 16.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model")],
@@ -185,11 +185,13 @@ class WanAsNetwork(nn.Module):
         name, variant = str(conditioning.get("prompt_type", "")), self.recipe.variant
         check_model_keys(conditioning, name, variant)
         image = ["concat_latent_image"] if variant.image != "channels" and "concat_latent_image" in conditioning else []
-        seen = conditioning.get("clip_vision_output") is not None
-        if variant.clip and not seen:
-            self._warn(f"Warning: the {name} conditioning carries no CLIP tokens, which {variant.display_name} was "
-                       "trained with: those of an empty picture are used.")
-        image += ["clip_vision_output"] if seen and not variant.clip else []
+        seen = conditioning.get("clip_vision_output")
+        if variant.clip and seen is None:
+            self._warn(without_clip([name], variant))
+        elif variant.clip:
+            clip_tokens(seen, name, self.recipe)
+        elif seen is not None:
+            image += ["clip_vision_output"]
         for key in (*image, *keys.asking(conditioning)):
             if key not in keys.SAMPLERS_OWN:
                 self._warn(without_effect(key, name, variant))

@@ -45,13 +45,13 @@ class FromModel(WanNode):
             node_id="WanCoreFromModel",
             display_name="Wan from ComfyUI MODEL",
             category="Wan 2.2/model",
-            description="Makes a Wan2.2 model that ComfyUI or another pack loaded (Load Diffusion Model, a GGUF "
+            description="Makes a Wan model that ComfyUI or another pack loaded (Load Diffusion Model, a GGUF "
             "loader) usable for Wan Expert Switch and Wan Sampler. ComfyUI keeps and offloads its weights; LoRAs of "
             "its own nodes stay in effect.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A Wan2.2 T2V-A14B, I2V-A14B or TI2V-5B model, with ComfyUI's LoRA nodes before this one. "
+                    tooltip="A T2V, I2V, FLF2V or TI2V model of Wan2.1 or Wan2.2, with ComfyUI's LoRA nodes before this one. "
                     "The shift of ModelSamplingSD3 is not used: Wan Sampler has its own.",
                 ),
             ],

@@ -17,14 +17,16 @@ from ..wan_core.media import geometry as latents
 from ..wan_core.memory import capacity
 from ..wan_core.memory.plan import Plan, check_fits
 from ..wan_core.memory.run import denoise_in_memory
+from ..wan_core.models.dit.features.clip_tokens import ClipTokens
 from ..wan_core.models.vae.vae import denormalise, normalise
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling.denoise import Given, noised
+from ..wan_core.sampling.guidance import Condition
 from ..wan_core.sampling.schedules import AUTO, SCHEDULES, Schedule, from_sigmas, schedule, truncate
 from ..wan_core.sampling.solvers import SOLVERS
 from . import host
 from .base import WanNode
-from .conditioning import condition
+from .conditioning import condition, without_clip
 from .graph import check_decoders
 from .preview import Steps, experts_of
 from .spaces import check_numbers, samples_for
@@ -55,8 +57,8 @@ class Sampler(WanNode):
                 ),
                 io.Int.Input(
                     "steps", default=20, min=1, max=1000,
-                    tooltip="Steps of the whole schedule. Official: 40 for A14B, 50 for the 5B; 4 to 8 with a 4-step "
-                    "LoRA.",
+                    tooltip="Steps of the whole schedule. Official: 40 for A14B and I2V-14B, 50 for all others; 4 to "
+                    "8 with a 4-step LoRA.",
                 ),
                 io.Float.Input(
                     "cfg_high", default=3.5, min=0.0, max=100.0, step=0.1, round=0.01,
@@ -66,11 +68,12 @@ class Sampler(WanNode):
                 io.Float.Input(
                     "cfg_low", default=3.5, min=0.0, max=100.0, step=0.1, round=0.01,
                     tooltip="Guidance of the low-noise expert, and of a model that has only one. Official: T2V 3, I2V "
-                    "3.5, 5B 5. 1 turns guidance off and halves the time.",
+                    "3.5, 5B and Wan2.1 5. 1 turns guidance off and halves the time.",
                 ),
                 io.Float.Input(
                     "shift", default=5.0, min=0.01, max=100.0, step=0.01, round=0.001,
-                    tooltip="Moves the steps towards noise. Official: T2V-A14B 12, I2V-A14B 5, TI2V-5B 5.",
+                    tooltip="Moves the steps towards noise. Official: T2V-A14B 12, I2V-A14B 5, TI2V-5B 5; Wan2.1: T2V 5 (1.3B "
+                    "8), I2V 5 (480p 3), FLF2V 16.",
                 ),
                 io.Combo.Input(
                     "solver", options=list(SOLVERS), default="unipc",
@@ -208,6 +211,7 @@ def sample(
     plan = settings.timetable()
     sides = ("positive", positive), ("negative", negative)
     conditions = [condition(side, name, model, raw.shape, device, notes.warned) for name, side in sides]
+    _check_clip(model, conditions, guided, notes)
     _check_loras(model, settings, plan, notes)
     clean = normalise(raw, kind) if raw.any() else raw.float()  # ComfyUI: all zeros means empty, in both spaces
     _check_content(clean, latent, settings, plan, notes)
@@ -249,6 +253,14 @@ class Notes:
         log.warning("Wan Sampler: %s", note)
         self.warnings += (note,)
         host.show_text(self.node_id, self.text)
+
+
+def _check_clip(model: ModelRecipe, conditions: list[Condition], guided: bool, notes: Notes) -> None:
+    """Say where a model that hears pictures hears none; what the negative prompt lacks matters with guidance only."""
+    sides = zip(("positive", "negative"), conditions if guided else conditions[:1], strict=False)
+    bare = [name for name, side in sides if not any(isinstance(one, ClipTokens) for one in side.inputs)]
+    if model.variant.clip and bare:
+        notes.warned(without_clip(bare, model.variant))
 
 
 def _check_content(clean: torch.Tensor, latent: dict, settings: Settings, plan: Schedule, notes: Notes) -> None:

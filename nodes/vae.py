@@ -38,13 +38,13 @@ class LoadVAE(WanNode):
             node_id="WanCoreLoadVAE",
             display_name="Load Wan VAE",
             category="Wan 2.2/loaders",
-            description="Chooses a Wan video autoencoder: the Wan2.1 VAE for T2V-A14B and I2V-A14B, the Wan2.2 VAE for "
-            "TI2V-5B. Its weights are read when something is encoded or decoded.",
+            description="Chooses a Wan video autoencoder: the Wan2.2 VAE for TI2V-5B, the Wan2.1 VAE for all other "
+            "models. Its weights are read when something is encoded or decoded.",
             inputs=[
                 io.Combo.Input(
                     "vae_name", options=host.model_names(FOLDER),
-                    tooltip="A Wan VAE in ComfyUI's vae folder: wan_2.1_vae.safetensors or Wan2.1_VAE.pth for the A14B "
-                    "models, wan2.2_vae.safetensors or Wan2.2_VAE.pth for the 5B.",
+                    tooltip="A Wan VAE in ComfyUI's vae folder: wan2.2_vae.safetensors or Wan2.2_VAE.pth for the 5B, "
+                    "wan_2.1_vae.safetensors or Wan2.1_VAE.pth for all other models.",
                 ),
                 io.Combo.Input(
                     "dtype", options=host.DTYPES, default="auto",

@@ -22,7 +22,7 @@ SETTINGS = {
     "Comfy.TutorialCompleted": True,  # no template browser over an empty graph
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # text stays on the canvas however small, for the screenshots
 }
-TASKS = ("t2v-A14B", "i2v-A14B", "ti2v-5B")
+TASKS = ("t2v-A14B", "i2v-A14B", "ti2v-5B", "i2v-14B", "flf2v-14B")
 
 
 FETCHED = {"COMFYUI_PATH": "comfyui-*", "WAN_TEST_TOKENIZER": "umt5-tokenizer-*", "WAN_TEST_FRONTEND": "frontend-*"}
@@ -81,11 +81,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_comfyui(comfyui_path: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A private copy of ComfyUI whose native text encoder is as small as the checkpoint.
+    """A private copy of ComfyUI whose native text encoder and CLIP vision encoder are as small as the checkpoints.
 
-    ComfyUI builds umT5 from a fixed configuration file, so that its own CLIPLoader could open the real 11 GB file only.
-    The copy's file is written from the dimensions of the small checkpoint, and so is the one number by which versions
-    since 0.9 recognise a umT5-XXL; nothing else is changed. Every server of the tests runs from it.
+    ComfyUI builds umT5 and ViT-H from fixed configuration files, so that its own loaders could open the real files
+    only. The copy's are written from the dimensions of the small checkpoints, and so are the numbers by which they are
+    recognised (of umT5-XXL in versions since 0.9); nothing else is changed. Every server of the tests runs from it.
     """
     copy = tmp_path_factory.mktemp("comfyui") / "comfyui"
     copy.mkdir()
@@ -100,7 +100,19 @@ def small_comfyui(comfyui_path: Path, models: Path, tmp_path_factory: pytest.Tem
     dimensions = umt5_dimensions(checkpoint)
     path.write_text(json.dumps(json.loads(path.read_text()) | dimensions))
     _recognise_small_umt5(copy / "comfy/sd.py", dimensions["d_ff"])
+    path = copy / "comfy/clip_vision_config_h.json"
+    (checkpoint,) = (models / "clip_vision").glob("*.safetensors")
+    dimensions = clip_vision_dimensions(checkpoint)
+    path.write_text(json.dumps(json.loads(path.read_text()) | dimensions))
+    _recognise_small_vit(copy / "comfy/clip_vision.py", dimensions["num_hidden_layers"])
     return copy
+
+
+def _recognise_small_vit(loader: Path, layers: int) -> None:
+    """ComfyUI goes by its last layer but one; as deep as the real one, the small one would take a gigabyte."""
+    code, real = loader.read_text(encoding="utf-8"), "vision_model.encoder.layers.30.layer_norm1.weight"
+    assert code.count(real) == 1, "this ComfyUI recognises a ViT-H by something new"
+    loader.write_text(code.replace(real, real.replace("30", str(layers - 2))), encoding="utf-8")
 
 
 def _recognise_small_umt5(loader: Path, width: int) -> None:
@@ -117,11 +129,28 @@ def _recognise_small_umt5(loader: Path, width: int) -> None:
 _USER_FOLDERS = (".git", ".venv", "venv", "models", "custom_nodes", "input", "output", "temp", "user")
 
 
-def umt5_dimensions(checkpoint: Path) -> dict[str, int]:
-    """ComfyUI's names for the dimensions of a umT5 file, read from its header."""
+def _shapes(checkpoint: Path) -> dict[str, list[int]]:
+    """Of the tensors of a safetensors file, read from its header."""
     with checkpoint.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    shapes = {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
+    return {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
+
+
+def clip_vision_dimensions(checkpoint: Path) -> dict[str, int]:
+    """ComfyUI's names for the dimensions of a CLIP vision file."""
+    shapes = _shapes(checkpoint)
+    mlp, width = shapes["vision_model.encoder.layers.0.mlp.fc1.weight"]
+    return {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": 1 + max(int(key.split(".")[3]) for key in shapes if ".encoder.layers." in key),
+        "projection_dim": shapes["visual_projection.weight"][0],
+    }
+
+
+def umt5_dimensions(checkpoint: Path) -> dict[str, int]:
+    """ComfyUI's names for the dimensions of a umT5 file."""
+    shapes = _shapes(checkpoint)
     vocabulary, width = shapes["shared.weight"]
     heads = shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"][1]
     return {

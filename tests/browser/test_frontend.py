@@ -84,7 +84,7 @@ def boundary(app) -> list[Any]:
     [
         ("WanCoreSampler", ["Wan: official settings", "I2V-A14B"], {"steps": 40, "cfg_high": 3.5, "shift": 5}),
         ("WanCoreSampler", ["Wan: official settings", "4-step LoRA"], {"steps": 4, "cfg_low": 1, "solver": "euler"}),
-        ("WanCoreEmptyLatent", ["Wan: size", "A14B: 480 × 832"], {"width": 480, "height": 832, "frames": 81}),
+        ("WanCoreEmptyLatent", ["Wan: size", "14B, 1.3B: 480 × 832"], {"width": 480, "height": 832, "frames": 81}),
     ],
 )
 def test_presets_beside_the_selected_node(app, node: str, path: list[str], expected: dict[str, Any]) -> None:

@@ -56,7 +56,9 @@ def test_same_latent(client: Client, server: Server, tmp_path: Path, task: str, 
     assert (nodes - ours).abs().max() <= 1e-4 * ours.abs().max()
 
 
-def command_line(models: Path, folder: Path, task: str, solver: str, image: Path | None) -> Path:
+def command_line(
+    models: Path, folder: Path, task: str, solver: str, image: Path | None, end_image: Path | None = None
+) -> Path:  # fmt: skip
     out = folder / "out.safetensors"
     guidance = "2.0,3.0" if task.endswith("A14B") else "2.0"
     arguments = ["--task", task, "--ckpt_dir", models, "--size", "64*64", "--frame_num", 5, "--prompt", PROMPT,
@@ -64,6 +66,7 @@ def command_line(models: Path, folder: Path, task: str, solver: str, image: Path
                  "--sample_guide_scale", guidance, "--dtype", "float32", "--device", "cpu",
                  "--save_file", folder / "out.mp4", "--save_tensors", out]  # fmt: skip
     arguments += ["--image", image] if image else []
+    arguments += ["--end_image", end_image] if end_image else []
     done = subprocess.run([sys.executable, "-m", "wan_core", "generate", *map(str, arguments)], cwd=ROOT,
                           env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -148,6 +148,8 @@ def test_presets_of_the_menus_are_the_official_settings() -> None:
     for variant in VARIANTS.values():
         preset = sampler[variant.display_name.removeprefix("Wan2.2 ")]
         assert preset == {name: value for name, value in official(variant).items() if name != "denoise"}
+        if variant.shift_480p is not None:
+            assert sampler[f"{variant.display_name} 480P"] == preset | {"shift": variant.shift_480p}
     assert sampler["4-step LoRA"] == FAST
     offered = {(size["width"], size["height"]) for size in sizes.values()}
     assert offered == {size for variant in VARIANTS.values() for size in variant.sizes}

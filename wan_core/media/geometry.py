@@ -119,10 +119,25 @@ def fitted(variant: Variant, originals: Mapping[int, Image], size: tuple[int, in
     width, height = size
     if variant.image == "frame":
         return {place: ti2v_image(image, width, height)[:, 0] for place, image in originals.items()}
-    first = next(iter(originals.values()), None)
-    alike = {place: image if image.size == first.size else covering(image, *first.size)
-             for place, image in originals.items()}  # fmt: skip
+    return scaled_alike(originals, width, height)
+
+
+def scaled_alike(originals: Mapping[int, Image | Tensor], width: int, height: int) -> dict[int, Tensor]:
+    """Pictures by frame number -> [3,height,width] in -1..1, scaled after all are as wide and high as the first.
+
+    Args:
+        originals: PIL images, or [H,W,3] in 0..1.
+    """
+    alike, first = {}, None
+    for place, image in originals.items():
+        first = first or _size(image)
+        alike[place] = image if _size(image) == first else covering(_picture(image), *first)
     return {place: resize_bicubic(image_tensor(image), height, width) for place, image in alike.items()}
+
+
+def _size(image: Image | Tensor) -> tuple[int, int]:
+    """Width and height."""
+    return (image.shape[1], image.shape[0]) if isinstance(image, Tensor) else image.size
 
 
 def covering(image: Image, width: int, height: int) -> Image:

@@ -16,7 +16,7 @@ from torch import nn
 from ...config import PATCH, DiTConfig
 from ...errors import WanError
 from .attention import Attend, sdpa
-from .features import Branch, feature_of
+from .features import FEATURES, Branch, feature_of
 from .layers import (
     SLICE,
     Linear,
@@ -384,9 +384,16 @@ def _unpatchify(patches: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tens
 
 def keeps_float32(key: str) -> bool:
     """Weights that stay float32 in a half-precision model: small, and every step multiplies by them."""
-    return "norm" in key or key.endswith("modulation") or key.startswith(("time_embedding.", "head."))
+    return _is_norm(key) or key.endswith("modulation") or key.startswith(("time_embedding.", "head."))
 
 
 def may_stay_in_file(key: str) -> bool:
     """Whether a weight, by its full name, is the matrix of a ``Linear``, which can read it from its file."""
-    return key.endswith(".weight") and "norm" not in key and not key.startswith("patch_embedding.")
+    return key.endswith(".weight") and not _is_norm(key) and not key.startswith("patch_embedding.")
+
+
+_NORMS = tuple(prefix for feature in FEATURES for prefix in feature.NORMS)
+
+
+def _is_norm(key: str) -> bool:
+    return "norm" in key or key.startswith(_NORMS)

@@ -23,6 +23,7 @@ class Feature(Protocol):
 
     CONFIG: type[FeatureConfig]
     DIFFUSERS: list[tuple[str, str]]  # rows of ``layouts.keys.Renames``: diffusers' name, the official one
+    NORMS: tuple[str, ...]  # how keys of norms begin that are not called so
 
     def detect(self, shapes: Shapes) -> FeatureConfig | None:
         """The feature's dimensions, from official keys and their shapes; None where the model lacks it."""

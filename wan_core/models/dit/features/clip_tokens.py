@@ -17,7 +17,7 @@ from torch import nn
 
 from ....config import FeatureConfig
 from ....errors import WanError
-from ..layers import RMSNorm
+from ..layers import Linear, RMSNorm
 
 PICTURE_TOKENS = 257  # of one picture: the class token and 16 x 16 patches
 _EPS = 1e-5  # of the norms around the tokens; the transformer's own are finer
@@ -44,6 +44,7 @@ class ClipTokens:
 
 
 CONFIG = ClipTokensConfig
+NORMS = ("img_emb.proj.0.", "img_emb.proj.4.")
 DIFFUSERS = [
     ("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
     ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
@@ -69,7 +70,7 @@ def attach(dit: nn.Module, config: ClipTokensConfig) -> None:
     dit.img_emb = ImageEmbedding(config, dim)
     for block in dit.blocks:
         attention = block.cross_attn
-        attention.k_img, attention.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        attention.k_img, attention.v_img = Linear(dim, dim), Linear(dim, dim)
         attention.norm_k_img = RMSNorm(dim, eps)
 
 
@@ -84,6 +85,20 @@ def branch(dit: nn.Module, inputs: tuple, batch: int) -> ImageBranch:
 
 def context_tokens(config: ClipTokensConfig) -> int:
     return max(config.positions, PICTURE_TOKENS)
+
+
+def check_features(features: torch.Tensor, config: ClipTokensConfig) -> None:
+    """Whether a model can hear these CLIP features.
+
+    Raises:
+        WanError: they are not [B, N, width], or more tokens than the model has positions for.
+    """
+    if features.ndim != 3 or features.shape[-1] != config.width:
+        raise WanError(f"The CLIP features have shape {list(features.shape)}; this model takes [B, N, {config.width}]. "
+                       "Use the CLIP vision model of Wan2.1, ViT-H/14 (clip_vision_h.safetensors).")
+    if config.positions and features.shape[1] > config.positions:
+        raise WanError(f"The CLIP features hold {features.shape[1]} tokens, but this model has positions for "
+                       f"{config.positions}: a start and an end picture.")
 
 
 class ImageBranch:
@@ -106,26 +121,17 @@ class ImageEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.proj = nn.Sequential(
-            _Norm(config.width, eps=_EPS), nn.Linear(config.width, config.width), nn.GELU(),
-            nn.Linear(config.width, dim), _Norm(dim, eps=_EPS),
+            _Norm(config.width, eps=_EPS), Linear(config.width, config.width), nn.GELU(),
+            Linear(config.width, dim), _Norm(dim, eps=_EPS),
         )  # fmt: skip
         if config.positions:
             self.emb_pos = nn.Parameter(torch.empty(1, config.positions, config.width))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        self._check(features)
+        check_features(features, self.config)
         if self.config.positions:
             features = features + self.emb_pos[:, : features.shape[1]].to(features)
         return self.proj(features)
-
-    def _check(self, features: torch.Tensor) -> None:
-        width, most = self.config.width, self.config.positions
-        if features.ndim != 3 or features.shape[-1] != width:
-            raise WanError(f"The CLIP features have shape {list(features.shape)}; this model takes [B, N, {width}]. "
-                           "Use the CLIP vision model of Wan2.1, ViT-H/14 (clip_vision_h.safetensors).")
-        if most and features.shape[1] > most:
-            raise WanError(f"The CLIP features hold {features.shape[1]} tokens, but this model has positions for "
-                           f"{most}: a start and an end picture.")
 
 
 class _Norm(nn.LayerNorm):
