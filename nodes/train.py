@@ -19,6 +19,7 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
+from ..wan_core.config import Variant
 from ..wan_core.errors import WanError
 from ..wan_core.foreign import only_own
 from ..wan_core.loading.dit import DiTFile
@@ -26,6 +27,7 @@ from ..wan_core.media.geometry import latent_frames
 from ..wan_core.recipe import ModelRecipe, noise_level_of
 from . import host
 from .base import WanNode
+from .clip_vision import WanClipVision
 from .text import WanCLIP
 from .types import WanModel
 from .vae import WanVAE
@@ -57,7 +59,7 @@ class TrainLora(WanNode):
             inputs=[
                 WanModel.Input(
                     "model", tooltip="From Load Wan Model; a quantised file is dequantised. "
-                    "T2V and I2V have two experts, each of which gets a LoRA of its own.",
+                    "Wan2.2's T2V and I2V have two experts, each of which gets a LoRA of its own.",
                 ),
                 io.Vae.Input("vae", tooltip="From Load Wan VAE. Encodes each clip once."),
                 io.Clip.Input("clip", tooltip="From Load Wan Text Encoder. Encodes each prompt once."),
@@ -69,7 +71,7 @@ class TrainLora(WanNode):
                 io.Combo.Input(
                     "expert", options=["auto", "high", "low"], default="auto",
                     tooltip="Which expert learns, on its own part of the noise: high decides layout and motion, low "
-                    "the look. auto: as the file's name says; the 5B has only one.",
+                    "the look. auto: as the file's name says; Wan2.1 and the 5B have only one.",
                 ),
                 io.Int.Input(
                     "width", default=832, min=16, max=4096, step=16,
@@ -99,7 +101,8 @@ class TrainLora(WanNode):
                 ),
                 io.String.Input(
                     "targets", default="q,k,v,o,ffn.0,ffn.2",
-                    tooltip="Layers of each block that the LoRA adapts, by the ends of their names.",
+                    tooltip="Layers of each block that the LoRA adapts, by the ends of their names. all: every one, "
+                    "also those through which Wan2.1's I2V sees the picture (k_img, v_img, img_emb).",
                 ),
                 io.Int.Input(
                     "batch_size", default=1, min=1, max=64,
@@ -127,6 +130,10 @@ class TrainLora(WanNode):
                 io.Boolean.Input(
                     "resume", default=True,
                     tooltip="On: goes on with what was trained under this name. Off: begins anew, and replaces it.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True,
+                    tooltip="From Load Wan CLIP Vision, for Wan2.1's I2V and FLF2V. Sees each clip's picture once.",
                 ),
             ],
             outputs=[io.String.Output(display_name="lora_path"), io.Image.Output(display_name="loss_plot")],
@@ -156,11 +163,38 @@ class TrainLora(WanNode):
             return (str(error),)
 
     @classmethod
-    def execute(cls, model: ModelRecipe, vae: object, clip: object, **settings: object) -> io.NodeOutput:
+    def execute(
+        cls, model: ModelRecipe, vae: object, clip: object, clip_vision: object = None, **settings: object
+    ) -> io.NodeOutput:
         progress = Progress(host.current_node())
-        file, plot = train(model, vae, clip, Settings(**settings), progress)
+        file, plot = train(model, Encoders(vae, clip, clip_vision), Settings(**settings), progress)
         shown = ui.PreviewImage(plot, cls=cls).as_dict() | host.text_output(progress.text).as_dict()
         return io.NodeOutput(str(file), plot, ui=shown)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoders:
+    """What is connected beside the model."""
+
+    vae: object
+    clip: object
+    clip_vision: object = None
+
+    def files(self, variant: Variant) -> dict[str, Path | None]:
+        """The files behind them, by the names of ``TrainFiles``.
+
+        Raises:
+            WanError: one comes from another loader, or one that the variant needs is missing.
+        """
+        _ours(self.vae, WanVAE, "vae", "Load Wan VAE")
+        _ours(self.clip, WanCLIP, "clip", "Load Wan Text Encoder")
+        if self.clip_vision is not None:
+            _ours(self.clip_vision, WanClipVision, "clip_vision", "Load Wan CLIP Vision")
+        elif variant.clip:
+            raise WanError(f"{variant.display_name} sees its picture through CLIP too, and would learn to do without "
+                           "it: connect Load Wan CLIP Vision to clip_vision.")
+        seen = self.clip_vision and self.clip_vision.file.checkpoint.path
+        return {"vae": self.vae.file.checkpoint.path, "text_encoder": self.clip.file.checkpoint.path, "clip": seen}
 
 
 @dataclass(frozen=True)
@@ -186,7 +220,7 @@ class Settings:
 
 
 def train(
-    model: ModelRecipe, vae: object, clip: object, settings: Settings, progress: Progress
+    model: ModelRecipe, encoders: Encoders, settings: Settings, progress: Progress
 ) -> tuple[Path, torch.Tensor]:
     """The LoRA file, and the plot of the loss as an IMAGE.
 
@@ -195,17 +229,17 @@ def train(
     """
     from ..wan_core.train.run import TrainFiles, run
 
-    vae, clip = _ours(vae, WanVAE, "vae", "Load Wan VAE"), _ours(clip, WanCLIP, "clip", "Load Wan Text Encoder")
+    beside = encoders.files(model.variant)
     weights, expert = choose_expert(model, settings.expert)
     find_table(settings.dataset)
     goal = lora_file(settings.save_name)
     request = _request(model, expert, settings)
     _check_not_foreign(goal, request)
-    parts = TrainFiles(weights.checkpoint.path, vae.file.checkpoint.path, clip.file.checkpoint.path)
+    parts = TrainFiles(weights.checkpoint.path, **beside)
     try:
         # ComfyUI runs nodes in inference mode, whose tensors have no gradients.
         with torch.inference_mode(False), torch.enable_grad():
-            made = run(request, parts, device=host.device(), text_device=clip.patcher.load_device,
+            made = run(request, parts, device=host.device(), text_device=encoders.clip.patcher.load_device,
                        hooks=_hooks(request, progress))  # fmt: skip
     finally:
         gc.collect()  # the wrapped layers of a model in training hold each other
@@ -239,10 +273,9 @@ def _base_dtype(model: ModelRecipe) -> str:
     return model.dtype
 
 
-def _ours(connected: object, kind: type, socket: str, node: str) -> object:
+def _ours(connected: object, kind: type, socket: str, node: str) -> None:
     if not isinstance(connected, kind):
         raise WanError(f"{socket} comes from another loader, which does not tell which file it read: connect {node}.")
-    return connected
 
 
 def choose_expert(model: ModelRecipe, choice: str) -> tuple[DiTFile, str]:

@@ -40,7 +40,7 @@ from .sampling.experts import Switch
 from .sampling.guidance import Condition
 from .sampling.schedules import Schedule, schedule
 from .sampling.solvers import SOLVERS
-from .sampling.starts import Start, begin, check_pictures
+from .sampling.starts import Start, begin, check_pictures, clip_places
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -361,8 +361,8 @@ def _clip_tokens(
     if models.clip is None or not originals:
         return ()
     encoder = engine.clip(models.clip, device)
-    places = [0, -1] if models.dit.variant.clip > 1 else list(originals)[:1]
-    seen = [encoder(image_tensor(originals[place])[None]) for place in places if place in originals]
+    places = clip_places(models.dit.variant, originals)
+    seen = [encoder(image_tensor(originals[place])[None]) for place in places]
     if engine.keep_one:
         del encoder
         engine.release("clip")

@@ -11,7 +11,8 @@ from torch import Tensor
 from wan_core.layouts.dit import DIALECTS
 
 RANK, ALPHA, STRENGTH = 4, 6.0, 0.7
-LAYERS = ("self_attn.q", "self_attn.o", "cross_attn.k", "cross_attn.v", "ffn.0", "ffn.2")
+LAYERS = ("self_attn.q", "self_attn.o", "cross_attn.k", "cross_attn.v", "ffn.0", "ffn.2",
+          "cross_attn.k_img", "cross_attn.v_img", "img_emb.proj.1", "img_emb.proj.3")  # fmt: skip
 Weights = Mapping[str, Tensor]
 Made = tuple[dict[str, Tensor], dict[str, Tensor]]  # the file's tensors; the weights it should give
 
@@ -58,9 +59,9 @@ def differences(weights: Weights) -> Made:
     """Whole differences of matrices, vectors, biases and modulations, as the extracted 4-step LoRAs have them."""
     file, merged = {}, dict(weights)
     for key, weight in weights.items():
-        if key.startswith(("blocks.1", "head")) or "embedding" in key:
+        if key.startswith(("blocks.1", "head", "img_emb")) or "embedding" in key:
             path, _, kind = key.rpartition(".")
-            role = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}[kind]
+            role = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m", "emb_pos": "emb_pos.diff"}[kind]
             file[f"diffusion_model.{path}.{role}"] = draw(*weight.shape, size=0.05)
             merged[key] = weight + STRENGTH * file[f"diffusion_model.{path}.{role}"]
     return file, merged

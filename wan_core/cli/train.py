@@ -16,16 +16,19 @@ if TYPE_CHECKING:
     from ..train.loop import StepReport
 
 _TARGETS = "q,k,v,o,ffn.0,ffn.2"
+_FRAMES = 49
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=list(VARIANTS), required=True)
     parser.add_argument("--ckpt_dir", type=path, default=None, help="folder of the checkpoint, as downloaded")
-    parser.add_argument("--dit", type=path, default=None, help="file of the expert (for LoRAs also a quantised "
-                        "one) instead of the folder's; with --vae and --text_encoder too no --ckpt_dir is needed")
+    parser.add_argument("--dit", type=path, default=None, help="file of the model or expert (for LoRAs also a "
+                        "quantised one) instead of the folder's; with --vae and --text_encoder, and --clip for "
+                        "Wan2.1's I2V and FLF2V, no --ckpt_dir is needed")
     parser.add_argument("--vae", type=path, default=None)
     parser.add_argument("--text_encoder", type=path, default=None)
     parser.add_argument("--tokenizer", type=path, default=None, help="where the text encoder's file has none inside")
+    parser.add_argument("--clip", type=path, default=None, help="CLIP's picture encoder, for Wan2.1's I2V and FLF2V")
     parser.add_argument("--expert", choices=["high", "low", "only"], default=None, help="which of the two to train")
     parser.add_argument("--dataset_base_path", type=path, required=True, help="folder with metadata.csv: "
                         "video,prompt, and for I2V perhaps start_image,end_image; images count as one frame")
@@ -36,16 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip_bad_clips", action="store_true", help="name short and unreadable clips and go on")
     parser.add_argument("--width", type=whole(), default=832, help="clips are scaled to cover this and cut")
     parser.add_argument("--height", type=whole(), default=480)
-    parser.add_argument("--num_frames", type=whole(), default=49, help="from the beginning of each clip: 4n + 1")
+    parser.add_argument("--num_frames", type=whole(), default=None, help="from the beginning of each clip: 4n + 1; "
+                        f"default: {_FRAMES}, or 1 for a model of pictures")
     parser.add_argument("--output_path", type=path, required=True, help="folder of the result, its log and its state")
     parser.add_argument("--lora_rank", type=whole(), default=32, help="0 trains all weights")
     parser.add_argument("--lora_alpha", type=number(), default=None, help="default: the rank")
-    parser.add_argument("--lora_target_modules", default=_TARGETS, help="layers of the blocks that the LoRA adapts")
+    parser.add_argument("--lora_target_modules", default=_TARGETS, help="layers that the LoRA adapts, by the ends of "
+                        "their names; all: every one, also Wan2.1's for the picture (k_img, v_img, img_emb)")
     parser.add_argument("--min_timestep_boundary", type=number(), default=None,
                         help="fraction; default: the expert's own")
     parser.add_argument("--max_timestep_boundary", type=number(), default=None,
                         help="fraction; default: the expert's own")
-    parser.add_argument("--shift", type=number(), default=None, help="default: the variant's own")
+    parser.add_argument("--shift", type=number(), default=None, help="default: the variant's own for the size")
     parser.add_argument("--learning_rate", type=number(), default=1e-4, help="rises for 20 steps, then a cosine")
     parser.add_argument("--weight_decay", type=number(), default=0.01)
     parser.add_argument("--num_epochs", type=whole(), default=5)
@@ -81,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     request = Request(
         task=args.task, expert=expert, clips=args.dataset_base_path, metadata=args.dataset_metadata_path,
         root=Path(args.dataset_base_path.absolute().anchor) if args.dataset_outside_files else None,
-        out=args.output_path, frame=Frame(args.width, args.height, args.num_frames), repeat=args.dataset_repeat,
+        out=args.output_path, frame=Frame(args.width, args.height, _frames(args)), repeat=args.dataset_repeat,
         rank=args.lora_rank, alpha=args.lora_alpha, targets=_names(args.lora_target_modules),
         boundaries=_boundaries(args), shift=args.shift, steps=args.max_steps, epochs=args.num_epochs,
         batch=args.batch_size, accumulate=args.gradient_accumulation_steps, learning_rate=args.learning_rate,
@@ -93,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     device = resolve_device(args.device)
     files = files_in(args.ckpt_dir, args.task, expert, dit=args.dit, vae=args.vae, text_encoder=args.text_encoder,
-                     tokenizer=args.tokenizer)  # fmt: skip
+                     tokenizer=args.tokenizer, clip=args.clip)  # fmt: skip
     first = Processes.current(device).first
     with _Bar() as bar:
         hooks = Hooks(on_step=bar.on_step, on_clip=bar.on_clip) if first else Hooks(tell=lambda text: None)
@@ -107,6 +112,10 @@ def _only_expert(experts: tuple[str, ...]) -> str:
     if len(experts) > 1:
         raise WanError("This model has two experts: say which to train, --expert high or --expert low.")
     return experts[0]
+
+
+def _frames(args: argparse.Namespace) -> int:
+    return min(_FRAMES, VARIANTS[args.task].frames) if args.num_frames is None else args.num_frames
 
 
 def _names(text: str) -> list[str]:

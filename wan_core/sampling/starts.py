@@ -6,7 +6,7 @@ latent itself (TI2V). Pictures are [3, H, W] in -1..1 and already of the video's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +88,13 @@ def known_channels(known: Sequence[Pictures], frames: int, encode: EncodeChunks)
     latent = encode((torch.cat(chunks) for chunks in zip(*each, strict=True)), frames)
     masks = torch.cat([given_mask(list(pictures), frames, *latent.shape[3:]) for pictures in known])
     return Concat(torch.cat([masks.to(latent), latent], dim=1))
+
+
+def clip_places(variant: Variant, places: Collection[int]) -> list[int]:
+    """Which of the known frames a model hears as CLIP tokens, in their order: none, one picture, or first and last."""
+    if not variant.clip or not places:
+        return []
+    return [place for place in (0, -1) if place in places] if variant.clip > 1 else list(places)[:1]
 
 
 def clean_frames(latent: Tensor, shape: Sequence[int]) -> Given:

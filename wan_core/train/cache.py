@@ -1,4 +1,4 @@
-"""Latents and text embeddings, computed once and kept on disk."""
+"""Latents, CLIP tokens and text embeddings, computed once and kept on disk."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from ..config import Variant
 from ..files.atomic import unfinished
 from ..files.write import save_tensors
 from ..loading.text import OnBlock, TextEncoder
+from ..models.clip.vit import ClipVision
+from ..models.dit.features.clip_tokens import ClipTokens
+from ..models.dit.inputs import Concat
 from ..models.vae.vae import OnChunk, VideoVAE
-from ..sampling.starts import known_channels
+from ..sampling.starts import clip_places, known_channels
 from .data import Clip, whole_chunks
 
 _BLOCK = 2**20
@@ -32,12 +35,21 @@ class Entry:
     Attributes:
         latent: [C, T, h, w], normalised.
         concat: I2V: the condition [20, T, h, w].
+        clip: Wan2.1 I2V and FLF2V: what CLIP makes of the picture [257, 1280], or of the first and last one behind the
+            other [514, 1280].
         subject: where the subject is, [1, T, h, w] of 0 and 1, if it shall be learnt with more weight.
     """
 
     latent: Tensor
     concat: Tensor | None
     subject: Tensor | None = None
+    clip: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple:
+        """What a model is told beside the noisy latent and the text, of a batch of one."""
+        concat = () if self.concat is None else (Concat(self.concat[None]),)
+        return concat if self.clip is None else (*concat, ClipTokens(self.clip[None]))
 
 
 class Cache:
@@ -75,12 +87,20 @@ def _read(file: Path) -> dict[str, Tensor] | None:
 
 
 class Latents:
-    """Clips through a VAE. ``on_chunk`` is called after every few frames; what it raises ends the work."""
+    """Clips through a VAE, and their pictures through CLIP where the variant hears it.
+
+    Args:
+        on_chunk: called after every few frames; what it raises ends the work.
+        clip, clip_key: of CLIP's picture encoder, for variants that need it.
+    """
 
     def __init__(self, cache: Cache, vae: Callable[[], VideoVAE], vae_key: str, variant: Variant,
-                 on_chunk: OnChunk | None = None):  # fmt: skip
+                 on_chunk: OnChunk | None = None, *, clip: Callable[[], ClipVision] | None = None,
+                 clip_key: str = ""):  # fmt: skip
         self.cache, self.vae_key, self.variant, self.on_chunk = cache, vae_key, variant, on_chunk
+        self.clip_key = clip_key
         self._load, self._vae = vae, None
+        self._load_clip, self._clip = clip, None
 
     def __call__(self, clip: Clip) -> Entry:
         video = cache(lambda: whole_chunks(clip.pixels(), clip.name))  # read once, and only if a part is missing
@@ -89,7 +109,7 @@ class Latents:
             return self.cache.get(self._key(clip, part), lambda: {part: make([clip], [video()])[0]})[part]
 
         parts = {part: held(part, make) for part, make in self._makers().items()}
-        return Entry(parts["latent"], parts.get("concat"))
+        return Entry(parts["latent"], parts.get("concat"), clip=parts.get("clip"))
 
     def prepare(self, clips: Sequence[Clip], batch: int = 8) -> None:
         """Make what is missing, some clips of one size at a time: small pictures are encoded faster together."""
@@ -105,16 +125,22 @@ class Latents:
     def _makers(self) -> dict[str, Maker]:
         """The parts of an entry, and how those of some clips are made from their videos."""
         makers = {"latent": self._encode}
-        return makers | {"concat": self._condition} if self.variant.image == "channels" else makers
+        if self.variant.image == "channels":
+            makers["concat"] = self._condition
+        if self.variant.clip:
+            makers["clip"] = self._see
+        return makers
 
     def _lacks(self, clip: Clip, part: str) -> bool:
         return not self.cache.has(self._key(clip, part))
 
     def release(self) -> None:
-        self._vae = None
+        self._vae = self._clip = None
 
     def _key(self, clip: Clip, part: str) -> str:
-        return digest(clip.key, self.vae_key, part)
+        """Variants that are shown other frames of a clip have other files in one cache."""
+        ends = () if part == "latent" or not self.variant.needs_end else ("first and last",)
+        return digest(clip.key, self.clip_key if part == "clip" else self.vae_key, part, *ends)
 
     def _encode(self, clips: Sequence[Clip], videos: Sequence[Tensor]) -> Tensor:
         """Latents [N, C, T, h, w]."""
@@ -122,8 +148,24 @@ class Latents:
 
     def _condition(self, clips: Sequence[Clip], videos: Sequence[Tensor]) -> Tensor:
         """Conditions [N, 20, T, h, w]: mask and latent of the given frames."""
-        known = [clip.given() or {0: video[:, 0]} for clip, video in zip(clips, videos, strict=True)]
-        return known_channels(known, videos[0].shape[1], self._chunks_through_vae).channels
+        return known_channels(self._shown(clips, videos), videos[0].shape[1], self._chunks_through_vae).channels
+
+    def _see(self, clips: Sequence[Clip], videos: Sequence[Tensor]) -> Tensor:
+        """CLIP tokens [N, 257 or 514, 1280] of the same pictures that the condition's frames are."""
+        if self._clip is None:
+            self._clip = self._load_clip()
+        shown = self._shown(clips, videos)
+        places = [clip_places(self.variant, known) for known in shown]
+        seen = [torch.stack([known[place] for place in some]) for known, some in zip(shown, places, strict=True)]
+        with torch.no_grad():
+            return torch.stack([self._clip(pictures).flatten(0, 1) for pictures in seen])
+
+    def _shown(self, clips: Sequence[Clip], videos: Sequence[Tensor]) -> list[dict[int, Tensor]]:
+        """The frames of each clip that the model is shown: the pictures that the table names, else the clip's own."""
+        if self.variant.needs_end:
+            own = [{0: video[:, 0], -1: video[:, -1]} for video in videos]
+            return [known | clip.given() for known, clip in zip(own, clips, strict=True)]
+        return [clip.given() or {0: video[:, 0]} for clip, video in zip(clips, videos, strict=True)]
 
     def _chunks_through_vae(self, chunks: Iterator[Tensor], frames: int) -> Tensor:
         return self._through_vae(torch.cat(list(chunks), dim=2))

@@ -9,15 +9,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config import Variant
+from ..config import DiTConfig, Variant
 from ..dtypes import NAMES
 from ..errors import WanError
 from ..files.write import save_tensors
+from ..layouts.variants import signature_of
 from ..media.video import unfinished
 from . import lora
 from .cache import Entry, batches_of
 from .model import TrainedDiT
-from .objective import Example, NoiseRange, noisy, velocity_loss, with_channels, with_clean_first_frame, with_subject
+from .objective import (
+    Example,
+    NoiseRange,
+    noisy,
+    velocity_loss,
+    with_channels,
+    with_clean_first_frame,
+    with_clip,
+    with_subject,
+)
 from .precision import autocast, resolve_precision
 
 _NEGATIVE_BATCHES = 0.2
@@ -84,7 +94,7 @@ class DiTTask:
         self.precision = resolve_precision(recipe.precision, model.device)
         self.sampler = sampler
         self._epochs: dict[int, list[list[int]]] = {}
-        _check_channels(model, recipe.variant)
+        check_variant(model.config, recipe.variant, "The model")
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -109,7 +119,7 @@ class DiTTask:
         empty = self._empty(generator)
         texts = [empty if drop else text for text, drop in zip(texts, dropped, strict=True)]
         with autocast(self.precision, self.model.device):
-            velocity = self.model(example.x, example.t, texts, on_block=self.on_block)
+            velocity = self.model(example.x, example.t, texts, on_block=self.on_block, inputs=example.inputs)
         return velocity_loss(velocity, example), {}
 
     def example(self, entries: Sequence[Entry], generator: torch.Generator) -> Example:
@@ -122,11 +132,13 @@ class DiTTask:
             made = with_subject(made, torch.stack(subjects), self.recipe.emphasis)
         if self.recipe.variant.image == "channels":
             made = with_channels(made, torch.stack([entry.concat for entry in entries]))
+        if self.recipe.variant.clip:
+            made = with_clip(made, torch.stack([entry.clip for entry in entries]))
         if self.recipe.variant.image == "frame":
             given = torch.rand(len(latent), generator=generator) >= self.recipe.image_dropout
             made = with_clean_first_frame(made, latent, given & (latent.shape[2] > 1))
         device = self.model.device
-        return Example(*(part.to(device) for part in (made.x, made.t, made.target, made.weight)))
+        return Example(*(part.to(device) for part in (made.x, made.t, made.target, made.weight)), made.inputs)
 
     def sample(self, step: int, folder: Path) -> None:
         if self.sampler:
@@ -168,7 +180,16 @@ def save_weights(weights: Mapping[str, Tensor], file: Path, dtype: str, metadata
         save_tensors(made, partial, {"format": "pt", **metadata})
 
 
-def _check_channels(model: TrainedDiT, variant: Variant) -> None:
-    if model.config.in_channels != variant.in_channels:
-        raise WanError(f"The model takes {model.config.in_channels} channels, but {variant.display_name} takes "
-                       f"{variant.in_channels}: choose its --task.")
+def check_variant(config: DiTConfig, variant: Variant, name: str | Path) -> None:
+    """
+    Raises:
+        WanError: another network than the variant's, by its channels or the CLIP tokens that it hears.
+    """
+    if signature_of(config) != variant.signature:
+        raise WanError(f"{name} takes {_inputs(signature_of(config))}, but {variant.display_name} takes "
+                       f"{_inputs(variant.signature)}: choose its --task.")
+
+
+def _inputs(signature: tuple[int, int, int]) -> str:
+    channels, _, pictures = signature
+    return f"{channels} channels{('', ' and a picture through CLIP', ' and two pictures through CLIP')[pictures]}"

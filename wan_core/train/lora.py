@@ -6,6 +6,7 @@ update is ``alpha / rank * B @ A`` times the strength, which is how ComfyUI's Lo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from ..files.write import save_tensors
 from ..media.video import unfinished
 
 TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+ALL = "all"  # the target that stands for every layer that can be adapted
+_BLOCK = re.compile(r"^blocks\.\d+\.")
+_OWNERS = ("blocks.", "img_emb.")  # where those are: in the blocks, and where Wan2.1 takes pictures in
 PREFIX = "diffusion_model."
 
 
@@ -47,9 +51,10 @@ class AdaptedLinear(nn.Module):
 def add_lora(
     model: nn.Module, rank: int, targets: Sequence[str] = TARGETS, *, alpha: float | None = None, seed: int = 0
 ) -> dict[str, AdaptedLinear]:
-    """Freeze a DiT and put an update beside every linear layer of its blocks whose name ends in a target.
+    """Freeze a DiT and put an update beside every linear layer that a target names.
 
     Args:
+        targets: see ``find_targets``.
         alpha: None means the rank, so that the update is B @ A.
 
     Raises:
@@ -69,21 +74,29 @@ def add_lora(
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers of a DiT's blocks whose names end in a target.
+    """The linear layers of a DiT's blocks, and of the embedding of its pictures, whose names end in a target.
+
+    Args:
+        targets: ends of names, such as ``q``, ``ffn.0`` and, of Wan2.1's I2V, ``k_img`` or ``img_emb.proj.1``; "all"
+            is every one of them.
 
     Raises:
         WanError: a target that no layer has.
     """
     layers = {name: layer for name, layer in model.named_modules()
-              if name.startswith("blocks.") and isinstance(layer, nn.Linear)}  # fmt: skip
-    _check_targets(targets, layers)
-    return {name: layer for name, layer in layers.items() if any(name.endswith("." + target) for target in targets)}
+              if name.startswith(_OWNERS) and isinstance(layer, nn.Linear)}  # fmt: skip
+    _check_targets([target for target in targets if target != ALL] or targets, layers)
+    return {name: layer for name, layer in layers.items() if _names(targets, name)}
+
+
+def _names(targets: Sequence[str], name: str) -> bool:
+    return any(target == ALL or f".{name}".endswith(f".{target}") for target in targets)
 
 
 def describe(adapted: Mapping[str, AdaptedLinear]) -> dict[str, object]:
     """What a run that is gone on with must share."""
     one = next(iter(adapted.values()))
-    layers = sorted({name.split(".", 2)[2] for name in adapted})  # the same in each block
+    layers = sorted({_BLOCK.sub("", name) for name in adapted})  # the same in each block
     return {"lora_rank": len(one.lora_A), "lora_alpha": one.scale * len(one.lora_A), "lora_layers": layers,
             "base_dtype": one.base.weight.dtype}  # fmt: skip
 
@@ -122,7 +135,9 @@ def merge_lora(weights: Mapping[str, Tensor], file: str | Path, strength: float 
 
 
 def _check_targets(targets: Sequence[str], layers: Mapping[str, nn.Linear]) -> None:
-    unknown = [target for target in targets if not any(name.endswith("." + target) for name in layers)]
+    unknown = [target for target in targets if not any(_names([target], name) for name in layers)]
     if unknown or not targets:
+        ends = dict.fromkeys(_BLOCK.sub("", name).removeprefix("self_attn.").removeprefix("cross_attn.")
+                             for name in layers)  # fmt: skip
         raise WanError(f"LoRA targets {', '.join(unknown) or '(none)'} are no linear layers of this model: choose "
-                       f"among {','.join(TARGETS)}.")
+                       f"among {','.join(ends)}, or {ALL}.")

@@ -145,11 +145,11 @@ def new_dit(config: DiTConfig, seed: int) -> TrainedDiT:
 
 
 def _initial(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    if "norm" in name:
+    if "norm" in name or name.startswith("img_emb.") and like.ndim == 1:  # its norms are numbered
         return torch.zeros_like(like) if name.endswith("bias") else torch.ones_like(like)
     if name.endswith("modulation"):
         return torch.randn(like.shape, generator=generator) / math.sqrt(like.shape[-1])
-    if name.endswith("bias") or name == "head.head.weight":
+    if name.endswith(("bias", "emb_pos")) or name == "head.head.weight":
         return torch.zeros_like(like)
     if name.startswith(("text_embedding", "time_embedding")):
         return torch.randn(like.shape, generator=generator) * 0.02

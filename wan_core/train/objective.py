@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import TRAIN_STEPS, Variant
 from ..errors import WanError
+from ..models.dit.features.clip_tokens import ClipTokens
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,14 @@ class Example:
         t: [B], or [B, T] where first frames are clean.
         target: velocity [B, C, T, h, w].
         weight: [B or 1, 1, T or 1, h or 1, w or 1]; 0 where nothing is to be learnt.
+        inputs: what the model's features are told, such as ``ClipTokens``, of the whole batch.
     """
 
     x: Tensor
     t: Tensor
     target: Tensor
     weight: Tensor
+    inputs: tuple = ()
 
 
 def noisy(latent: Tensor, noise: Tensor, sigmas: Tensor) -> Example:
@@ -80,8 +83,13 @@ def noisy(latent: Tensor, noise: Tensor, sigmas: Tensor) -> Example:
 
 
 def with_channels(example: Example, concat: Tensor) -> Example:
-    """I2V-A14B: mask and condition latent [B, 20, T, h, w] stand behind the noisy latent."""
+    """I2V: mask and condition latent [B, 20, T, h, w] stand behind the noisy latent."""
     return replace(example, x=torch.cat([example.x, concat], dim=1))
+
+
+def with_clip(example: Example, features: Tensor) -> Example:
+    """Wan2.1 I2V and FLF2V: what CLIP makes of the pictures, [B, 257 or 514, 1280]."""
+    return replace(example, inputs=(*example.inputs, ClipTokens(features)))
 
 
 def with_clean_first_frame(example: Example, latent: Tensor, given: Tensor) -> Example:
@@ -91,7 +99,7 @@ def with_clean_first_frame(example: Example, latent: Tensor, given: Tensor) -> E
     first[:, 0] = given
     clean = first.view(-1, 1, frames, 1, 1).to(latent.device)
     t = example.t[:, None].expand(-1, frames).masked_fill(first.to(example.t.device), 0.0)
-    return Example(torch.where(clean, latent, example.x), t, example.target, example.weight * ~clean)
+    return replace(example, x=torch.where(clean, latent, example.x), t=t, weight=example.weight * ~clean)
 
 
 def with_subject(example: Example, subject: Tensor, emphasis: float) -> Example:

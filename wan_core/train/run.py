@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from ..config import PATCH, VAES, VARIANTS, Variant
+from ..config import CLIP_CHECKPOINT, CLIP_COMFY_NAME, PATCH, VAES, VARIANTS, Variant
 from ..dtypes import resolve_dtype
 from ..errors import WanError
 from ..layouts.folder import find_parts
+from ..loading.clip import load_clip_vision, read_clip
 from ..loading.dit import DiTFile, read_dit
 from ..loading.text import load_text_encoder, read_text_encoder
 from ..loading.vae import load_vae, read_vae
@@ -24,10 +25,10 @@ from ..media.video import check_writable
 from ..memory.devices import empty_cache, total_bytes
 from ..memory.plan import activation_bytes, does_not_fit
 from ..models.dit.dit import WanDiT
-from ..models.dit.inputs import Concat
+from ..models.dit.features.clip_tokens import ClipTokensConfig
 from .cache import Cache, Latents, Texts, digest, file_key
 from .data import Clip, ClipProblem, Frame, check_frame, read_folder, usable
-from .dit import Data, DiTTask, Recipe
+from .dit import Data, DiTTask, Recipe, check_variant
 from .folder import STATE, check_folder, forget, set_aside
 from .loop import Plan, StepReport, check_resumable, train
 from .lora import TARGETS, AdaptedLinear, add_lora, find_targets
@@ -42,12 +43,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainFiles:
-    """What a training reads: checkpoints of one variant. ``dit`` is the expert to train."""
+    """What a training reads: checkpoints of one variant.
+
+    ``dit`` is the expert to train; ``clip`` is CLIP's picture encoder, of Wan2.1's I2V and FLF2V.
+    """
 
     dit: Path
     vae: Path
     text_encoder: Path
     tokenizer: Path | None = None
+    clip: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,9 @@ class Request:
     Attributes:
         clips: a folder with metadata.csv, or clips of a Python data set.
         rank: of the LoRA; 0 trains all weights.
+        targets: of the LoRA, see ``lora.find_targets``.
         boundaries: of the noise levels, as fractions of the timesteps; None is the expert's own.
+        shift: None is the variant's own for the size.
         steps: 0 takes ``epochs`` instead.
         restart: forget an earlier run in ``out`` instead of going on with it.
         dtype: of frozen base weights; None is the device's default. Full training keeps float32.
@@ -135,14 +142,17 @@ def files_in(folder: Path | None, task: str, expert: str, **own: Path | None) ->
         raise WanError(f"{variant.display_name} has no expert {expert!r}: choose --expert "
                        f"{' or '.join(experts_of(variant))}.")
     dit = "low" if expert == "low" else "high"
-    wanted = [part for part in (dit, "vae", "text_encoder") if own.get("dit" if part == dit else part) is None]
+    needed = (dit, "vae", "text_encoder", *(("clip",) if variant.clip else ()))
+    wanted = [part for part in needed if own.get("dit" if part == dit else part) is None]
     if not wanted:
         return TrainFiles(**own)
     if folder is None:
-        raise WanError("Where are the weights? Give --ckpt_dir, or all of --dit, --vae and --text_encoder.")
+        clip = ", --text_encoder and --clip" if variant.clip else " and --text_encoder"
+        raise WanError(f"Where are the weights? Give --ckpt_dir, or all of --dit, --vae{clip}.")
     parts = find_parts(folder, variant, wanted)
     tokenizer = None if "text_encoder" in own else parts.tokenizer
-    found = {"dit": getattr(parts, dit), "vae": parts.vae, "text_encoder": parts.text_encoder, "tokenizer": tokenizer}
+    found = {"dit": getattr(parts, dit), "vae": parts.vae, "text_encoder": parts.text_encoder, "tokenizer": tokenizer,
+             "clip": parts.clip}  # fmt: skip
     return TrainFiles(**found | own)
 
 
@@ -182,6 +192,8 @@ def run(
     processes = Processes.current(device)
     device = processes.device or torch.device(device)
     base, clips = check(request, files)
+    if files.clip and not variant.clip:
+        hooks.tell(f"{files.clip.name} takes no part: {variant.display_name} hears no picture through CLIP.")
     _check_memory(request, base, variant, device)
     for folder in (request.out, request.cache or request.out):
         _make_folder(folder)
@@ -270,16 +282,32 @@ def check_files(files: TrainFiles, variant: Variant) -> DiTFile:
         WanError: parts of different models.
     """
     base, vae, text = read_dit(files.dit), read_vae(files.vae), read_text_encoder(files.text_encoder, files.tokenizer)
-    if base.config.in_channels != variant.in_channels:
-        raise WanError(f"{files.dit} takes {base.config.in_channels} channels, but {variant.display_name} takes "
-                       f"{variant.in_channels}: choose its --task.")
+    check_variant(base.config, variant, files.dit)
     if vae.config.kind != variant.vae:
         raise WanError(f"{files.vae} is a {vae.config.kind} VAE, but {variant.display_name} needs {variant.vae}: "
                        f"use {VAES[variant.vae].comfy_name} or {VAES[variant.vae].checkpoint}.")
     if text.config.dim != base.config.text_dim:
         raise WanError(f"{files.text_encoder} gives embeddings {text.config.dim} wide, but {files.dit} takes "
                        f"{base.config.text_dim}. Use the text encoder of the same model.")
+    _check_clip(files, base, variant)
     return base
+
+
+def _check_clip(files: TrainFiles, base: DiTFile, variant: Variant) -> None:
+    """What learns without its picture would learn to do without it.
+
+    Raises:
+        WanError: a model that hears CLIP has none, or one of another width.
+    """
+    if not variant.clip:
+        return
+    if files.clip is None:
+        raise WanError(f"{variant.display_name} hears its picture through CLIP, whose model is missing: give "
+                       f"{CLIP_COMFY_NAME} or {CLIP_CHECKPOINT} (option clip).")
+    found, wanted = read_clip(files.clip).config.dim, base.config.feature(ClipTokensConfig).width
+    if found != wanted:
+        raise WanError(f"{files.clip} gives CLIP tokens {found} wide, but {files.dit} takes {wanted}: use "
+                       f"{CLIP_COMFY_NAME}.")
 
 
 def check_trainable(file: DiTFile, *, whole: bool) -> None:
@@ -307,13 +335,16 @@ def prepare(
     text_device: torch.device,
     hooks: Hooks,
 ) -> tuple[Data, list[Wish]]:
-    """Latents and text embeddings of all clips, on disk, and what samples are drawn from.
+    """Latents, CLIP tokens and text embeddings of all clips, on disk, and what samples are drawn from.
 
     The encoders are gone when this returns.
     """
     folder = request.cache or request.out / "cache"
-    latents = Latents(Cache(folder / "latents"), lambda: load_vae(files.vae, device=device, dtype=torch.float32),
-                      file_key(files.vae), variant, hooks.check)  # fmt: skip
+    latents = Latents(
+        Cache(folder / "latents"), lambda: load_vae(files.vae, device=device, dtype=torch.float32),
+        file_key(files.vae), variant, hooks.check, clip=lambda: load_clip_vision(files.clip, device=device),
+        clip_key=file_key(files.clip) if variant.clip else "",
+    )  # fmt: skip
     texts = Texts(
         Cache(folder / "texts"),
         lambda: load_text_encoder(files.text_encoder, tokenizer=files.tokenizer, device=text_device),
@@ -337,7 +368,8 @@ def prepare(
     empty_cache()
     rows = [clip for clip in clips for _ in range(request.repeat)]
 
-    key = digest(*(clip.key + clip.prompt for clip in rows), latents.vae_key, texts.encoder_key)
+    encoders = (latents.vae_key, texts.encoder_key, *filter(None, (latents.clip_key,)))
+    key = digest(*(clip.key + clip.prompt for clip in rows), *encoders)
     return Data(lambda i: latents(rows[i]), lambda i: texts(rows[i].prompt), empty,
                 [shapes[clip.key] for clip in rows], key), wishes  # fmt: skip
 
@@ -369,8 +401,7 @@ def _wishes(
     wishes = []
     for i, prompt in enumerate(prompts):
         entry = latents(shown[i % len(shown)])
-        inputs = () if entry.concat is None else (Concat(entry.concat[None]),)
-        wishes.append(Wish(prompt, texts(prompt), inputs, entry.latent[:, :1] if frames else None))
+        wishes.append(Wish(prompt, texts(prompt), entry.inputs, entry.latent[:, :1] if frames else None))
     return wishes
 
 
@@ -402,7 +433,8 @@ def _model(
 
 
 def _noise(request: Request, variant: Variant) -> NoiseRange:
-    own = expert_range(variant, request.expert, request.shift)
+    shift = variant.shift_for((request.frame.width, request.frame.height)) if request.shift is None else request.shift
+    own = expert_range(variant, request.expert, shift)
     return NoiseRange(*request.boundaries, own.shift) if request.boundaries else own
 
 
