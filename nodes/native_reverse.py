@@ -51,8 +51,8 @@ class FromModel(WanNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A T2V, I2V, FLF2V or TI2V model of Wan2.1 or Wan2.2, with ComfyUI's LoRA nodes before this one. "
-                    "The shift of ModelSamplingSD3 is not used: Wan Sampler has its own.",
+                    tooltip="A T2V, I2V, FLF2V or TI2V model of Wan2.1 or Wan2.2, with ComfyUI's LoRA nodes before "
+                    "this one. The shift of ModelSamplingSD3 is not used: Wan Sampler has its own.",
                 ),
             ],
             outputs=[WanModel.Output(display_name="model")],

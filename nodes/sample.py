@@ -72,8 +72,8 @@ class Sampler(WanNode):
                 ),
                 io.Float.Input(
                     "shift", default=5.0, min=0.01, max=100.0, step=0.01, round=0.001,
-                    tooltip="Moves the steps towards noise. Official: T2V-A14B 12, I2V-A14B 5, TI2V-5B 5; Wan2.1: T2V 5 (1.3B "
-                    "8), I2V 5 (480p 3), FLF2V 16.",
+                    tooltip="Moves the steps towards noise. Official: T2V-A14B 12, I2V-A14B 5, TI2V-5B 5; Wan2.1: T2V "
+                    "5 (1.3B 8), I2V 5 (480p 3), FLF2V 16.",
                 ),
                 io.Combo.Input(
                     "solver", options=list(SOLVERS), default="unipc",

@@ -15,11 +15,12 @@ from tests.core.quant_files import is_matrix, write_gguf
 from tests.core.test_lora import CONFIG as T2V
 from tests.core.test_lora import close, weights_of
 from tests.core.test_lora_runs import dequantised
-from wan_core.loading.dit import build_dit, read_dit
+from wan_core.loading.dit import read_dit
 from wan_core.lora.apply import PatchedLinear, adaptation_of
 from wan_core.lora.dialects import sort_keys
 from wan_core.lora.files import read_lora
 from wan_core.lora.use import LoraUse
+from wan_core.memory.build import build_dit
 from wan_core.memory.plan import weights_of as planned_weights
 from wan_core.models.dit.dit import WanDiT
 from wan_core.models.dit.features.clip_tokens import ClipTokens, ClipTokensConfig
@@ -42,8 +43,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         weights = _random_weights(WanDiT, config, torch.Generator().manual_seed(0))
         save_file(weights, folder / f"{name}.safetensors")
         if name == "i2v":
-            packed = lambda key, value: is_matrix(key, value) and key.startswith("blocks")  # noqa: E731
-            write_gguf(folder / "i2v.gguf", weights, lambda key, value: "Q8_0" if packed(key, value) else "F32")
+            write_gguf(folder / "i2v.gguf", weights,
+                       lambda key, value: "Q8_0" if is_matrix(key, value) and key.startswith("blocks") else "F32")
     return {file.name.removesuffix(".safetensors"): file for file in folder.iterdir()}
 
 
@@ -128,7 +129,8 @@ def test_every_name_of_a_layer_of_the_picture(bases):
     for key, own in DIFFERENCES.items():
         assert set(sort_keys([key], weights).targets) == {own}, key
     alone = weights_of(bases["i2v"])
-    assert sort_keys(["diffusion_model.img_emb.emb_pos.diff"], alone).unknown == ["diffusion_model.img_emb.emb_pos.diff"]
+    key = "diffusion_model.img_emb.emb_pos.diff"
+    assert sort_keys([key], alone).unknown == [key]
 
 
 @pytest.mark.parametrize("swap_blocks", [0, 3])

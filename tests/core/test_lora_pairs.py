@@ -199,14 +199,15 @@ def test_an_expert_on_its_own_takes_what_is_meant_for_it(folder: Path, side: int
 
 
 def test_which_expert_one_on_its_own_is_taken_for_is_told(folder: Path):
-    """By its name, however it is written; by the high-noise expert's rules where it says nothing."""
+    """By its name, however it is written; one whose name says nothing is a dense model, and takes the file given."""
     for name, level, file in (("t2vLOW", "low", "lora_low"), ("W22LowNoise", "low", "lora_low"),
-                              ("merged", "high", "lora_high")):  # fmt: skip
+                              ("Wan2.2 merge", "high", "lora_high"), ("merged", None, "lora_high")):  # fmt: skip
         model = folder / f"{name}.safetensors"
         model.write_bytes((folder / "model_low_noise.safetensors").read_bytes())
         made, report = with_lora(ModelRecipe(read_dit(model)), folder / "lora_high.safetensors", PerExpert(1, 1))
         assert [use.file.path.stem for use in made.loras.high] == [file]
-        assert f"Model, taken for the {level}-noise expert: strength 1" in report
+        taken = f", taken for the {level}-noise expert" if level else ""
+        assert f"Model{taken}: strength 1" in report
 
 
 @pytest.mark.parametrize("low, warnings", [("auto", 0), ("lora_high.safetensors", 2), (None, 1)])

@@ -56,8 +56,10 @@ class Texts:
     dit: WanDiT
     device = torch.device("cpu")
 
-    def __call__(self, x: Tensor, t: Tensor, texts: list[Tensor], on_block: object = None) -> Tensor:
-        return self.dit(x, t, torch.stack([pad_text(text[None])[0] for text in texts]))
+    def __call__(
+        self, x: Tensor, t: Tensor, texts: list[Tensor], on_block: object = None, inputs: tuple = ()
+    ) -> Tensor:  # fmt: skip
+        return self.dit(x, t, torch.stack([pad_text(text[None])[0] for text in texts]), inputs=inputs)
 
 
 @pytest.fixture(scope="module")

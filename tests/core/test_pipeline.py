@@ -181,7 +181,7 @@ def test_mistakes_are_found_before_any_weight_is_read(folder, task: str, changes
 
 
 def test_another_variants_folder_is_refused(folder, tmp_path: Path):
-    with pytest.raises(WanError, match="36 channels, but Wan2.2 T2V-A14B takes 16"):
+    with pytest.raises(WanError, match="is not Wan2.2 T2V-A14B: by its layers it is Wan2.2 I2V-A14B"):
         read_models(folder("i2v-A14B", "official"), "t2v-A14B")
     with pytest.raises(WanError, match="lacks transformer_2|lacks .*low_noise"):
         read_models(folder("ti2v-5B"), "t2v-A14B")

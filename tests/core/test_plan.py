@@ -44,7 +44,7 @@ def traced_block(config: DiTConfig, batch: int, tokens: int, dtype: torch.dtype)
 
         def call() -> Tensor:
             x = torch.empty(batch, tokens, config.dim, dtype=dtype)
-            return block(x, timed, rope, text, 0, lambda q, k, v: torch.empty_like(q))
+            return block(x, timed, rope, text, 0, lambda q, k, v, kind: torch.empty_like(q))
 
         return peak_bytes(call) + rope.nbytes
 

@@ -159,7 +159,7 @@ def test_a_slow_painter_never_holds_the_sampler_up() -> None:
 
 
 def test_pictures_take_their_share_of_the_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wan_core.preview.PAUSE", 0.0)
+    monkeypatch.setattr("wan_core.media.preview.PAUSE", 0.0)
     seen: list[float] = []
     painter = Painter(lambda latent, _: (time.sleep(0.01), seen.append(time.monotonic())))
     began = time.monotonic()

@@ -346,7 +346,7 @@ def test_wrong_files_are_refused(reference: UMT5EncoderModel, spiece: bytes, tmp
         "Unexpected: blocks.0.attn.q.extra": weights | {"blocks.0.attn.q.extra": torch.zeros(1)},
         "other shapes": weights | {"blocks.2.norm1.weight": torch.zeros(3)},
         "dimensions cannot be read": {k: v for k, v in weights.items() if "blocks.0.pos" not in k},
-        "expected one scale, or one for each row": weights | {"blocks.0.attn.q.scale_weight": torch.zeros(3)},
+        "with blocks.0.attn.q.scale_weight; no marking": weights | {"blocks.0.attn.q.scale_weight": torch.zeros(3)},
     }
     for message, tensors in cases.items():
         save_file(tensors, tmp_path / "wrong.safetensors")

@@ -121,13 +121,13 @@ def _what_it_is(checkpoint: Checkpoint) -> str:
     keys = checkpoint.tensors.keys()
     for part in parts_of(checkpoint):
         return f"it is {NAMES[part]}. Load it with {_FOLDERS[part]}."
-    if patch := family_of({key: info.shape for key, info in checkpoint.tensors.items()}):
-        return f"it is {patch.name}. {patch.instead}"
     if _is_lora(keys):
         return "it is a LoRA. Choose the base model here."
     if stated := checkpoint.metadata.get(_ARCHITECTURE):
         expected = " or ".join(name for names in _ARCHITECTURES.values() for name in names)
         return f"it is a GGUF file of the architecture {stated!r}; expected {expected}."
+    if patch := family_of({key: info.shape for key, info in checkpoint.tensors.items()}):
+        return f"it is {patch.name}. {patch.instead}"
     return f"none of the known layouts has its keys ({_some(keys, 3) or 'it holds no tensors'})."
 
 

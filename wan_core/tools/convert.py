@@ -179,7 +179,14 @@ class _Job:
     def write(self, path: Path) -> None:
         writers = {"gguf": self._write_gguf, "comfyui": self._write_comfyui, "official": self._write_official,
                    "diffusers": self._write_folder}  # fmt: skip
-        writers[self.target.layout](path)
+        try:
+            writers[self.target.layout](path)
+        except WanError:  # a read may have noticed first
+            self._check_unchanged()
+            raise
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
         if self.checkpoint.fingerprint != self.fingerprint:
             raise WanError(f"{self.checkpoint.path} was changed while it was converted. Run the conversion again.")
 
