@@ -177,7 +177,7 @@ def test_the_memory_plan_counts_them(bases, tmp_path: Path):
     """Of a LoRA of the picture's layers alone: rank times both sides, in the dtype that is computed in."""
     weights = weights_of(bases["i2v"])
     made = {}
-    for path in [key.removesuffix(".weight") for key in weights if key.endswith(("k_img.weight", "v_img.weight"))]:
+    for path in [key.removesuffix(".weight") for key in weights if key.endswith((".k_img.weight", ".v_img.weight"))]:
         made[f"{as_diffusers(path)}.lora_A.weight"] = torch.randn(4, 128)
         made[f"{as_diffusers(path)}.lora_B.weight"] = torch.randn(128, 4)
     save_file(made, tmp_path / "lora.safetensors")
