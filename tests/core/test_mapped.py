@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from wan_core import mapped
 from wan_core.errors import WanError
-from wan_core.files import mapped
 from wan_core.mapped import MappedFile, read_into
 
 COUNT = 1000
