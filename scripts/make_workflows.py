@@ -19,13 +19,13 @@ from workflow_format import BYPASSED, Graph, Output
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from wan_core.config import NEGATIVE_PROMPT, VAES, VARIANTS, Variant  # noqa: E402
+from wan_core.config import CLIP_COMFY_NAME, VAES, VARIANTS, Variant  # noqa: E402
 
 MODELS, PROMPT, SIZE, SAMPLING, VIDEO = "#3f789e", "#4f8f5b", "#a1793d", "#8a4f9e", "#a14b4b"
 POSITIVE, NEGATIVE = ("#232", "#353"), ("#322", "#533")
 GAP, HALF, MARGIN, TITLE = 24, 12, 20, 30  # between groups; inside a group; above a node
 TOP = 120  # the first row of nodes: below a group's title and the model's lane
-MODEL_LANE, CLIP_LANE, VAE_LANE, HEIGHT = 60, 896, 922, 950
+MODEL_LANE, SEEN_LANE, CLIP_LANE, VAE_LANE, HEIGHT = 60, 870, 896, 922, 950
 
 TEXT_ENCODER = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 BOXING_CATS = "Two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted stage."
@@ -35,6 +35,12 @@ SURFING_CAT = (
     "crystal-clear waters, distant green hills, and a blue sky dotted with white clouds. The cat assumes a naturally "
     "relaxed posture, as if savoring the sea breeze and warm sunlight. A close-up shot highlights the feline's "
     "intricate details and the refreshing atmosphere of the seaside."
+)
+
+
+BLUE_BIRD = (  # the official script's example
+    "CG动画风格，一只蓝色的小鸟从地面起飞，煽动翅膀。小鸟羽毛细腻，胸前有独特的花纹，背景是蓝天白云，阳光明媚。镜跟随小鸟向上移动，"
+    "展现出小鸟飞翔的姿态和天空的广阔。近景，仰视视角。"
 )
 
 
@@ -55,7 +61,10 @@ WORKFLOWS = {
     "t2v-A14B": ("wan22_t2v_a14b", BOXING_CATS),
     "i2v-A14B": ("wan22_i2v_a14b", SURFING_CAT),
     "ti2v-5B": ("wan22_ti2v_5b", SURFING_CAT),
+    "i2v-14B": ("wan21_i2v_14b_480p", SURFING_CAT),
+    "flf2v-14B": ("wan21_flf2v_14b", BLUE_BIRD),
 }
+SIZES = {"i2v-14B": (832, 480)}  # where it is not the variant's own: the 480p model has a file of its own
 FAST_WORKFLOWS = {  # with a 4-step LoRA
     "t2v-A14B": ("wan22_t2v_a14b_4steps", BOXING_CATS),
     "i2v-A14B": ("wan22_i2v_a14b_4steps", SURFING_CAT),
@@ -70,17 +79,17 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def describe(g: Graph, variant: Variant, prompt: str, *, fast: bool = False) -> None:
     """The way of the data, left to right: models, prompt, size or image, sampling, video."""
-    model, clip, vae, x = add_models(g, variant, fast)
+    model, clip, vae, seen, x = add_models(g, variant, fast)
     model, clip = g.lead(model, (x - HALF, MODEL_LANE)), g.lead(clip, (x - HALF, CLIP_LANE))
-    vae = g.lead(vae, (x - HALF, VAE_LANE))
+    vae, seen = g.lead(vae, (x - HALF, VAE_LANE)), seen and g.lead(seen, (x - HALF, SEEN_LANE))
 
-    positive, negative, x = add_prompts(g, x, clip, prompt)
+    positive, negative, x = add_prompts(g, x, clip, prompt, variant.negative)
     model, vae = g.lead(model, (x - HALF, MODEL_LANE)), g.lead(vae, (x - HALF, VAE_LANE))
 
     if variant.image == "none":
         latent, x = add_size(g, x, variant, model)
     else:
-        positive, negative, latent, vae, x = add_image(g, x, variant, model, vae, positive, negative)
+        positive, negative, latent, vae, x = add_image(g, x, variant, model, vae, seen, positive, negative)
     model = g.lead(model, (x - HALF, MODEL_LANE))
 
     sampled, x = add_sampler(g, x, variant, model, positive, negative, latent, fast)
@@ -90,7 +99,7 @@ def describe(g: Graph, variant: Variant, prompt: str, *, fast: bool = False) -> 
     add_notes(g, x, variant, fast)
 
 
-def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, Output, int]:
+def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, Output, Output | None, int]:
     width, row = 340, 190
     files = [download("diffusion_models", name) for name in variant.comfy_names]
     titles = ["High-noise expert", "Low-noise expert"] if variant.experts == 2 else [None]
@@ -102,6 +111,11 @@ def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, 
     clip = g.node("WanCoreLoadTextEncoder", (MARGIN, y), (width, 110), models=[text_encoder],
                   text_encoder_name=text_encoder["name"])[0]  # fmt: skip
     vae = g.node("WanCoreLoadVAE", (MARGIN, y + row), (width, 85), models=[vae], vae_name=vae["name"])[0]
+    seen = None
+    if variant.clip:
+        vision = download("clip_vision", CLIP_COMFY_NAME)
+        seen = g.node("WanCoreLoadClipVision", (MARGIN, y + 2 * row - 20), (width, 60), models=[vision],
+                      clip_name=vision["name"])[0]  # fmt: skip
 
     x, model = MARGIN + width + 35, loaded[0]
     if variant.experts == 2:
@@ -116,17 +130,17 @@ def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, 
     model = g.node("WanCoreBlockSwap", (x, TOP), (230, 60), mode=BYPASSED, model=model)[0]
     x += 230 + MARGIN
     g.group("1 · Models", (0, 0), (x, HEIGHT), MODELS)
-    return model, clip, vae, x + GAP
+    return model, clip, vae, seen, x + GAP
 
 
-def add_prompts(g: Graph, x: int, clip: Output, prompt: str) -> tuple[Output, Output, int]:
+def add_prompts(g: Graph, x: int, clip: Output, prompt: str, avoided: str) -> tuple[Output, Output, int]:
     left, right, width = x + MARGIN, x + MARGIN + 290 + 45, 290
     worded = g.node("WanCoreAestheticPrompt", (left, TOP), (290, 735), colours=POSITIVE, text=prompt)[0]
     clip = g.lead(clip, (right - 22, CLIP_LANE), (right - 22, TOP + 220))
     positive = g.node("CLIPTextEncode", (right, TOP), (width, 100), title="Positive prompt", colours=POSITIVE,
                       clip=clip, text=worded)[0]  # fmt: skip
     negative = g.node("CLIPTextEncode", (right, TOP + 200), (width, 240), title="Negative prompt", colours=NEGATIVE,
-                      clip=clip, text=NEGATIVE_PROMPT)[0]  # fmt: skip
+                      clip=clip, text=avoided)[0]  # fmt: skip
     end = right + width + MARGIN
     g.group("2 · Prompt", (x, 0), (end - x, HEIGHT), PROMPT)
     return positive, negative, end + GAP
@@ -141,15 +155,21 @@ def add_size(g: Graph, x: int, variant: Variant, model: Output) -> tuple[Output,
     return latent, end + GAP
 
 
-def add_image(g: Graph, x: int, variant: Variant, model: Output, vae: Output, positive: Output,
+def add_image(g: Graph, x: int, variant: Variant, model: Output, vae: Output, seen: Output | None, positive: Output,
               negative: Output) -> tuple[Output, Output, Output, Output, int]:  # fmt: skip
-    width, height = variant.size
-    image = g.node("LoadImage", (x + MARGIN, TOP + 330), (250, 340), title="Start image", image="example.png")[0]
-    left = x + MARGIN + 250 + 45
+    width, height = size_of(variant)
+    left, pictures = x + MARGIN, {}
+    for name in ("start", "end")[: 2 if variant.needs_end else 1]:
+        pictures[f"{name}_image"] = g.node("LoadImage", (left, TOP + 330), (250, 340), title=f"{name.title()} image",
+                                           image="example.png")[0]  # fmt: skip
+        left += 250 + 20
+    left += 25
     vae = g.lead(vae, (left - 22, VAE_LANE))
-    start = g.node("WanCoreImageToVideo", (left, TOP), (270, 270), model=model,
+    if seen:
+        pictures["clip_vision"] = g.lead(seen, (left - 34, SEEN_LANE), (left - 34, TOP + 180))
+    start = g.node("WanCoreImageToVideo", (left, TOP), (270, 310), model=model,
                    vae=g.lead(vae, (left - 22, TOP + 60)), positive=positive, negative=negative,
-                   width=width, height=height, frames=variant.frames, start_image=image)  # fmt: skip
+                   width=width, height=height, frames=variant.frames, **pictures)  # fmt: skip
     end = left + 270 + MARGIN
     g.group("3 · Image and size", (x, 0), (end - x, HEIGHT), SIZE)
     return start[0], start[1], start[2], vae, end + GAP
@@ -158,7 +178,7 @@ def add_image(g: Graph, x: int, variant: Variant, model: Output, vae: Output, po
 def add_sampler(g: Graph, x: int, variant: Variant, model: Output, positive: Output, negative: Output,
                 latent: Output, fast: bool) -> tuple[Output, int]:  # fmt: skip
     official = {"steps": variant.steps, "cfg_high": variant.guidance.high, "cfg_low": variant.guidance.low,
-                "shift": variant.shift}  # fmt: skip
+                "shift": variant.shift_for(size_of(variant))}  # fmt: skip
     sampled = g.node("WanCoreSampler", (x + MARGIN, TOP), (290, 410), model=model, positive=positive, negative=negative,
                      latent=latent, seed=42, **(FAST if fast else official))[0]  # fmt: skip
     end = x + 290 + 2 * MARGIN
@@ -186,9 +206,14 @@ def add_notes(g: Graph, end: int, variant: Variant, fast: bool) -> None:
         g.note(title, (i * (width + GAP), HEIGHT + GAP + TITLE), (width, 190), text)
 
 
+def size_of(variant: Variant) -> tuple[int, int]:
+    return SIZES.get(variant.task, variant.size)
+
+
 def download(directory: str, name: str) -> dict[str, str]:
     """A file with the address that ComfyUI's own templates give for it."""
-    repository = "Wan_2.1_ComfyUI_repackaged" if directory == "text_encoders" else "Wan_2.2_ComfyUI_Repackaged"
+    first = directory in ("text_encoders", "clip_vision") or name.startswith("wan2.1")
+    repository = "Wan_2.1_ComfyUI_repackaged" if first else "Wan_2.2_ComfyUI_Repackaged"
     url = f"https://huggingface.co/Comfy-Org/{repository}/resolve/main/split_files/{directory}/{name}"
     return {"name": name, "url": url, "directory": directory}
 
@@ -197,6 +222,7 @@ def files_note(variant: Variant, fast: bool) -> str:
     files = [download("diffusion_models", name) for name in variant.comfy_names]
     files += [download("loras", name) for name in variant.comfy_loras if fast]
     files += [download("text_encoders", TEXT_ENCODER), download("vae", VAES[variant.vae].comfy_name)]
+    files += [download("clip_vision", CLIP_COMFY_NAME)] if variant.clip else []
     rows = "\n".join(f"- {file['directory']} / [{file['name']}]({file['url']})" for file in files)
     return f"Put these into ComfyUI's **models** folder, then press **R**.\n\n{rows}"
 
@@ -223,6 +249,8 @@ _A14B_MEMORY = (
 MEMORY_NOTES = {
     "t2v-A14B": _A14B_MEMORY,
     "i2v-A14B": _A14B_MEMORY,
+    "i2v-14B": "**Memory** 14 billion weights, 28 GB in bfloat16.",
+    "flf2v-14B": "**Memory** 14 billion weights, 28 GB in bfloat16.",
     "ti2v-5B": "**Memory** 5 billion weights, 10 GB in bfloat16. The official code runs it on a 24 GB GPU.",
 }
 
@@ -233,7 +261,8 @@ def settings_note(variant: Variant) -> str:
     if guidance.high != guidance.low:
         scales = f"cfg_high {guidance.high:g}, cfg_low {guidance.low:g}"
     lines = [
-        f"**Official** {variant.steps} steps, {scales}, shift {variant.shift:g}, solver unipc, schedule auto. "
+        f"**Official** {variant.steps} steps, {scales}, shift {variant.shift_for(size_of(variant)):g}, solver unipc, "
+        "schedule auto. "
         "The button above the selected Wan Sampler brings these back.",
         "**Cheaper** 832 × 480, 49 frames and 20 steps show whether a prompt works. cfg 1 halves the time, and "
         "ignores the negative prompt.",

@@ -74,7 +74,7 @@ def with_inputs_of(twin: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]
 @pytest.mark.parametrize(
     ("task", "kind", "image"),
     [("t2v-A14B", "", False), ("i2v-A14B", "", True), ("ti2v-5B", "", True), ("ti2v-5B", "", False),
-     ("t2v-A14B", " fast", False), ("i2v-A14B", " fast", True)],
+     ("i2v-14B", "", True), ("flf2v-14B", "", True), ("t2v-A14B", " fast", False), ("i2v-A14B", " fast", True)],
 )  # fmt: skip
 def test_api_twin_runs(client: Client, task: str, kind: str, image: bool) -> None:
     """At a small size; the fps are the file's. TI2V also without its image, when it goes by the text alone."""

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from wan_core.config import NEGATIVE_PROMPT, VAES, VARIANTS, Variant
+from wan_core.config import VAES, VARIANTS, Variant
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 TASKS = {"t2v-A14B": "wan22_t2v_a14b", "i2v-A14B": "wan22_i2v_a14b", "ti2v-5B": "wan22_ti2v_5b",
+         "i2v-14B": "wan21_i2v_14b_480p", "flf2v-14B": "wan21_flf2v_14b",
          "t2v-A14B fast": "wan22_t2v_a14b_4steps", "i2v-A14B fast": "wan22_i2v_a14b_4steps"}  # fmt: skip
+SIZES = {"i2v-14B": (832, 480)}
 FAST = {"steps": 4, "cfg_high": 1.0, "cfg_low": 1.0, "shift": 5.0, "solver": "euler", "schedule": "simple"}
 TITLE = 30  # pixels of a node's title bar, above its position
 ROOM = 10  # pixels that nodes keep between them
@@ -105,13 +107,13 @@ def test_data_flows_from_left_to_right(task: str) -> None:
 def test_every_model_file_says_where_to_get_it(task: str) -> None:
     """As in ComfyUI's own templates: name, address and folder of each file, the name being the widget's value."""
     loaders = [node for node in ui(task)["nodes"] if node["type"].startswith(("WanCoreLoad", "WanCoreLora"))]
-    assert len(loaders) == variant_of(task).experts + 2 + task.endswith("fast")
+    assert len(loaders) == variant_of(task).experts + 2 + task.endswith("fast") + (variant_of(task).clip > 0)
     for node in loaders:
         assert node["properties"]["models"][0]["name"] == node["widgets_values"][0]
         for file in node["properties"]["models"]:
             address = rf"https://huggingface\.co/Comfy-Org/.+/{file['directory']}/{file['name']}"
             assert re.fullmatch(address, file["url"])
-            assert file["directory"] in ("diffusion_models", "text_encoders", "vae", "loras")
+            assert file["directory"] in ("diffusion_models", "text_encoders", "vae", "loras", "clip_vision")
         assert len(node["properties"]["models"]) == (2 if node["type"] == "WanCoreLora" else 1)
 
 
@@ -119,14 +121,16 @@ def test_every_model_file_says_where_to_get_it(task: str) -> None:
 def test_settings_are_the_official_ones(task: str) -> None:
     variant = variant_of(task)
     (sampler,) = values(task, "WanCoreSampler")
-    assert sampler | (FAST if task.endswith("fast") else official(variant)) == sampler
+    size = SIZES.get(task, variant.size)
+    wanted = FAST if task.endswith("fast") else official(variant) | {"shift": variant.shift_for(size)}
+    assert sampler | wanted == sampler
     assert [node["lora_name"] for node in values(task, "WanCoreLora")] == (
         [variant.comfy_loras[0]] if task.endswith("fast") else []
     )
     (start,) = values(task, "WanCoreEmptyLatent") + values(task, "WanCoreImageToVideo")
-    assert (start["width"], start["height"], start["frames"]) == (*variant.size, variant.frames)
+    assert (start["width"], start["height"], start["frames"]) == (*size, variant.frames)
     assert values(task, "CreateVideo")[0]["fps"] == variant.fps
-    assert NEGATIVE_PROMPT in [node["text"] for node in values(task, "CLIPTextEncode")]
+    assert variant.negative in [node["text"] for node in values(task, "CLIPTextEncode")]
     assert [node["model_name"] for node in values(task, "WanCoreLoadModel")] == list(variant.comfy_names)
     assert values(task, "WanCoreLoadVAE")[0]["vae_name"] == VAES[variant.vae].comfy_name
     assert [node["boundary"] for node in values(task, "WanCoreExpertSwitch")] == [variant.boundary][
