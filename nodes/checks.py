@@ -58,6 +58,8 @@ def _check(known: io.Input, value: object, named: bool) -> None:
 def _check_choice(known: io.Combo.Input, value: object, named: bool) -> None:
     if not isinstance(value, str) or len(value) > _LONGEST_NAME:
         raise WanError(f"{known.id} is {_short(value)}: expected one of its choices.")
+    if value in known.options:
+        return  # also a file whose name no encoding can hold: it is there
     check_characters(known.id, value)
     if not named:
         look_up(dict.fromkeys(known.options), value, known.id)

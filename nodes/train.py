@@ -22,9 +22,11 @@ from comfy_api.latest import io, ui
 from ..wan_core.config import Variant
 from ..wan_core.errors import WanError
 from ..wan_core.foreign import only_own
+from ..wan_core.layouts.noise_level import noise_level_of
+from ..wan_core.layouts.variants import choose
 from ..wan_core.loading.dit import DiTFile
 from ..wan_core.media.geometry import latent_frames
-from ..wan_core.recipe import ModelRecipe, noise_level_of
+from ..wan_core.recipe import ModelRecipe
 from . import host
 from .base import WanNode
 from .clip_vision import WanClipVision
@@ -286,6 +288,7 @@ def choose_expert(model: ModelRecipe, choice: str) -> tuple[DiTFile, str]:
     """
     only_own(model.files, "Wan Train LoRA", "Load the same file with Load Wan Model.")
     if model.variant.experts == 1:
+        _refuse_a_guess(model)
         return model.high, "only"
     if model.low is not None:
         if choice == "auto":
@@ -301,6 +304,18 @@ def choose_expert(model: ModelRecipe, choice: str) -> tuple[DiTFile, str]:
         raise WanError(f"{name.name} is the {told}-noise expert by its name, but expert is {choice}: set it to "
                        f"{told}, or load the other file.")
     return model.high, told if choice == "auto" else choice
+
+
+def _refuse_a_guess(model: ModelRecipe) -> None:
+    """Sampling may go on with the likeliest model; what is trained for another one's noise levels is lost.
+
+    Raises:
+        WanError: the variant was assumed.
+    """
+    path = model.high.checkpoint.path
+    if choose(model.high.config, path).assumed in model.notes:
+        raise WanError(f"The name of {path.name} does not say which expert it is, or which dense model: choose the "
+                       "variant in Load Wan Model; for one expert of a pair also set expert to high or low.")
 
 
 # --- folders

@@ -23,7 +23,7 @@ SHOWN_KEY = KEY.replace("\x1b", "\\x1b")
 @pytest.fixture(scope="module")
 def hostile_lora(models: Path) -> Iterator[str]:
     """A LoRA for T2V with one weight that fits, whose name and one of whose keys are what an attacker would choose."""
-    (checkpoint,) = (models / "diffusion_models").glob("*t2v_high*")
+    (checkpoint,) = (models / "diffusion_models").glob("wan2.2_t2v_high*")
     with safe_open(checkpoint, "pt") as file:
         rows, columns = file.get_slice("blocks.0.self_attn.q.weight").get_shape()
     path = "diffusion_model.blocks.0.self_attn.q"

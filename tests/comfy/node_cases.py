@@ -33,7 +33,7 @@ from comfy_api.latest import io  # noqa: E402, TID251
 
 import nodes as comfy_nodes  # noqa: E402
 
-for kind in ("diffusion_models", "text_encoders", "vae", "loras"):
+for kind in ("diffusion_models", "text_encoders", "vae", "loras", "clip_vision"):
     folder_paths.folder_names_and_paths[kind] = ([str(folder / kind)], folder_paths.supported_pt_extensions)
 folder_paths.set_input_directory(str(folder / "input"))
 

@@ -274,7 +274,7 @@ def test_decoding_with_the_other_vae(client: Client, server: Server) -> None:
 def test_images_for_models_that_take_none(client: Client, server: Server) -> None:
     g = Graph()
     last = to_video(g, wan.load(g, wan.expert("t2v", "low")), vae=wan.vae(g, "t2v"), start_image=wan.photograph(g))
-    fails(client, server, g, last, "T2V-A14B takes no image", "Load an I2V-A14B or TI2V-5B")
+    fails(client, server, g, last, "T2V-A14B takes no image", "Load an I2V or TI2V-5B model")
     g = Graph()
     last = to_video(g, wan.load(g, wan.DENSE), vae=wan.vae(g, "ti2v"), end_image=wan.photograph(g))
     fails(client, server, g, last, "TI2V-5B takes a start image only", "Remove the end image")

@@ -196,7 +196,8 @@ def test_vaes_agree_in_decoding(client: Client) -> None:
     savers = {g.add("SaveImage", images=out, filename_prefix=key).node: key for key, out in outputs.items()}
     run = client.run(g.nodes)
     assert run.ok, run.error
-    pictures = {savers[node]: frames(client, output["images"]) for node, output in run.history["outputs"].items()}
+    outputs = run.history["outputs"]  # of other nodes, their texts
+    pictures = {name: frames(client, outputs[node]["images"]) for node, name in savers.items()}
     assert pictures["theirs"].shape == (10, 32, 64, 3)
     assert pictures["theirs"].std() > 1
     for key, picture in pictures.items():

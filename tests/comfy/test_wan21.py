@@ -137,14 +137,14 @@ def test_comfyuis_nodes_feed_wan_sampler(client: Client, server: Server, task: s
     sides, latent = their_start(g, task, their_clip(g))
     bare = their_start(g, task, None)
     made = {"own": sample(g, m, sides, latent), "native": sample(g, native, sides, latent),
-            "bare": sample(g, m, *bare), "native_bare": sample(g, native, *bare)}  # fmt: skip
+            "bare": sample(g, m, *bare), "bare_native": sample(g, native, *bare)}  # fmt: skip
     done, (own, theirs, without, theirs_without) = run(client, server, g, **made)
     assert difference(own, theirs) <= 1e-3
     assert difference(without, theirs_without) <= 1e-3, "without CLIP both hear an empty picture"
     assert difference(own, without) > 10 * difference(own, theirs)
     for kind in ("own", "native"):
         assert "CLIP" not in text_of(done, made[kind])
-    for kind in ("bare", "native_bare"):
+    for kind in ("bare", "bare_native"):
         said = text_of(done, made[kind])
         assert said.count("no CLIP tokens") == 1 and "positive and the negative" in said
 
@@ -308,8 +308,8 @@ def test_a_file_that_is_no_clip_is_refused_when_queued(client: Client, server: S
     copy = Path(shutil.copy(server.base / "models/vae" / wan.VAES["t2v"], folder / "no_clip.safetensors"))
     try:
         g = Graph()
-        look(g, g.add("WanCoreLoadClipVision", clip_name=copy.name), wan.photograph(g))
-        g.add("PreviewAny", source=Out("2"))
+        seen = look(g, g.add("WanCoreLoadClipVision", clip_name=copy.name), wan.photograph(g))
+        g.add("PreviewAny", source=seen)
         with pytest.raises(PromptRejected) as rejected:
             client.submit(g.nodes)
         assert "no_clip.safetensors" in str(rejected.value) and "CLIP" in str(rejected.value)
@@ -371,12 +371,11 @@ def test_clip_tokens_of_no_use_are_said(client: Client) -> None:
 
 
 def test_nodes_that_want_more_of_clip_are_told_what_to_use(client: Client) -> None:
+    """SVD's node looks at a picture's one embedding."""
     g = Graph()
-    seen = look(g, our_clip(g), wan.photograph(g))
-    sides = wan.prompts(g)
-    joined = g.add("unCLIPConditioning", conditioning=sides["positive"], clip_vision_output=seen, strength=1.0,
-                   noise_augmentation=0.0)  # fmt: skip
-    m = wan.load(g, wan.DENSE)
-    wan.save_latent(g, sample(g, m, sides | {"positive": joined}, wan.empty(g, m), steps=1), "wan21_unclip")
+    asked = g.add("SVD_img2vid_Conditioning", clip_vision=our_clip(g), init_image=wan.photograph(g),
+                  vae=wan.vae(g, "t2v"), width=64, height=64, video_frames=5, motion_bucket_id=127, fps=6,
+                  augmentation_level=0.0)  # fmt: skip
+    g.add("PreviewAny", source=asked)
     done = client.run(g.nodes)
-    assert not done.ok and done.error
+    assert not done.ok and "image_embeds" in done.error and "ComfyUI's Load CLIP Vision" in done.error

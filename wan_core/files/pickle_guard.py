@@ -295,7 +295,7 @@ def _check_legacy(file: Path, stream: BinaryIO) -> None:
     size = file.stat().st_size
     stream.seek(0)
     if stream.read(len(_LEGACY_START)) != _LEGACY_START:
-        raise Damage("it does not begin as torch.save's files do")
+        raise Refused("it does not begin as torch.save's files do")
     if size > 257 + 5 and _at(stream, 257, 5) == b"ustar":
         raise Refused("an archive of the kind that PyTorch wrote before 2018")
     content, machine = BytesIO(_at(stream, 0, _PICKLE_LIMIT)), _Machine(room=size)
