@@ -270,7 +270,7 @@ def test_what_does_not_fit_is_told_before_anything_is_read(client: Client, serve
         ({"targets": "q,k_img"}, ["LoRA targets k_img"]),
         ({"expert": "high"}, ["low-noise expert by its name, but expert is high"]),
         ({"model": "pair"}, ["pair of experts", "set expert to high or low"]),
-        ({"model": "nameless"}, ["does not say which expert", "set expert to high or low"]),
+        ({"model": "nameless"}, ["does not say which expert", "set expert to high or low", "Wan2.1 T2V"]),
         ({"model": "ti2v"}, ["wan2.1 VAE", "needs wan2.2"]),
         ({"vae": "native"}, ["vae comes from another loader", "Load Wan VAE"]),
         ({"save_name": "mine"}, ["mine.safetensors exists", "choose another save_name"]),
@@ -287,6 +287,18 @@ def test_what_does_not_fit_is_told_before_anything_is_read(client: Client, serve
         run = client.run(g.nodes)
         assert run.error and [part for part in parts if part not in run.error] == [], run.error
         assert run.of("execution_error")[0]["exception_type"].endswith("WanError")
-    (server.base / "models/diffusion_models" / nameless).unlink()
     assert wan.loads(server) == before
+    g = Graph()  # what is asked for answers the guess
+    train(g, dataset, "named", wan.load(g, nameless), expert="high", steps=1)
+    dense = train(g, dataset, "dense", wan.load(g, nameless, variant="t2v-14B"), expert="high", steps=1)
+    run = client.run(g.nodes)
+    assert run.ok, run.error
+    ranges = {}
+    for name in ("named", "dense"):
+        with safe_open(lora_of(server, name), "pt") as file:
+            ranges[name] = file.metadata()
+    assert ranges["named"]["wan_task"] == "t2v-A14B" and float(ranges["named"]["noise_from"]) == 0.875
+    assert ranges["dense"]["wan_task"] == "t2v-14B" and float(ranges["dense"]["noise_from"]) == 0.0
+    assert "expert high has no effect: Wan2.1 T2V-14B is one model" in run.history["outputs"][dense.node]["text"][0]
+    (server.base / "models/diffusion_models" / nameless).unlink()
     assert (server.base / "models/loras/mine.safetensors").read_bytes() == b"precious"
