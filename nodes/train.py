@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from ..wan_core.config import Variant
 from ..wan_core.errors import WanError
 from ..wan_core.foreign import only_own
 from ..wan_core.layouts.noise_level import noise_level_of
-from ..wan_core.layouts.variants import choose
+from ..wan_core.layouts.variants import candidates, choose
 from ..wan_core.loading.dit import DiTFile
 from ..wan_core.media.geometry import latent_frames
 from ..wan_core.recipe import ModelRecipe
@@ -231,8 +231,11 @@ def train(
     """
     from ..wan_core.train.run import TrainFiles, run
 
+    model = replace(model, variant=variant_of(model, settings.expert))
     beside = encoders.files(model.variant)
     weights, expert = choose_expert(model, settings.expert)
+    if expert == "only" and settings.expert != "auto":
+        progress.remark(f"expert {settings.expert} has no effect: {model.variant.display_name} is one model.")
     find_table(settings.dataset)
     goal = lora_file(settings.save_name)
     request = _request(model, expert, settings)
@@ -280,15 +283,31 @@ def _ours(connected: object, kind: type, socket: str, node: str) -> None:
         raise WanError(f"{socket} comes from another loader, which does not tell which file it read: connect {node}.")
 
 
+def variant_of(model: ModelRecipe, choice: str) -> Variant:
+    """The model's variant; where that was only a guess, an expert that is asked for answers it.
+
+    Raises:
+        WanError: nothing tells (hours of training are not spent on a guess), or ComfyUI holds the weights.
+    """
+    only_own(model.files, "Wan Train LoRA", "Load the same file with Load Wan Model.")
+    guess = choose(model.high.config, model.high.path).assumed
+    pair = next((row for row in candidates(model.high.config) if row.experts == 2), None)
+    if guess not in model.notes or pair is None:
+        return model.variant
+    if choice != "auto":
+        return pair
+    raise WanError(f"The name of {model.high.path.name} does not say which expert of {pair.display_name} it is, or "
+                   f"whether it is {model.variant.display_name}: for an expert set expert to high or low, else choose "
+                   "the variant on Load Wan Model.")
+
+
 def choose_expert(model: ModelRecipe, choice: str) -> tuple[DiTFile, str]:
     """The weights to train, and "high", "low" or "only".
 
     Raises:
-        WanError: it is not clear which, the file's name says otherwise, or ComfyUI holds the weights.
+        WanError: it is not clear which, or the file's name says otherwise.
     """
-    only_own(model.files, "Wan Train LoRA", "Load the same file with Load Wan Model.")
     if model.variant.experts == 1:
-        _refuse_a_guess(model)
         return model.high, "only"
     if model.low is not None:
         if choice == "auto":
@@ -304,18 +323,6 @@ def choose_expert(model: ModelRecipe, choice: str) -> tuple[DiTFile, str]:
         raise WanError(f"{name.name} is the {told}-noise expert by its name, but expert is {choice}: set it to "
                        f"{told}, or load the other file.")
     return model.high, told if choice == "auto" else choice
-
-
-def _refuse_a_guess(model: ModelRecipe) -> None:
-    """Sampling may go on with the likeliest model; what is trained for another one's noise levels is lost.
-
-    Raises:
-        WanError: the variant was assumed.
-    """
-    path = model.high.checkpoint.path
-    if choose(model.high.config, path).assumed in model.notes:
-        raise WanError(f"The name of {path.name} does not say which expert it is, or which dense model: choose the "
-                       "variant in Load Wan Model; for one expert of a pair also set expert to high or low.")
 
 
 # --- folders

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.comfy import graphs as wan
 from tests.comfy.graphs import Graph, Out
+from wan_core.config import VARIANTS
 from wan_core.media.video import save_video
 from wan_core.train.report import read_log
 
@@ -111,6 +112,44 @@ def test_datasets_are_offered(client: Client, dataset: str) -> None:
     about = client.object_info("WanCoreTrainLora")["WanCoreTrainLora"]
     assert about["output_node"] and about["category"] == "Wan 2.2/training"
     assert set(about["input"]["required"]["dataset"][1]["options"]) >= {"shapes", "linked"}
+
+
+@pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B"])
+def test_models_that_see_through_clip(client: Client, server: Server, dataset: str, task: str) -> None:
+    """The LoRA of every layer loads whole in ComfyUI; without CLIP, or with another loader's, nothing is trained."""
+    file = VARIANTS[task].comfy_names[0]
+    g = Graph()
+    seen = g.add("WanCoreLoadClipVision", clip_name="clip_vision_h.safetensors")
+    train(g, dataset, f"looks/{task}", wan.load(g, file), clip_vision=seen, targets="all")
+    run = client.run(g.nodes)
+    assert run.ok, run.error
+    lora = load_file(lora_of(server, f"looks/{task}"))
+    image = [key for key in lora if "img" in key and key.endswith("lora_B.weight")]
+    assert any("k_img" in key for key in image) and any("img_emb.proj.1" in key for key in image)
+    assert all(lora[key].abs().max() > 0 for key in image)
+
+    before = len(server.log.read_text())
+    g = Graph()
+    model = g.add("UNETLoader", unet_name=file, weight_dtype="default")
+    model = g.add("LoraLoaderModelOnly", model=model, lora_name=f"looks/{task}.safetensors", strength_model=1.0)
+    sides = wan.prompts(g, g.add("CLIPLoader", clip_name=wan.TEXT_ENCODER, type="wan", device="default"))
+    start = g.add("WanImageToVideo", vae=wan.vae(g, "t2v"), width=64, height=64, length=5, batch_size=1,
+                  start_image=wan.photograph(g), **sides)  # fmt: skip
+    sampled = g.add("KSampler", model=model, positive=start, negative=start.at(1), latent_image=start.at(2), seed=1,
+                    steps=1, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0)  # fmt: skip
+    wan.save_latent(g, sampled, f"trained_{task}")
+    assert client.run(g.nodes).ok
+    said = server.log.read_text()[before:]
+    assert "lora key not loaded" not in said and "NOT LOADED" not in said
+
+    theirs = {"clip_vision": ("CLIPVisionLoader", {"clip_name": "clip_vision_h.safetensors"})}
+    for more, wanted in (({}, "connect Load Wan CLIP Vision to clip_vision"), (theirs, "connect Load Wan CLIP Vision")):
+        g = Graph()
+        more = {name: g.add(kind, **values) for name, (kind, values) in more.items()}
+        train(g, dataset, "blind", wan.load(g, file), **more)
+        refused = client.run(g.nodes)
+        assert not refused.ok and wanted in str(refused.error)
+    assert not (server.base / "output/wan_training/blind").exists()
 
 
 def test_cancelled_and_queued_again_it_goes_on_to_the_same_lora(client: Client, server: Server, dataset: str) -> None:
@@ -231,7 +270,7 @@ def test_what_does_not_fit_is_told_before_anything_is_read(client: Client, serve
         ({"targets": "q,k_img"}, ["LoRA targets k_img"]),
         ({"expert": "high"}, ["low-noise expert by its name, but expert is high"]),
         ({"model": "pair"}, ["pair of experts", "set expert to high or low"]),
-        ({"model": "nameless"}, ["does not say which expert", "set expert to high or low"]),
+        ({"model": "nameless"}, ["does not say which expert", "set expert to high or low", "Wan2.1 T2V"]),
         ({"model": "ti2v"}, ["wan2.1 VAE", "needs wan2.2"]),
         ({"vae": "native"}, ["vae comes from another loader", "Load Wan VAE"]),
         ({"save_name": "mine"}, ["mine.safetensors exists", "choose another save_name"]),
@@ -248,6 +287,18 @@ def test_what_does_not_fit_is_told_before_anything_is_read(client: Client, serve
         run = client.run(g.nodes)
         assert run.error and [part for part in parts if part not in run.error] == [], run.error
         assert run.of("execution_error")[0]["exception_type"].endswith("WanError")
-    (server.base / "models/diffusion_models" / nameless).unlink()
     assert wan.loads(server) == before
+    g = Graph()  # what is asked for answers the guess
+    train(g, dataset, "named", wan.load(g, nameless), expert="high", steps=1)
+    dense = train(g, dataset, "dense", wan.load(g, nameless, variant="t2v-14B"), expert="high", steps=1)
+    run = client.run(g.nodes)
+    assert run.ok, run.error
+    ranges = {}
+    for name in ("named", "dense"):
+        with safe_open(lora_of(server, name), "pt") as file:
+            ranges[name] = file.metadata()
+    assert ranges["named"]["wan_task"] == "t2v-A14B" and float(ranges["named"]["noise_from"]) == 0.875
+    assert ranges["dense"]["wan_task"] == "t2v-14B" and float(ranges["dense"]["noise_from"]) == 0.0
+    assert "expert high has no effect: Wan2.1 T2V-14B is one model" in run.history["outputs"][dense.node]["text"][0]
+    (server.base / "models/diffusion_models" / nameless).unlink()
     assert (server.base / "models/loras/mine.safetensors").read_bytes() == b"precious"

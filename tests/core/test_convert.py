@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -24,6 +25,7 @@ from wan_core.errors import WanError
 from wan_core.files.checkpoint import open_checkpoint
 from wan_core.layouts.gguf_tokenizer import spiece_beside
 from wan_core.models.dit.dit import WanDiT
+from wan_core.models.dit.features.clip_tokens import ClipTokens
 from wan_core.quant.base import Packed
 from wan_core.quant.linear import QuantLinear
 from wan_core.tools import convert as conversion
@@ -146,6 +148,58 @@ def test_diffusers_reads_its_layout(dit: Path, tmp_path: Path):
     x, t, context = torch.randn(1, 16, 2, 4, 6), torch.tensor([500.0]), torch.randn(1, 20, SIZES.text_dim)
     ours = wan_core.load_dit(dit, dtype=torch.float32)(x, t, context)
     assert (theirs(x, t, context).sample - ours).abs().max() <= 2e-5 * ours.abs().max()
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models that hear a picture, and two, as ComfyUI's files are."""
+    folder = tmp_path_factory.mktemp("pictured")
+    for task in ("i2v-14B", "flf2v-14B"):
+        write_tiny(folder / task, task, layout="comfyui", sizes=replace(SIZES, text_layers=1, clip_layers=2))
+    return {task: next((folder / task / "diffusion_models").iterdir()) for task in ("i2v-14B", "flf2v-14B")}
+
+
+@pytest.mark.parametrize("to", [*PACKED, "gguf:Q8_0", "gguf:Q4_0", "gguf:BF16", "fp16"])
+@pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B"])
+def test_the_layers_of_the_picture_in_every_format(pictured: dict[str, Path], tmp_path: Path, task: str, to: str):
+    """Matrices of the blocks are packed, those of the picture's keys and values too; all outside stays as it was."""
+    exact = wan_core.load_dit(pictured[task], dtype=torch.float32)
+    convert(pictured[task], out(tmp_path, to), to)
+    loaded = wan_core.load_dit(out(tmp_path, to), dtype=torch.float32)
+    assert loaded.config == exact.config and len(loaded.config.features) == 1
+    made, keys = weights_of(loaded), exact.state_dict()
+    errors = {key: relative(made[key], value) for key, value in keys.items()}
+    assert max(errors.values()) <= WORST[to]
+    image = [f"blocks.{i}.cross_attn.{part}.weight" for i in range(2) for part in ("k_img", "v_img")]
+    assert all(errors[key] > 0 for key in image)
+    if to in PACKED or to.startswith("gguf:Q"):
+        assert all(isinstance(loaded.get_submodule(key.removesuffix(".weight")), QuantLinear) for key in image)
+        assert not [key for key in keys if (key.startswith("img_emb") or "norm_k_img" in key) and errors[key]]
+
+
+@pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B"])
+def test_the_layers_of_the_picture_in_every_layout(pictured: dict[str, Path], tmp_path: Path, task: str):
+    """ComfyUI's to diffusers', to the official, and back: the same numbers under each one's names."""
+    exact = load_file(pictured[task])
+    convert(pictured[task], tmp_path / "transformer", "diffusers")
+    theirs = WanTransformer3DModel.from_pretrained(tmp_path / "transformer", torch_dtype=torch.float32)
+    assert torch.equal(theirs.blocks[1].attn2.add_k_proj.weight, exact["blocks.1.cross_attn.k_img.weight"])
+    embedder = theirs.condition_embedder.image_embedder
+    assert torch.equal(embedder.ff.net[0].proj.weight, exact["img_emb.proj.1.weight"])
+    assert (embedder.pos_embed is None) == (task == "i2v-14B")
+    pictures, generator = (1, 2)[task == "flf2v-14B"], torch.Generator().manual_seed(0)
+    x, text, seen = (torch.randn(shape, generator=generator) for shape in
+                     ((1, 36, 2, 4, 6), (1, 512, SIZES.text_dim), (1, 257 * pictures, 1280)))  # fmt: skip
+    ours = wan_core.load_dit(pictured[task])(x, torch.tensor([500.0]), text, inputs=(ClipTokens(seen),))
+    answer = theirs(x, torch.tensor([500.0]), text, encoder_hidden_states_image=seen.view(pictures, 257, 1280)).sample
+    assert (answer - ours).abs().max() <= 2e-5 * ours.abs().max()
+
+    convert(tmp_path / "transformer", tmp_path / "official", "official")
+    config = json.loads((tmp_path / "official/config.json").read_text())
+    assert config["model_type"] == task.split("-")[0]
+    convert(tmp_path / "official", tmp_path / "back.safetensors", "comfyui")
+    back = load_file(tmp_path / "back.safetensors")
+    assert set(back) == set(exact) and all(torch.equal(back[key], value) for key, value in exact.items())
 
 
 def test_gguf_as_the_package_and_the_gguf_pack_read_it(dit: Path, text: Path, tmp_path: Path):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.core.lora_files import DIALECTS_OF_LORA, STRENGTH, Dialect, as_diffusers
+from tests.core.lora_files import DIALECTS_OF_LORA, STRENGTH, as_diffusers
 from tests.core.quant_files import is_matrix, write_gguf
 from tests.core.test_lora import CONFIG as T2V
 from tests.core.test_lora import close, weights_of
@@ -32,7 +32,6 @@ from wan_core.tools.tiny import _random_weights
 WIDTH = 64  # of a CLIP feature
 CONFIGS = {"i2v": replace(T2V, in_channels=36, features=(ClipTokensConfig(WIDTH),)),
            "flf2v": replace(T2V, in_channels=36, features=(ClipTokensConfig(WIDTH, 514),))}  # fmt: skip
-IMAGE_LAYERS = ("cross_attn.k_img", "cross_attn.v_img", "img_emb.proj.1", "img_emb.proj.3")
 
 
 @pytest.fixture(scope="module")
@@ -65,26 +64,31 @@ def velocity(path: Path, *loras: tuple[Path, float], merge: bool = False, **opti
     return answer(dit)
 
 
-@pytest.mark.parametrize(("merge", "swap_blocks"), [(False, 0), (True, 0), (False, 3)])
-@pytest.mark.parametrize("dialect", DIALECTS_OF_LORA.values(), ids=list(DIALECTS_OF_LORA))
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_dialect_equals_the_float32_merge(
-    bases, tmp_path: Path, name: str, dialect: Dialect, merge: bool, swap_blocks: int
-):
+WAYS = {"beside": {}, "merged": {"merge": True}, "streamed": {"swap_blocks": 3}}
+
+
+CASES = [*(("i2v", kind) for kind in DIALECTS_OF_LORA), ("flf2v", "kohya"), ("flf2v", "diffusers"),
+         ("flf2v", "differences")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_every_dialect_equals_the_float32_merge(bases, tmp_path: Path, name: str, kind: str):
     """To 1e-5 of the largest value; the layers of the picture alone make another video by more than 0.1 %."""
+    dialect = DIALECTS_OF_LORA[kind]
     torch.manual_seed(2)
     weights = weights_of(bases[name])
     tensors, merged = dialect.make(weights)
     save_file(tensors, tmp_path / "lora.safetensors")
     save_file(merged, tmp_path / "merged.safetensors")
-    save_file({key: weights[key] if "img" in key else value for key, value in merged.items()}, tmp_path / "text")
-    (tmp_path / "text").rename(tmp_path / "text.safetensors")
+    text = {key: weights[key] if "img" in key else value for key, value in merged.items()}
+    save_file(text, tmp_path / "text.safetensors")
     lora = read_lora(tmp_path / "lora.safetensors", read_dit(bases[name]))
     assert (lora.matched, lora.unmatched, lora.misfits) == (len(tensors), (), ())
     assert any("_img" in key for key in lora.parts) and any("img_emb" in key for key in lora.parts)
     expected = velocity(tmp_path / "merged.safetensors")
-    found = velocity(bases[name], (tmp_path / "lora.safetensors", STRENGTH), merge=merge, swap_blocks=swap_blocks)
-    assert close(found, expected, 1e-5)
+    for way, options in WAYS.items():
+        found = velocity(bases[name], (tmp_path / "lora.safetensors", STRENGTH), **options)
+        assert close(found, expected, 1e-5), way
     assert not close(velocity(tmp_path / "text.safetensors"), expected, 1e-3)
 
 

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from wan_core.memory.stream.ring import Ring, spread
 from wan_core.memory.stream.swap import BlockSwap
 from wan_core.memory.stream.transfer import HostBackend, transfer_of
 from wan_core.models.dit.dit import WanDiT, keeps_float32
+from wan_core.models.dit.features.clip_tokens import ClipTokens, ClipTokensConfig
 from wan_core.tools.tiny import _random_weights
 
 LAYERS = 5
@@ -63,6 +65,28 @@ def test_swapped_equals_resident_to_the_last_bit(files: dict[str, Path], stored:
     """Mapped (float32 as it lies in the file), and converted block by block."""
     resident = velocities(files["float32"], calls=1)[0]
     assert all(torch.equal(v, resident) for v in velocities(files[stored], swap_blocks=blocks))
+
+
+@pytest.mark.usefixtures("in_a_thread")
+@pytest.mark.parametrize("positions", [0, 514], ids=["i2v", "flf2v"])
+def test_models_that_hear_a_picture_swap_too(tmp_path: Path, positions: int):
+    """Its keys and values are made in the block that streams: kept or made anew, to the last bit."""
+    config = replace(CONFIG, in_channels=36, features=(ClipTokensConfig(64, positions),))
+    weights = _random_weights(WanDiT, config, torch.Generator().manual_seed(0))
+    weights = {key: value.bfloat16() for key, value in weights.items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    file, (x, t, text) = read_dit(tmp_path / "model.safetensors"), inputs()
+    seen = (ClipTokens(torch.randn(1, positions or 257, 64, generator=torch.Generator().manual_seed(2))),)
+    x = torch.cat([x, torch.randn(1, 20, *x.shape[2:], generator=torch.Generator().manual_seed(3))], dim=1)
+    resident = build_dit(file, dtype="float32")
+    expected = resident(x, t, text, inputs=seen)
+    for options in ({"swap_blocks": 2}, {"swap_blocks": LAYERS}, {"swap_blocks": LAYERS, "prefetch": 2}):
+        dit = build_dit(file, dtype="float32", **options)
+        states = dit.text_states(text, inputs=seen)
+        for _ in range(2):
+            assert torch.equal(dit(x, t, text, inputs=seen), expected)
+            assert torch.equal(dit(x, t, states), expected)
+    assert not torch.equal(resident(x, t, text), expected)
 
 
 @pytest.mark.usefixtures("in_a_thread")

@@ -23,6 +23,7 @@ from wan_core.memory.stream.ring import spread
 from wan_core.memory.tracing import peak_bytes
 from wan_core.models.dit import dit
 from wan_core.models.dit.dit import Block, TextStates, WanDiT, keeps_float32
+from wan_core.models.dit.features.clip_tokens import ClipTokens, ClipTokensConfig
 from wan_core.models.dit.layers import Timed
 from wan_core.pipeline import read_models
 from wan_core.recipe import ModelRecipe
@@ -30,16 +31,21 @@ from wan_core.tools.tiny import TinySizes, _random_weights, write_tiny
 
 A14B = DiTConfig(16, 16, 5120, 13824, layers=40, text_dim=4096, freq_dim=256, heads=40)
 TI2V_5B = DiTConfig(48, 48, 3072, 14336, layers=30, text_dim=4096, freq_dim=256, heads=24)
+I2V_14B = replace(A14B, in_channels=36, features=(ClipTokensConfig(1280),))
+FLF2V_14B = replace(A14B, in_channels=36, features=(ClipTokensConfig(1280, 514),))
 
 
 def traced_block(config: DiTConfig, batch: int, tokens: int, dtype: torch.dtype) -> int:
     """The peak of a real block on the meta device, its rotation table included."""
     with torch.device("meta"):
-        block = Block(config)
-        for name, parameter in block.named_parameters():
+        model = WanDiT(replace(config, layers=1))
+        block: Block = model.blocks[0]
+        for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if keeps_float32(name) else dtype)
         rope = torch.empty(tokens, 1, config.dim // config.heads // 2, dtype=torch.complex64)
-        text = TextStates(torch.empty(batch, TEXT_LENGTH, config.dim, dtype=dtype), 1, keep=False)
+        seen = tuple(ClipTokens(torch.empty(batch, feature.positions or 257, 1280)) for feature in config.features)
+        text = TextStates(torch.empty(batch, TEXT_LENGTH, config.dim, dtype=dtype), 1, keep=False,
+                          branches=model.branches(seen, batch))  # fmt: skip
         timed = Timed(((0, tokens),), torch.empty(batch, 1, 6, config.dim))
 
         def call() -> Tensor:
@@ -50,7 +56,7 @@ def traced_block(config: DiTConfig, batch: int, tokens: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("config", [A14B, TI2V_5B], ids=["A14B", "5B"])
+@pytest.mark.parametrize("config", [A14B, TI2V_5B, I2V_14B, FLF2V_14B], ids=["A14B", "5B", "I2V-14B", "FLF2V-14B"])
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 75600), (1, 32760), (1, 27280), (2, 27280), (1, 6000), (1, 1560)])
 def test_activations_are_those_of_a_real_block(config: DiTConfig, batch: int, tokens: int, dtype: torch.dtype):
     real, planned = traced_block(config, batch, tokens, dtype), activation_bytes(config, batch, tokens, dtype)

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..config import VARIANTS, DiTConfig
+from ..config import DiTConfig
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, _some, open_checkpoint
+from ..layouts.variants import candidates
 from ..loading.dit import DiTFile
 from ..mapped import fetch
 from .adapters import Adapter, BiasOfUp
@@ -217,7 +218,7 @@ def _made_for(own: str, sizes: list[tuple[int, int | None]]) -> str:
 
 
 def _described(config: DiTConfig) -> str:
-    names = [row.display_name for row in VARIANTS.values() if row.in_channels == config.in_channels]
+    names = [row.display_name for row in candidates(config)]
     return f"{' or '.join(names)}, {config.dim} wide, {config.layers} blocks"
 
 

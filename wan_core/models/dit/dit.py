@@ -129,8 +129,12 @@ class CrossAttention(nn.Module):
         q = self.norm_q(q) if torch.is_grad_enabled() else self.norm_q.apply_(q)
 
         def heard(part: torch.Tensor) -> torch.Tensor:
-            first, *others = (attend(part, source.keys, source.values, kind=source.kind) for source in sources)
-            return sum(others, first)
+            first, *others = sources
+            answer = attend(part, first.keys, first.values, kind=first.kind)
+            for source in others:
+                more = attend(part, source.keys, source.values, kind=source.kind)
+                answer = answer + more if torch.is_grad_enabled() else answer.add_(more)
+            return answer
 
         return over(self.o, over(heard, split_heads(q, self.heads)).flatten(2))
 
