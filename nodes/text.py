@@ -66,7 +66,8 @@ class LoadTextEncoder(WanNode):
     @classmethod
     def execute(cls, text_encoder_name: str, dtype: str, device: str) -> io.NodeOutput:
         resolve_dtype(dtype, "cpu")
-        return io.NodeOutput(WanCLIP(host.read_header(_read, FOLDER, text_encoder_name), dtype, device))
+        file = host.read_header(_read, FOLDER, text_encoder_name)
+        return io.NodeOutput(WanCLIP(file, dtype, device), ui=host.told("\n".join(file.notes)))
 
 
 @guarded_methods("tokenize", "encode_from_tokens", "encode_from_tokens_scheduled", "encode")

@@ -66,7 +66,8 @@ class LoadVAE(WanNode):
     @classmethod
     def execute(cls, vae_name: str, dtype: str) -> io.NodeOutput:
         resolve_dtype(dtype, "cpu")
-        return io.NodeOutput(WanVAE(host.read_header(read_vae, FOLDER, vae_name), dtype))
+        file = host.read_header(read_vae, FOLDER, vae_name)
+        return io.NodeOutput(WanVAE(file, dtype), ui=host.told("\n".join(file.notes)))
 
 
 @guarded_methods("encode", "encode_chunks", "encode_tiled", "decode", "decode_tiled", "get_sd")

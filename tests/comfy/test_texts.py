@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from comfy_server import Client, Server, WebSocket
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.comfy import graphs as wan
 from tests.comfy.graphs import Graph
@@ -81,3 +83,22 @@ def test_whoever_queued_nothing_hears_nothing(client: Client, server: Server) ->
             for message in listening.messages(time.monotonic() + 2):
                 kinds.append(message["type"] if isinstance(message, dict) else "binary")
     assert "status" in kinds and "wan_core.text" not in kinds
+
+
+def test_a_loader_says_what_it_left_out(client: Client, server: Server) -> None:
+    """Here a VAE with a tensor too many, whose name is shown as it is written."""
+    folder = server.base / "models/vae"
+    extra = folder / "texts_extra_vae.safetensors"
+    save_file(load_file(folder / wan.VAES["t2v"]) | {"<i>left over</i>": torch.zeros(3)}, extra)
+    try:
+        g = Graph()
+        loader = g.add("WanCoreLoadVAE", vae_name=extra.name, dtype="float32")
+        image = g.add("EmptyImage", width=32, height=32, batch_size=1, color=0)
+        wan.save_latent(g, g.add("WanCoreVAEEncode", vae=loader, image=image), "texts_extra")
+        run = client.run(g.nodes)
+        assert run.ok, run.error
+        (text,) = run.history["outputs"][loader.node]["text"]
+        assert "<i>left over</i>" in text
+        assert run.of("wan_core.text") == [{"node": loader.node, "text": text}]
+    finally:
+        extra.unlink()
