@@ -89,6 +89,8 @@ def test_the_lora_works_in_comfyuis_own_loader(client: Client, server: Server, d
     file = lora_of(server, "looks/shapes")
     assert run.history["outputs"][text.node]["text"] == [str(file)]
     assert run.progress(node.node)[-1] == (4, 4)
+    (said,) = run.history["outputs"][node.node]["text"]
+    assert f"Wrote {file}" in said and "step 4 of 4, loss " in said
     assert [p.format for p in run.previews if p.node == node.node][-1] == "image/png"
     assert plot_of(client, run).size == (800, 400)
     assert any(t.abs().max() > 0 for key, t in load_file(file).items() if key.endswith("lora_B.weight"))
