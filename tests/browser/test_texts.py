@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZE = {"width": 64, "height": 64, "frames": 5, "steps": 2}
 MARKUP = "<img src=x onerror=window.__ran=1>"
 NAME = f"a \"b\" 'c' & {MARKUP}<script>window.__ran=1<!--.safetensors"
-KEY = f"{MARKUP}<b onclick=alert(1)>&lt;\x1b[31m.lora_up.weight"
-SHOWN_KEY = KEY.replace("\x1b", "\\x1b")
+KEY = f"{MARKUP}<b onclick=alert(1)>&lt;\u202e.lora_up.weight"
+SHOWN_KEY = KEY.replace("\u202e", "\\u202e")
 
 
 @pytest.fixture(scope="module")

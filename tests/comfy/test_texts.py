@@ -12,32 +12,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_server import Client, Server, WebSocket
+from comfy_server import Client, PromptRejected, Server, WebSocket
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.comfy import graphs as wan
 from tests.comfy.graphs import Graph
 
-KEY = "<b>\ud800\x1b[31m\u202e\x07.lora_up.weight"  # half a pair, a terminal's red, letters from right to left, a bell
-SHOWN_KEY = "<b>\\ud800\\x1b[31m\\u202e\\x07.lora_up.weight"
+KEY = "<b>\u202e\ufeff.lora_up.weight"  # letters from right to left, and one that nobody sees
+SHOWN_KEY = "<b>\\u202e\\ufeff.lora_up.weight"
+REFUSED_KEY = "<b>\ud800\x1b[31m\x07.lora_up.weight"  # half a pair, a terminal's red, a bell
 NAME = b"bytes \xff \x1b[32m <i> \".safetensors"  # not UTF-8
 SHOWN_NAME = "bytes \\xff \\x1b[32m <i> \".safetensors"
 
 
 @pytest.fixture(scope="module")
 def lora(server: Server) -> Iterator[str]:
-    """A LoRA with one weight that fits, and a name and a key that cannot be written as UTF-8."""
+    """A LoRA with one weight that fits, a key that hides letters, and a name that cannot be written as UTF-8."""
     folder = server.base / "models/loras"
     folder.mkdir(exist_ok=True)
     with safe_open(server.base / "models/diffusion_models" / wan.expert("t2v", "high"), "pt") as file:
         rows, columns = file.get_slice("blocks.0.self_attn.q.weight").get_shape()
-    file = Path(os.fsdecode(os.path.join(os.fsencode(folder), NAME)))
+    file = named(folder)
     path = "diffusion_model.blocks.0.self_attn.q"
     file.write_bytes(safetensors({f"{path}.lora_down.weight": (2, columns), f"{path}.lora_up.weight": (rows, 2),
                                   KEY: (1,)}))  # fmt: skip
     yield file.name
     file.unlink()
+
+
+def named(folder: Path) -> Path:
+    return Path(os.fsdecode(os.path.join(os.fsencode(folder), NAME)))
 
 
 def safetensors(shapes: dict[str, tuple[int, ...]]) -> bytes:
@@ -64,8 +69,27 @@ def test_a_name_and_a_key_outside_utf8(client: Client, server: Server, lora: str
     assert {"node": node.node, "text": text} in run.of("wan_core.text")
     log = server.log.read_bytes().decode()  # all of it is UTF-8
     assert SHOWN_KEY in log and SHOWN_NAME in log
-    assert "\x1b[32m <i>" not in log and "\x1b[31m\u202e" not in log
+    assert "\x1b[32m <i>" not in log and "<b>\u202e" not in log
     assert "Logging error" not in log
+
+
+def test_a_key_that_no_model_has_is_refused_in_words(client: Client, server: Server, lora: str) -> None:
+    file = server.base / "models/loras/texts_refused.safetensors"
+    file.write_bytes(safetensors({REFUSED_KEY: (1,)}))
+    try:
+        g = Graph()
+        both = wan.model(g, "t2v")
+        node = g.add("WanCoreLora", model=both, lora_name=file.name, strength_high=1.0, strength_low=1.0,
+                     low_name="auto", first_step=0, last_step=10000)  # fmt: skip
+        wan.save_latent(g, wan.sample(g, node, wan.prompts(g), wan.empty(g, both), steps=1), "texts")
+        with pytest.raises(PromptRejected) as refused:
+            client.run(g.nodes)
+        said = str(refused.value)
+        assert "\\ud800" in said and "\\x1b[31m" in said
+        assert not any(unfit in said for unfit in ("\ud800", "\x1b", "\x07"))
+        assert "Logging error" not in server.log.read_text(encoding="utf-8")
+    finally:
+        file.unlink()
 
 
 def test_whoever_queued_nothing_hears_nothing(client: Client, server: Server) -> None:
