@@ -139,7 +139,7 @@ class Sampler(WanNode):
         )
         notes = Notes(model, cls.hidden.unique_id)
         sampled = sample(model, positive, negative, latent, settings, notes)
-        return io.NodeOutput(sampled, ui=host.text_output(notes.text))
+        return io.NodeOutput(sampled, ui=host.text_output(notes.output))
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +219,7 @@ def sample(
     start = _start(clean, noise, plan, settings)
     steps = min(settings.end, plan.steps) - settings.start
     if model.low is None and model.variant.experts == 2 and steps == plan.steps:
-        notes.warned(f"One expert of {model} does all {steps} steps. Join both with Wan Expert Switch.")
+        notes.hinted(f"One expert of {model} does all {steps} steps. Join both with Wan Expert Switch.")
     with Steps(notes.node_id, model, settings.guidance, plan, settings.start, settings.end) as shown:
         x = denoise_in_memory(
             host.engine(), model, settings.guidance, device, start, plan, settings.solver, *conditions,
@@ -236,18 +236,30 @@ class Notes:
 
     model: ModelRecipe
     node_id: str | None = None
+    hints: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     plan: str = ""
 
     @property
     def text(self) -> str:
-        return "\n".join(filter(None, (*self.warnings, self.plan)))
+        return "\n".join(filter(None, (*self.hints, *self.warnings, self.plan)))
+
+    @property
+    def output(self) -> str:
+        """What the node's output keeps: a hint is for whoever watches, and no result of the run."""
+        matters = self.warnings or self.model.vram_limit is not None or self.model.swap_blocks
+        return "\n".join(filter(None, (*self.warnings, self.plan))) if matters else ""
 
     def planned(self, plan: Plan) -> None:
         log.info("Wan Sampler: %s", str(plan).replace("\n", "; "))
-        if self.model.vram_limit is not None or self.model.swap_blocks or self.warnings:
+        if self.model.vram_limit is not None or self.model.swap_blocks or self.warnings or self.hints:
             self.plan = str(plan)
             host.show_text(self.node_id, self.text)
+
+    def hinted(self, note: str) -> None:
+        log.warning("Wan Sampler: %s", note)
+        self.hints += (note,)
+        host.show_text(self.node_id, self.text)
 
     def warned(self, note: str) -> None:
         log.warning("Wan Sampler: %s", note)
