@@ -88,10 +88,10 @@ def ksampler(g: Graph, model: Out, sides: dict[str, Out], latent: Out) -> Out:
 
 def run(client: Client, server: Server, g: Graph, **latents: Out) -> tuple[Run, list[torch.Tensor]]:
     for name, latent in latents.items():
-        wan.save_latent(g, latent, f"wan21_{name}")
+        wan.save_latent(g, latent, f"wan21_{name}_latent")
     done = client.run(g.nodes)
     assert done.ok, done.error
-    return done, [wan.read_latent(server, f"wan21_{name}") for name in latents]
+    return done, [wan.read_latent(server, f"wan21_{name}_latent") for name in latents]
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
