@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 
-from wan_core.config import VAES, VARIANTS, DiTConfig, TextConfig, VAEConfig
+from wan_core.config import VAES, VARIANTS, Architecture, TextConfig, VAEConfig
 from wan_core.layouts import text as text_keys
 from wan_core.loading.vae import VAE_CLASSES
 from wan_core.models.dit.dit import WanDiT
@@ -130,7 +130,7 @@ def checkpoints(folder: Path) -> Iterator[tuple[str, str, Path]]:
     yield "tiny DiT", "dit", tiny / "diffusion_models" / VARIANTS["t2v-A14B"].comfy_names[0]
     yield "tiny VAE", "vae", tiny / "vae" / VAES["wan2.1"].comfy_name
     yield "tiny text encoder", "text", next((tiny / "text_encoders").iterdir())
-    dit = shapes_of(lambda: WanDiT(DiTConfig(16, 16, 5120, 13824, 40, 4096, 256, heads=40)))
+    dit = shapes_of(lambda: WanDiT(Architecture(16, 16, 5120, 13824, 40, 4096, 256, heads=40)))
     yield "A14B, one file (sparse, 28 GB)", "dit", write_sparse(folder / "a14b.safetensors", dit)
     yield "A14B, six shards (sparse)", "dit", _write_shards(folder / "a14b", dit)
     vae = shapes_of(lambda: VAE_CLASSES["wan2.2"](VAEConfig("wan2.2", 48, 160, 256)))

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from wan_core.config import PATCH, VARIANTS, DiTConfig
+from wan_core.config import PATCH, VARIANTS, Architecture
 from wan_core.loading.dit import read_dit
 from wan_core.media.geometry import latent_shape
 from wan_core.memory.build import build_dit
@@ -37,9 +37,9 @@ from .sparse import shapes_of, write_sparse
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "bench" / "results" / "memory.json"
 CONFIGS = {
-    "t2v-A14B": DiTConfig(16, 16, 5120, 13824, layers=40, text_dim=4096, freq_dim=256, heads=40),
-    "i2v-A14B": DiTConfig(36, 16, 5120, 13824, layers=40, text_dim=4096, freq_dim=256, heads=40),
-    "ti2v-5B": DiTConfig(48, 48, 3072, 14336, layers=30, text_dim=4096, freq_dim=256, heads=24),
+    "t2v-A14B": Architecture(16, 16, 5120, 13824, layers=40, text_dim=4096, freq_dim=256, heads=40),
+    "i2v-A14B": Architecture(36, 16, 5120, 13824, layers=40, text_dim=4096, freq_dim=256, heads=40),
+    "ti2v-5B": Architecture(48, 48, 3072, 14336, layers=30, text_dim=4096, freq_dim=256, heads=24),
 }
 LIMITS = {"t2v-A14B": 6.0, "i2v-A14B": 6.0, "ti2v-5B": 5.0}  # GB: the goals
 METHOD_CPU = (
@@ -64,7 +64,7 @@ class Case:
     vram_limit: float | None = None
 
     @property
-    def config(self) -> DiTConfig:
+    def config(self) -> Architecture:
         return replace(CONFIGS[self.task], layers=self.layers)
 
     @property
@@ -254,7 +254,7 @@ def recipe(case: Case, folder: Path) -> ModelRecipe:
     return ModelRecipe(read_dit(path), dtype=case.dtype, swap_blocks=case.swap_blocks, vram_limit=case.vram_limit)
 
 
-def sparse_file(path: Path, config: DiTConfig, dtype: torch.dtype) -> Path:
+def sparse_file(path: Path, config: Architecture, dtype: torch.dtype) -> Path:
     """A checkpoint of zeros that takes no room on disk."""
     return write_sparse(path, shapes_of(lambda: WanDiT(config)), dtype)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from wan_core.config import VAES, DiTConfig, VAEConfig
+from wan_core.config import VAES, Architecture, VAEConfig
 
 from . import peers
 
@@ -24,7 +24,7 @@ class Part:
     """
 
     name: str
-    config: DiTConfig | VAEConfig
+    config: Architecture | VAEConfig
     size: tuple[int, int, int]
     text_length: int = 0
     tolerance: float = 1e-4
@@ -47,7 +47,7 @@ class Part:
     def _inputs(self, size: tuple[int, int, int], text_length: int) -> Inputs:
         generator = torch.Generator().manual_seed(1)
         frames, height, width = size
-        if isinstance(self.config, DiTConfig):
+        if isinstance(self.config, Architecture):
             x = torch.randn(1, self.config.in_channels, *size, generator=generator)
             return x, torch.tensor([500.0]), torch.randn(1, text_length, self.config.text_dim, generator=generator)
         if self.name.endswith("encode"):
@@ -67,7 +67,7 @@ class Part:
 
     def describe(self) -> str:
         c, (frames, height, width) = self.config, self.size
-        if isinstance(c, DiTConfig):
+        if isinstance(c, Architecture):
             tokens = frames * height * width // 4
             return (f"dim {c.dim}, ffn {c.ffn_dim}, {c.heads} heads, {c.layers} layers, {tokens} tokens, "
                     f"text {self.text_length}x{c.text_dim}")
@@ -79,12 +79,12 @@ def _vae(group: str, config: VAEConfig, size: tuple[int, int, int]) -> list[Part
 
 
 FULL = (
-    Part("dit forward", DiTConfig(16, 16, 1536, 8960, 6, 4096, 256, heads=12), (5, 32, 32), 512, tolerance=2e-5),
+    Part("dit forward", Architecture(16, 16, 1536, 8960, 6, 4096, 256, heads=12), (5, 32, 32), 512, tolerance=2e-5),
     *_vae("vae21", VAEConfig("wan2.1", 16, 96, 96), (5, 96, 96)),
     *_vae("vae22", VAEConfig("wan2.2", 48, 160, 256), (5, 96, 96)),
 )
 QUICK = (
-    Part("dit forward", DiTConfig(16, 16, 256, 512, 2, 64, 256, heads=2), (3, 8, 8), 32, tolerance=2e-5),
+    Part("dit forward", Architecture(16, 16, 256, 512, 2, 64, 256, heads=2), (3, 8, 8), 32, tolerance=2e-5),
     *_vae("vae21", VAEConfig("wan2.1", 16, 16, 16), (5, 32, 48)),
     *_vae("vae22", VAEConfig("wan2.2", 48, 16, 32), (5, 32, 48)),
 )

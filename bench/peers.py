@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from wan_core.config import DiTConfig, VAEConfig
+from wan_core.config import Architecture, VAEConfig
 from wan_core.layouts.dit import DIALECTS as DIT_DIALECTS
 from wan_core.layouts.dit import diffusers_config as dit_diffusers_config
 from wan_core.layouts.vae import DIALECTS as VAE_DIALECTS
@@ -55,7 +55,7 @@ def _random_weight(key: str, shape: torch.Size) -> torch.Tensor:
     return noise.mul_(small / max(shape[1:].numel(), 1) ** 0.5)
 
 
-def dit_weights(config: DiTConfig) -> dict[str, torch.Tensor]:
+def dit_weights(config: Architecture) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         module = WanDiT(config)
     return random_weights(module)
@@ -67,13 +67,13 @@ def vae_weights(config: VAEConfig) -> dict[str, torch.Tensor]:
     return random_weights(module)
 
 
-def _our_dit(config: DiTConfig, weights: Weights) -> WanDiT:
+def _our_dit(config: Architecture, weights: Weights) -> WanDiT:
     with torch.device("meta"):
         dit = WanDiT(config)
     return _filled(dit, weights)
 
 
-def _prepared_dit(config: DiTConfig, weights: Weights) -> DiTCall:
+def _prepared_dit(config: Architecture, weights: Weights) -> DiTCall:
     """Ours as sampling uses it: a prompt's keys and values are computed in the first call and kept."""
     dit, states = _our_dit(config, weights), {}
 
@@ -85,7 +85,7 @@ def _prepared_dit(config: DiTConfig, weights: Weights) -> DiTCall:
     return call
 
 
-def _diffusers_dit(config: DiTConfig, weights: Weights) -> DiTCall:
+def _diffusers_dit(config: Architecture, weights: Weights) -> DiTCall:
     from accelerate import init_empty_weights
     from diffusers import WanTransformer3DModel
 
@@ -96,7 +96,7 @@ def _diffusers_dit(config: DiTConfig, weights: Weights) -> DiTCall:
     return lambda x, t, context: dit(x, t, context, return_dict=False)[0]
 
 
-def _comfyui_dit(config: DiTConfig, weights: Weights) -> DiTCall:
+def _comfyui_dit(config: Architecture, weights: Weights) -> DiTCall:
     use_comfyui()
     import comfy.ops  # noqa: TID251
     from comfy.ldm.wan.model import WanModel  # noqa: TID251
@@ -154,7 +154,7 @@ def _comfyui_vae_module(config: VAEConfig) -> nn.Module:
     return vae2_2.WanVAE(dim=config.encoder_dim, dec_dim=config.decoder_dim, **common)
 
 
-DITS: dict[str, Callable[[DiTConfig, Weights], DiTCall]] = {
+DITS: dict[str, Callable[[Architecture, Weights], DiTCall]] = {
     OURS: _our_dit, PREPARED: _prepared_dit, DIFFUSERS: _diffusers_dit, COMFYUI: _comfyui_dit,
 }  # fmt: skip
 VAES: dict[str, Callable[[VAEConfig, Weights], Coder]] = {

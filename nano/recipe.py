@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from wan_core.train.nano.prefixes import PlacedTask, PlaceTask
 
-from wan_core.config import NEGATIVE_PROMPT, VAES, DiTConfig, VAEConfig, VAEKind, Variant
+from wan_core.config import NEGATIVE_PROMPT, VAES, Architecture, VAEConfig, VAEKind, Variant
 from wan_core.errors import WanError
 from wan_core.loading.text import load_text_encoder
 from wan_core.loading.vae import load_vae
@@ -132,10 +132,10 @@ class Family:
         return Data(entry, lambda i: texts(clips[i].prompt), self.texts(""), [tuple(first.latent.shape)] * len(clips),
                     f"{len(clips)} {clips[0].key} {latents.vae_key}", negative=self.texts(NEGATIVE_PROMPT))
 
-    def config(self, variant: Variant) -> DiTConfig:
+    def config(self, variant: Variant) -> Architecture:
         s = self.settings
         out = 48 if variant.vae == "wan2.2" else 16
-        return DiTConfig(variant.in_channels, out, s.dim, s.ffn_dim, s.layers, 4096, 256, s.dim // 128)
+        return Architecture(variant.in_channels, out, s.dim, s.ffn_dim, s.layers, 4096, 256, s.dim // 128)
 
     def dit(self, stage: str, variant: Variant) -> TrainedDiT:
         return self.filled(self.need(stage), variant)

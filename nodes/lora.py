@@ -11,8 +11,8 @@ from ..wan_core.config import PerExpert
 from ..wan_core.errors import WanError
 from ..wan_core.files.checkpoint import open_checkpoint
 from ..wan_core.lora.attach import AUTO, with_lora
+from ..wan_core.lora.expert_pairs import find_twin
 from ..wan_core.lora.scale import config_beside
-from ..wan_core.lora.twins import find_twin
 from ..wan_core.recipe import ModelRecipe
 from . import host
 from .base import WanNode

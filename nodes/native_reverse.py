@@ -18,9 +18,9 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..wan_core.config import VARIANTS, DiTConfig
+from ..wan_core.config import VARIANTS, Architecture
 from ..wan_core.errors import WanError
-from ..wan_core.foreign import Foreign
+from ..wan_core.external import ExternalModel
 from ..wan_core.layouts.variants import candidates
 from ..wan_core.memory.engine import pad_text
 from ..wan_core.models.dit.features.clip_tokens import PICTURE_TOKENS, ClipTokens, ClipTokensConfig
@@ -82,11 +82,11 @@ def from_model(patcher: Any, name: str) -> ModelRecipe:
     _check_patches(patcher, name)
     network = patcher.model.diffusion_model
     need_attributes(_NAME, network, _DIMENSIONS, _INSTEAD)
-    config = DiTConfig(*(getattr(network, dimension) for dimension in _DIMENSIONS), features=_features(network))
+    config = Architecture(*(getattr(network, dimension) for dimension in _DIMENSIONS), features=_features(network))
     dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
     same = (id(patcher.model), patcher.patches_uuid)
     _check_channels(config, name)
-    held = Foreign(name, config, dtype, same, lambda device: NativeExpert(patcher))
+    held = ExternalModel(name, config, dtype, same, lambda device: NativeExpert(patcher))
     shifted = "model_sampling" in patcher.object_patches
     note = f"{name}: the shift that a node gave to this MODEL is not used; set it on Wan Sampler."
     return ModelRecipe(held, notes=(note,) if shifted else ())
@@ -134,7 +134,7 @@ def _features(network: Any) -> tuple[ClipTokensConfig, ...]:
     return (ClipTokensConfig(CLIP_WIDTH, 0 if positions is None else positions.shape[1]),)
 
 
-def _check_channels(config: DiTConfig, name: str) -> None:
+def _check_channels(config: Architecture, name: str) -> None:
     if not candidates(config):
         raise _wrong_kind(name, f"a Wan model of {config.in_channels} input and {config.out_channels} output channels")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..wan_core.errors import WanError
-from ..wan_core.foreign import only_own
+from ..wan_core.external import only_own
 from ..wan_core.media import geometry as latents
 from ..wan_core.memory.plan import AUTO, plan
 from ..wan_core.recipe import PREFETCH, ModelRecipe

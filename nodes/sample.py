@@ -20,7 +20,7 @@ from ..wan_core.memory.run import denoise_in_memory
 from ..wan_core.models.dit.features.clip_tokens import ClipTokens
 from ..wan_core.models.vae.vae import denormalise, normalise
 from ..wan_core.recipe import ModelRecipe
-from ..wan_core.sampling.denoise import Given, noised
+from ..wan_core.sampling.denoise import KnownLatent, noised
 from ..wan_core.sampling.guidance import Condition
 from ..wan_core.sampling.schedules import AUTO, SCHEDULES, Schedule, from_sigmas, schedule, truncate
 from ..wan_core.sampling.solvers import SOLVERS
@@ -346,10 +346,10 @@ def _as_stored(x: torch.Tensor, plan: Schedule, end: int) -> torch.Tensor:
     return x / (1 - sigma) if sigma < 1 else x
 
 
-def _given(latent: dict, clean: torch.Tensor, noise: torch.Tensor, variant: Variant) -> Given | None:
+def _given(latent: dict, clean: torch.Tensor, noise: torch.Tensor, variant: Variant) -> KnownLatent | None:
     """The part of the video that the LATENT's noise_mask (1 = denoise, 0 = keep) keeps."""
     mask = latent.get("noise_mask")
     if mask is None:
         return None
     mask = reshape_mask(mask.float(), clean.shape).to(clean)
-    return Given(clean, mask, noise, clean=variant.image == "frame")
+    return KnownLatent(clean, mask, noise, clean=variant.image == "frame")

@@ -21,7 +21,7 @@ from comfy_api.latest import io, ui
 
 from ..wan_core.config import Variant
 from ..wan_core.errors import WanError
-from ..wan_core.foreign import only_own
+from ..wan_core.external import only_own
 from ..wan_core.layouts.noise_level import noise_level_of
 from ..wan_core.layouts.variants import candidates, choose
 from ..wan_core.loading.dit import DiTFile

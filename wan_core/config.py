@@ -26,7 +26,7 @@ VAEKind = Literal["wan2.1", "wan2.2"]
 class FeatureConfig:
     """Dimensions of one capability of a diffusion transformer beyond text, such as CLIP tokens.
 
-    Each has a file in ``models/dit/features/``; its class is what a network is asked for (``DiTConfig.feature``).
+    Each has a file in ``models/dit/features/``; its class is what a network is asked for (``Architecture.feature``).
     """
 
     name: ClassVar[str]
@@ -36,7 +36,7 @@ Kind = TypeVar("Kind", bound=FeatureConfig)
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class Architecture:
     """Dimensions and features of a diffusion transformer, all read from the checkpoint."""
 
     in_channels: int

@@ -13,7 +13,7 @@ import torch
 
 from .config import Variant
 from .errors import WanError
-from .foreign import Foreign
+from .external import ExternalModel
 from .layouts.noise_level import noise_level_of
 from .layouts.variants import candidates, choose
 from .loading.dit import DiTFile
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PREFETCH = 1  # streamed blocks on the device before their turn, unless asked otherwise
 
-Network = DiTFile | Foreign
+Network = DiTFile | ExternalModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class ModelRecipe:
 
     ``merge_loras``: into the weights once, where those lie on the device unpacked; else LoRAs are added as layers run.
 
-    A `Foreign` network runs where it is held: of the options none applies to it.
+    A `ExternalModel` network runs where it is held: of the options none applies to it.
     """
 
     high: Network
@@ -112,7 +112,7 @@ class ModelRecipe:
     @property
     def own(self) -> tuple[DiTFile, ...]:
         """The files whose weights are the engine's."""
-        return tuple(file for file in self.files if not isinstance(file, Foreign))
+        return tuple(file for file in self.files if not isinstance(file, ExternalModel))
 
     @property
     def stored(self) -> torch.dtype:
@@ -126,7 +126,7 @@ class ModelRecipe:
 def pair(high: ModelRecipe, low: ModelRecipe, switch: Switch) -> ModelRecipe:
     """Two experts as one model, each with its own LoRAs; every other option is the high-noise side's.
 
-    Where that one is `Foreign` and the other is not, the options are the low-noise side's.
+    Where that one is `ExternalModel` and the other is not, the options are the low-noise side's.
 
     Raises:
         WanError: one of them is a pair already, their shapes differ, or their names say that they are swapped.
@@ -189,6 +189,6 @@ def _pair_notes(first: Network, second: Network) -> tuple[str, ...]:
 
 
 def _is_same(high: Network, low: Network) -> bool:
-    if isinstance(high, Foreign) or isinstance(low, Foreign):
+    if isinstance(high, ExternalModel) or isinstance(low, ExternalModel):
         return high.fingerprint == low.fingerprint
     return high.path.resolve() == low.path.resolve()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.core.misaligned import ODD, aligned_products, write_at
 from tests.core.test_preview import tiny_weights
-from wan_core.config import DiTConfig
+from wan_core.config import Architecture
 from wan_core.files.write import save_tensors
 from wan_core.loading.dit import read_dit
 from wan_core.loading.taehv import load_tiny_decoder
@@ -34,7 +34,7 @@ from wan_core.models.dit.dit import WanDiT
 from wan_core.tools.convert import convert
 from wan_core.tools.tiny import _random_lora, _random_weights, write_tiny
 
-CONFIG = DiTConfig(16, 16, 128, 200, layers=3, text_dim=36, freq_dim=60, heads=1)  # odd sizes: many rows lie aside
+CONFIG = Architecture(16, 16, 128, 200, layers=3, text_dim=36, freq_dim=60, heads=1)  # odd sizes: many rows lie aside
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:

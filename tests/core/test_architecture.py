@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wan_core.config import VARIANTS, DiTConfig
+from wan_core.config import VARIANTS, Architecture
 from wan_core.errors import WanError
 from wan_core.layouts.architecture import family_of, nearest
 from wan_core.layouts.variants import candidates, choose
@@ -68,9 +68,9 @@ def test_an_unknown_model_is_described_with_its_neighbours() -> None:
     assert "64 channels in, 16 out; nearest: Fun-A14B-Control" in nearest(shapes(64, 16))
 
 
-def config(into: int = 16, out: int = 16, dim: int = 5120, clip: int | None = None) -> DiTConfig:
+def config(into: int = 16, out: int = 16, dim: int = 5120, clip: int | None = None) -> Architecture:
     features = () if clip is None else (ClipTokensConfig(1280, clip),)
-    return DiTConfig(into, out, dim, dim * 2, 40, 4096, 256, dim // 128, features=features)
+    return Architecture(into, out, dim, dim * 2, 40, 4096, 256, dim // 128, features=features)
 
 
 CHOICES = [
@@ -94,7 +94,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize(("network", "path", "task", "guessed"), CHOICES)
-def test_choice(network: DiTConfig, path: str, task: str, guessed: bool) -> None:
+def test_choice(network: Architecture, path: str, task: str, guessed: bool) -> None:
     chosen = choose(network, Path("models") / path)
     assert (chosen.variant.task, chosen.assumed is not None) == (task, guessed)
 

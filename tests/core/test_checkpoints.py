@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wan_core
-from wan_core.config import VARIANTS, DiTConfig
+from wan_core.config import VARIANTS, Architecture
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import open_checkpoint
 from wan_core.loading.dit import read_dit
@@ -233,7 +233,7 @@ def test_relatives_are_named(folders, tmp_path: Path, key: str, name: str):
 
 def test_reading_a_header_reads_no_weights(tmp_path: Path):
     """A sparse file of a whole 14B expert, 57 GB in float32, is understood at once."""
-    config = DiTConfig(36, 16, 5120, 13824, 40, 4096, 256, 40)
+    config = Architecture(36, 16, 5120, 13824, 40, 4096, 256, 40)
     with torch.device("meta"):
         shapes = {key: list(value.shape) for key, value in WanDiT(config).state_dict().items()}
     write_sparse(tmp_path / "sparse.safetensors", shapes)

@@ -20,7 +20,7 @@ from torch import Tensor
 import wan_core
 from tests.core.test_checkpoints import write_sparse
 from wan_core.__main__ import main
-from wan_core.config import DiTConfig
+from wan_core.config import Architecture
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import open_checkpoint
 from wan_core.layouts.gguf_tokenizer import spiece_beside
@@ -267,7 +267,7 @@ def test_int8_is_marked_as_comfyui_marks_it(dit: Path, tmp_path: Path):
 
 def test_memory_stays_small(tmp_path: Path):
     """A sparse file of 0.36 GB converts within 120 MB of anonymous memory."""
-    config = DiTConfig(16, 16, 1024, 4096, 5, 64, 256, 8)
+    config = Architecture(16, 16, 1024, 4096, 5, 64, 256, 8)
     with torch.device("meta"):
         shapes = {key: list(value.shape) for key, value in WanDiT(config).state_dict().items()}
     write_sparse(tmp_path / "sparse.safetensors", shapes)

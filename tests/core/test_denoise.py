@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wan_core.errors import WanError
-from wan_core.sampling.denoise import Given, StepReport, denoise, noised
+from wan_core.sampling.denoise import KnownLatent, StepReport, denoise, noised
 from wan_core.sampling.experts import Expert, Experts, Switch
 from wan_core.sampling.guidance import Condition
 from wan_core.sampling.schedules import from_sigmas, schedule
@@ -139,13 +139,13 @@ def test_a_callback_may_cancel():
 # --- TI2V: clean given frames
 
 
-def first_frame_given(frames: int = 1) -> Given:
+def first_frame_given(frames: int = 1) -> KnownLatent:
     mask = torch.ones(1, 1, *SHAPE[2:])
     mask[:, :, :frames] = 0
-    return Given(normal(7), mask, clean=True)
+    return KnownLatent(normal(7), mask, clean=True)
 
 
-def official_ti2v(toy: Toy, given: Given, steps: int, scale: float) -> Tensor:
+def official_ti2v(toy: Toy, given: KnownLatent, steps: int, scale: float) -> Tensor:
     """The loop of the official textimage2video.py around Euler steps, which need no scheduler."""
     along = schedule("unipc", steps, 12)
     z, mask = given.latent, given.mask
@@ -183,10 +183,10 @@ def test_given_frames_are_told_timestep_zero(solver: str):
 
 
 def test_nothing_given_is_the_plain_run():
-    nothing = Given(normal(7), torch.ones(1, 1, 1, 1, 1), clean=True)
+    nothing = KnownLatent(normal(7), torch.ones(1, 1, 1, 1, 1), clean=True)
     toy = Toy()
     assert torch.equal(run(Experts.dense(toy, 3.0), given=nothing), run(Experts.dense(toy, 3.0)))
-    noisy = Given(normal(7), torch.ones(1, 1, 1, 1, 1), noise=normal(0))
+    noisy = KnownLatent(normal(7), torch.ones(1, 1, 1, 1, 1), noise=normal(0))
     assert torch.equal(run(Experts.dense(toy, 3.0), given=noisy), run(Experts.dense(toy, 3.0)))
 
 
@@ -201,7 +201,7 @@ def hole() -> Tensor:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_inpainting_shows_kept_places_at_the_step_s_noise_and_ends_clean(solver: str):
-    toy, given = Toy(), Given(normal(7), hole(), normal(0))
+    toy, given = Toy(), KnownLatent(normal(7), hole(), normal(0))
     along = schedule("auto", 6, 12, solver=solver)
     made = run(Experts.dense(toy, 1.0), solver, given=given)
     kept = (hole() == 0).expand(SHAPE)
@@ -216,7 +216,7 @@ def test_inpainting_shows_kept_places_at_the_step_s_noise_and_ends_clean(solver:
 
 def test_kept_places_without_noise_are_our_own_mistake():
     with pytest.raises(ValueError, match="noise"):
-        Given(normal(7), hole())
+        KnownLatent(normal(7), hole())
 
 
 COMFY_MASK_RUN = """
@@ -261,7 +261,7 @@ def test_masks_mean_what_they_mean_in_comfyui(in_comfyui):
     along = schedule("simple", 6, 5)
     theirs = in_comfyui(COMFY_MASK_RUN, mask=mask, sigmas=along.sigmas.float(), noise=normal(0), latent=normal(7))
     for clean, expected in theirs.items():
-        given = Given(normal(7), mask, normal(0), clean)
+        given = KnownLatent(normal(7), mask, normal(0), clean)
         made, _ = denoise(normal(0), Experts.dense(Toy(), 1.0), along, "euler", POSITIVE, None, given=given)
         assert ((made - expected).abs().max() / expected.abs().max()).item() <= 1e-5
 

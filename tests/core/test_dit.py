@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from wan_core.config import DiTConfig
+from wan_core.config import Architecture
 from wan_core.errors import WanError
 from wan_core.layouts.dit import DIALECTS, diffusers_config
 from wan_core.models.dit.attention import find_backend
@@ -19,9 +19,9 @@ from wan_core.tools.tiny import _random_weights
 
 TOLERANCE = 2e-5  # of the largest reference value
 
-T2V = DiTConfig(16, 16, 256, 512, layers=2, text_dim=96, freq_dim=256, heads=2)
-I2V = DiTConfig(36, 16, 256, 512, layers=2, text_dim=96, freq_dim=256, heads=2)
-TI2V = DiTConfig(48, 48, 256, 512, layers=2, text_dim=96, freq_dim=256, heads=2)
+T2V = Architecture(16, 16, 256, 512, layers=2, text_dim=96, freq_dim=256, heads=2)
+I2V = Architecture(36, 16, 256, 512, layers=2, text_dim=96, freq_dim=256, heads=2)
+TI2V = Architecture(48, 48, 256, 512, layers=2, text_dim=96, freq_dim=256, heads=2)
 CLIP = replace(I2V, features=(ClipTokensConfig(64),))  # Wan2.1 I2V
 TWO = replace(I2V, features=(ClipTokensConfig(64, 514),))  # Wan2.1 FLF2V
 
@@ -36,7 +36,7 @@ with torch.no_grad():
 """
 
 
-def make(config: DiTConfig, seed: int = 0) -> WanDiT:
+def make(config: Architecture, seed: int = 0) -> WanDiT:
     model = WanDiT(config)
     model.load_state_dict(_random_weights(WanDiT, config, torch.Generator().manual_seed(seed)))
     return model.eval().requires_grad_(False)
@@ -53,7 +53,9 @@ def as_diffusers(model: WanDiT) -> WanTransformer3DModel:
     return reference.eval()
 
 
-def inputs(config: DiTConfig, batch: int, frames: int, height: int, width: int, text: int = 20) -> tuple[Tensor, ...]:
+def inputs(
+    config: Architecture, batch: int, frames: int, height: int, width: int, text: int = 20
+) -> tuple[Tensor, ...]:
     torch.manual_seed(1)
     x = torch.randn(batch, config.in_channels, frames, height, width)
     return x, torch.tensor([937.0, 3.0])[:batch], torch.randn(batch, text, config.text_dim)
@@ -66,14 +68,14 @@ def assert_close(ours: Tensor, reference: Tensor) -> None:
 
 @pytest.mark.parametrize("config", [T2V, I2V, TI2V], ids=["t2v", "i2v", "ti2v"])
 @pytest.mark.parametrize("shape", [(1, 3, 6, 10), (2, 5, 4, 14), (1, 1, 2, 2)], ids=str)
-def test_agrees_with_diffusers(config: DiTConfig, shape: tuple[int, ...]):
+def test_agrees_with_diffusers(config: Architecture, shape: tuple[int, ...]):
     model = make(config)
     x, t, context = inputs(config, *shape)
     assert_close(model(x, t, context), as_diffusers(model)(x, t, context).sample.detach())
 
 
 @pytest.mark.parametrize(("config", "pictures"), [(CLIP, 1), (TWO, 2)], ids=["i2v", "flf2v"])
-def test_clip_tokens_agree_with_diffusers(config: DiTConfig, pictures: int):
+def test_clip_tokens_agree_with_diffusers(config: Architecture, pictures: int):
     """Wan2.1's image branch: keys and values of its own, the answers added. diffusers folds two pictures itself."""
     model = make(config)
     x, t, context = inputs(config, 2, 3, 4, 6, text=512)
@@ -120,7 +122,7 @@ def test_any_timesteps_run_frame_by_frame():
     [(T2V, "t2v", (1, 3, 6, 10)), (I2V, "t2v", (2, 2, 4, 6)), (TI2V, "t2v", (1, 3, 5, 7))],
     ids=["t2v", "i2v", "ti2v-odd-size"],
 )
-def test_agrees_with_comfyui(in_comfyui, config: DiTConfig, kind: str, shape: tuple[int, ...]):
+def test_agrees_with_comfyui(in_comfyui, config: Architecture, kind: str, shape: tuple[int, ...]):
     """Latent sizes that are no multiple of the patch are padded and cropped as ComfyUI does."""
     model = make(config)
     x, t, context = inputs(config, *shape)
@@ -141,10 +143,10 @@ def test_frame_timesteps_agree_with_comfyui(in_comfyui):
 
 @pytest.mark.parametrize(
     "config",
-    [DiTConfig(16, 16, 5120, 13824, 1, 4096, 256, 40), DiTConfig(48, 48, 3072, 14336, 1, 4096, 256, 24)],
+    [Architecture(16, 16, 5120, 13824, 1, 4096, 256, 40), Architecture(48, 48, 3072, 14336, 1, 4096, 256, 24)],
     ids=["A14B-block", "5B-block"],
 )
-def test_a_block_of_full_width_agrees_with_diffusers(config: DiTConfig):
+def test_a_block_of_full_width_agrees_with_diffusers(config: Architecture):
     model = make(config)
     x, t, context = inputs(config, 1, 2, 4, 6, text=32)
     assert_close(model(x, t, context), as_diffusers(model)(x, t, context).sample.detach())

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.core.lora_files import DIALECTS_OF_LORA, STRENGTH, Dialect, draw, low_rank, prefixed
-from wan_core.config import DiTConfig
+from wan_core.config import Architecture
 from wan_core.errors import WanError
 from wan_core.layouts.dit import DIALECTS
 from wan_core.loading.dit import read_dit
@@ -21,7 +21,7 @@ from wan_core.models.dit.dit import WanDiT
 from wan_core.tools.tiny import TinySizes, _random_weights, make_tiny
 
 DIFFUSERS = DIALECTS["diffusers"]
-CONFIG = DiTConfig(16, 16, 128, 256, layers=3, text_dim=32, freq_dim=256, heads=1)
+CONFIG = Architecture(16, 16, 128, 256, layers=3, text_dim=32, freq_dim=256, heads=1)
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,7 @@ def test_an_empty_file_is_refused(base: Path, tmp_path: Path):
 
 
 def test_a_lora_of_another_model_is_refused_by_its_shapes(base: Path, tmp_path: Path):
-    wider = DiTConfig(16, 16, 3072, 3072, layers=1, text_dim=32, freq_dim=256, heads=24)
+    wider = Architecture(16, 16, 3072, 3072, layers=1, text_dim=32, freq_dim=256, heads=24)
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in WanDiT(wider).state_dict().items()}
     q = "blocks.0.self_attn.q.weight"

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.core.lora_files import low_rank, paths, prefixed
-from wan_core.config import DiTConfig
+from wan_core.config import Architecture
 from wan_core.loading.dit import read_dit
 from wan_core.lora.dialects import expert_of, keys_of_expert, sort_keys
 from wan_core.lora.files import read_lora
 from wan_core.models.dit.dit import WanDiT
 from wan_core.tools.tiny import _random_weights
 
-CONFIG = DiTConfig(16, 16, 128, 128, layers=2, text_dim=32, freq_dim=256, heads=1)
+CONFIG = Architecture(16, 16, 128, 128, layers=2, text_dim=32, freq_dim=256, heads=1)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from wan_core.errors import WanError
 from wan_core.loading.dit import read_dit
 from wan_core.lora.attach import place, with_lora
 from wan_core.lora.balance import is_few_step, unbalanced
-from wan_core.lora.twins import find_twin, level_of
+from wan_core.lora.expert_pairs import find_twin, level_of
 from wan_core.recipe import ModelRecipe, pair
 from wan_core.sampling.experts import Switch
 from wan_core.tools.tiny import TinySizes, make_tiny

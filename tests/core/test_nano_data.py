@@ -16,7 +16,7 @@ from nano.judge import T2V, Judge, held_out_prompts
 from nano.place import PlacedTask, PlaceTask
 from nano.text import WORDS, make_tokenizer, tokenizer_of
 from nano.world import CAMERAS, MOTIONS, SHAPES, Scene, film, placed, random_scene
-from wan_core.config import DiTConfig
+from wan_core.config import Architecture
 from wan_core.train.cache import Entry
 from wan_core.train.data import Frame
 from wan_core.train.dit import Data, DiTTask, Recipe
@@ -170,7 +170,7 @@ def one_thread() -> Iterator[None]:
 
 def test_places_are_learnt_from_noise_alone(tmp_path, one_thread):
     """Four rows and columns, chance 0.25: nothing but the grid's edges tells them apart."""
-    model = new_dit(DiTConfig(16, 16, dim=128, ffn_dim=256, layers=2, text_dim=32, freq_dim=256, heads=1), seed=0)
+    model = new_dit(Architecture(16, 16, dim=128, ffn_dim=256, layers=2, text_dim=32, freq_dim=256, heads=1), seed=0)
     task = PlaceTask(model, (16, 2, 8, 8), torch.zeros(1, 32))
     assert task.accuracy() < 0.4
     train(task, Plan(200, 3e-3, optimiser="muon", weight_decay=0.0), tmp_path)
@@ -179,7 +179,7 @@ def test_places_are_learnt_from_noise_alone(tmp_path, one_thread):
 
 def test_training_keeps_the_places_in_mind():
     """The second loss is a cross-entropy over the places of the tokens after two blocks, on top of the velocity's."""
-    model = new_dit(DiTConfig(16, 16, dim=128, ffn_dim=64, layers=2, text_dim=32, freq_dim=256, heads=1), seed=0)
+    model = new_dit(Architecture(16, 16, dim=128, ffn_dim=64, layers=2, text_dim=32, freq_dim=256, heads=1), seed=0)
     latent = torch.randn(16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     data = Data(lambda i: Entry(latent, None), lambda i: torch.ones(1, 32), torch.zeros(1, 32), [(16, 2, 4, 4)], "one")
     task = PlacedTask(model, data, Recipe(T2V, NoiseRange(0, 1, 5.0), precision="fp32"))

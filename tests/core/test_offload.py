@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wan_core.config import DiTConfig
+from wan_core.config import Architecture
 from wan_core.errors import WanError
 from wan_core.loading.dit import read_dit
 from wan_core.memory.build import build_dit
@@ -28,7 +28,7 @@ from wan_core.models.dit.features.clip_tokens import ClipTokens, ClipTokensConfi
 from wan_core.tools.tiny import _random_weights
 
 LAYERS = 5
-CONFIG = DiTConfig(16, 16, 128, 256, layers=LAYERS, text_dim=32, freq_dim=256, heads=1)
+CONFIG = Architecture(16, 16, 128, 256, layers=LAYERS, text_dim=32, freq_dim=256, heads=1)
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +378,7 @@ def test_a_file_that_changes_while_mapped_is_noticed(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA streams")
 def test_copies_overlap_the_computation_on_cuda(tmp_path: Path):
     """By the clock of the device: with prefetch a call takes hardly longer than resident, without it copies add up."""
-    config = DiTConfig(16, 16, 2048, 8192, layers=8, text_dim=32, freq_dim=256, heads=16)
+    config = Architecture(16, 16, 2048, 8192, layers=8, text_dim=32, freq_dim=256, heads=16)
     weights = _random_weights(WanDiT, config, torch.Generator().manual_seed(0))
     save_file({key: value.bfloat16() for key, value in weights.items()}, tmp_path / "wide.safetensors")
     file = read_dit(tmp_path / "wide.safetensors")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wan_core.config import TEXT_LENGTH, DiTConfig, VAEConfig
+from wan_core.config import TEXT_LENGTH, Architecture, VAEConfig
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import Checkpoint
 from wan_core.files.marks import TensorInfo
@@ -24,18 +24,18 @@ from wan_core.memory.tracing import peak_bytes
 from wan_core.models.dit import dit
 from wan_core.models.dit.dit import Block, TextStates, WanDiT, keeps_float32
 from wan_core.models.dit.features.clip_tokens import ClipTokens, ClipTokensConfig
-from wan_core.models.dit.layers import Timed
+from wan_core.models.dit.layers import PerSegment
 from wan_core.pipeline import read_models
 from wan_core.recipe import ModelRecipe
 from wan_core.tools.tiny import TinySizes, _random_weights, write_tiny
 
-A14B = DiTConfig(16, 16, 5120, 13824, layers=40, text_dim=4096, freq_dim=256, heads=40)
-TI2V_5B = DiTConfig(48, 48, 3072, 14336, layers=30, text_dim=4096, freq_dim=256, heads=24)
+A14B = Architecture(16, 16, 5120, 13824, layers=40, text_dim=4096, freq_dim=256, heads=40)
+TI2V_5B = Architecture(48, 48, 3072, 14336, layers=30, text_dim=4096, freq_dim=256, heads=24)
 I2V_14B = replace(A14B, in_channels=36, features=(ClipTokensConfig(1280),))
 FLF2V_14B = replace(A14B, in_channels=36, features=(ClipTokensConfig(1280, 514),))
 
 
-def traced_block(config: DiTConfig, batch: int, tokens: int, dtype: torch.dtype) -> int:
+def traced_block(config: Architecture, batch: int, tokens: int, dtype: torch.dtype) -> int:
     """The peak of a real block on the meta device, its rotation table included."""
     with torch.device("meta"):
         model = WanDiT(replace(config, layers=1))
@@ -46,7 +46,7 @@ def traced_block(config: DiTConfig, batch: int, tokens: int, dtype: torch.dtype)
         seen = tuple(ClipTokens(torch.empty(batch, feature.positions or 257, 1280)) for feature in config.features)
         text = TextStates(torch.empty(batch, TEXT_LENGTH, config.dim, dtype=dtype), 1, keep=False,
                           branches=model.branches(seen, batch))  # fmt: skip
-        timed = Timed(((0, tokens),), torch.empty(batch, 1, 6, config.dim))
+        timed = PerSegment(((0, tokens),), torch.empty(batch, 1, 6, config.dim))
 
         def call() -> Tensor:
             x = torch.empty(batch, tokens, config.dim, dtype=dtype)
@@ -58,12 +58,12 @@ def traced_block(config: DiTConfig, batch: int, tokens: int, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config", [A14B, TI2V_5B, I2V_14B, FLF2V_14B], ids=["A14B", "5B", "I2V-14B", "FLF2V-14B"])
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 75600), (1, 32760), (1, 27280), (2, 27280), (1, 6000), (1, 1560)])
-def test_activations_are_those_of_a_real_block(config: DiTConfig, batch: int, tokens: int, dtype: torch.dtype):
+def test_activations_are_those_of_a_real_block(config: Architecture, batch: int, tokens: int, dtype: torch.dtype):
     real, planned = traced_block(config, batch, tokens, dtype), activation_bytes(config, batch, tokens, dtype)
     assert planned == pytest.approx(real, rel=0.05)
 
 
-def header(config: DiTConfig, stored: torch.dtype = torch.bfloat16) -> DiTFile:
+def header(config: Architecture, stored: torch.dtype = torch.bfloat16) -> DiTFile:
     """A model's file as its header tells it, with no file behind it."""
     with torch.device("meta"):
         shapes = {key: tuple(value.shape) for key, value in WanDiT(config).state_dict().items()}
@@ -72,7 +72,7 @@ def header(config: DiTConfig, stored: torch.dtype = torch.bfloat16) -> DiTFile:
     return DiTFile(checkpoint, {key: key for key in shapes}, config, ())
 
 
-def recipe(config: DiTConfig, **options) -> ModelRecipe:
+def recipe(config: Architecture, **options) -> ModelRecipe:
     return ModelRecipe(header(config), **({"dtype": "bfloat16"} | options))
 
 
@@ -89,7 +89,7 @@ def test_weights_are_those_of_the_published_models():
 
 
 def test_weights_are_those_that_the_built_model_holds(tmp_path: Path):
-    config = DiTConfig(16, 16, 256, 512, layers=3, text_dim=32, freq_dim=256, heads=2)
+    config = Architecture(16, 16, 256, 512, layers=3, text_dim=32, freq_dim=256, heads=2)
     weights = _random_weights(WanDiT, config, torch.Generator().manual_seed(0))
     save_file({key: value.half() for key, value in weights.items()}, tmp_path / "half.safetensors")
     file = read_dit(tmp_path / "half.safetensors")
@@ -105,7 +105,7 @@ def test_weights_are_those_that_the_built_model_holds(tmp_path: Path):
 @pytest.mark.parametrize("swapped", [0, 1, 3])
 def test_a_cpu_holds_what_does_not_stay_in_the_file(tmp_path: Path, dtype: str, swapped: int):
     """Resident: everything. With blocks that stream: what is small, what is converted, and whole blocks that stay."""
-    config = DiTConfig(16, 16, 256, 512, layers=3, text_dim=32, freq_dim=256, heads=2)
+    config = Architecture(16, 16, 256, 512, layers=3, text_dim=32, freq_dim=256, heads=2)
     weights = _random_weights(WanDiT, config, torch.Generator().manual_seed(0))
     save_file({key: value.half() for key, value in weights.items()}, tmp_path / "half.safetensors")
     file = read_dit(tmp_path / "half.safetensors")
@@ -211,7 +211,7 @@ def test_decoding_is_planned_by_its_frames_size_alone(kind: str, channels: int, 
 @pytest.mark.parametrize("tokens", [5, 16, 24])
 def test_a_long_video_is_answered_in_place(monkeypatch: pytest.MonkeyPatch, tokens: int):
     """Parts of the tokens at a time, and the same velocity: also for two videos at once."""
-    config = DiTConfig(16, 16, 256, 512, layers=2, text_dim=32, freq_dim=256, heads=2)
+    config = Architecture(16, 16, 256, 512, layers=2, text_dim=32, freq_dim=256, heads=2)
     model = WanDiT(config)
     model.load_state_dict(_random_weights(WanDiT, config, torch.Generator().manual_seed(0)))
     model.eval().requires_grad_(False)

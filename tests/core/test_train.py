@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from wan_core.__main__ import main
-from wan_core.config import VARIANTS, DiTConfig
+from wan_core.config import VARIANTS, Architecture
 from wan_core.errors import WanError
 from wan_core.loading.dit import load_dit, read_dit
 from wan_core.media.video import save_video
@@ -44,11 +44,11 @@ from wan_core.train.run import Request, files_in, run
 from wan_core.train.sample import Sampling, sample
 
 T2V, I2V, TI2V = (VARIANTS[task] for task in ("t2v-A14B", "i2v-A14B", "ti2v-5B"))
-CONFIG = DiTConfig(16, 16, dim=128, ffn_dim=64, layers=2, text_dim=32, freq_dim=256, heads=1)
+CONFIG = Architecture(16, 16, dim=128, ffn_dim=64, layers=2, text_dim=32, freq_dim=256, heads=1)
 SIZES = TinySizes(dim=128, ffn_dim=64, layers=1, text_dim=32, text_layers=1, vae_dim=4)
 
 
-def random_dit(config: DiTConfig = CONFIG, seed: int = 0) -> TrainedDiT:
+def random_dit(config: Architecture = CONFIG, seed: int = 0) -> TrainedDiT:
     """A model whose every weight does something."""
     model = new_dit(config, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -326,7 +326,7 @@ _KILLABLE = """
 import sys
 from pathlib import Path
 import torch
-from wan_core.config import VARIANTS, DiTConfig
+from wan_core.config import VARIANTS, Architecture
 from wan_core.train.cache import Entry
 from wan_core.train.dit import Data, DiTTask, Recipe
 from wan_core.train.loop import Plan, _average, train
@@ -337,7 +337,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 latent, text, folder = torch.randn(16, 1, 4, 4), torch.randn(3, 32), Path(sys.argv[1])
 data = Data(lambda i: Entry(latent * i, None), lambda i: text, text[:1], [(16, 1, 4, 4)] * 4, "two")
-model = new_dit(DiTConfig(16, 16, 128, 64, 1, 32, 256, 1), 0)
+model = new_dit(Architecture(16, 16, 128, 64, 1, 32, 256, 1), 0)
 task = DiTTask(model, data, Recipe(VARIANTS["t2v-A14B"], NoiseRange(0, 1, 5.0), batch=2, precision="fp32"))
 train(task, Plan(12, 1e-2, ema=0.9, save_every=4), folder)
 torch.save(model.state_dict(), folder / "end.pt")

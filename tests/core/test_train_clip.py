@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.core.test_train import CONFIG, random_data
 from wan_core.__main__ import main
-from wan_core.config import CLIP_CHECKPOINT, VARIANTS, DiTConfig
+from wan_core.config import CLIP_CHECKPOINT, VARIANTS, Architecture
 from wan_core.errors import WanError
 from wan_core.loading.clip import load_clip_vision
 from wan_core.loading.dit import load_dit, read_dit
@@ -44,7 +44,7 @@ SIZES = TinySizes(dim=128, ffn_dim=64, layers=1, text_dim=32, text_layers=1, vae
 SIZE = Frame(32, 32, 5)
 
 
-def random_dit(config: DiTConfig, seed: int = 0) -> TrainedDiT:
+def random_dit(config: Architecture, seed: int = 0) -> TrainedDiT:
     model, generator = new_dit(config, seed), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -117,7 +117,7 @@ def test_checkpointed_blocks_give_the_same_gradients(rank: int):
 # --- LoRA
 
 
-def adapted_dit(config: DiTConfig, targets: list[str]) -> tuple[TrainedDiT, dict]:
+def adapted_dit(config: Architecture, targets: list[str]) -> tuple[TrainedDiT, dict]:
     model = random_dit(config)
     adapted = add_lora(model, 3, targets, alpha=6.0, seed=1)
     for i, layer in enumerate(adapted.values()):
@@ -126,7 +126,7 @@ def adapted_dit(config: DiTConfig, targets: list[str]) -> tuple[TrainedDiT, dict
 
 
 def test_targets_of_the_picture():
-    def layers(targets: list[str], config: DiTConfig = CONFIGS["i2v-14B"]) -> set[str]:
+    def layers(targets: list[str], config: Architecture = CONFIGS["i2v-14B"]) -> set[str]:
         return set(add_lora(new_dit(config, 0), 2, targets))
 
     attentions = {f"blocks.{i}.{part}_attn.{one}" for i in range(2) for part in ("self", "cross") for one in "qkvo"}

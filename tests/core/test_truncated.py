@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.core.quant_files import is_matrix, write_gguf
-from wan_core.config import DiTConfig
+from wan_core.config import Architecture
 from wan_core.models.dit.dit import WanDiT
 from wan_core.tools.tiny import _random_lora, _random_weights, write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = DiTConfig(16, 16, 256, 512, layers=3, text_dim=32, freq_dim=256, heads=2)
+CONFIG = Architecture(16, 16, 256, 512, layers=3, text_dim=32, freq_dim=256, heads=2)
 
 SCRIPT = """
 import os, sys

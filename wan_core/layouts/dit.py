@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from ..config import HEAD_DIM, PATCH, VARIANTS, DiTConfig
+from ..config import HEAD_DIM, PATCH, VARIANTS, Architecture
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, _some
 from ..models.dit import features
@@ -137,7 +137,7 @@ def _takes_input(key: str, known: Collection[str]) -> bool:
     return not words.isdisjoint(_INPUTS) and words.isdisjoint(_NO_INPUTS)
 
 
-def read_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None) -> DiTConfig:
+def read_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None) -> Architecture:
     """Every dimension from the shapes (by our keys); ``heads`` from a config.json where there is one.
 
     Raises:
@@ -146,7 +146,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None)
     try:
         refuse_empty(shapes)
         dim, in_channels = shapes["patch_embedding.weight"][:2]
-        config = DiTConfig(
+        config = Architecture(
             in_channels=in_channels,
             out_channels=shapes["head.head.weight"][0] // (PATCH[0] * PATCH[1] * PATCH[2]),
             dim=dim,
@@ -164,7 +164,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None = None)
     return config
 
 
-def config_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> tuple[DiTConfig, tuple[str, ...]]:
+def config_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Architecture, tuple[str, ...]]:
     """Every dimension of a DiT, and what to say of a config.json that was not believed.
 
     Shapes do not tell the number of heads. A config.json in the checkpoint's folder does, if it is Wan's and of this
@@ -232,7 +232,7 @@ def packs(key: str) -> bool:
     return key.startswith("blocks.") and key.endswith(".weight") and "norm" not in key
 
 
-def official_config(config: DiTConfig, task: str) -> dict:
+def official_config(config: Architecture, task: str) -> dict:
     """The config.json that stands beside official shards."""
     kind = task.split("-")[0].replace("t2i", "t2v")
     return {
@@ -243,7 +243,7 @@ def official_config(config: DiTConfig, task: str) -> dict:
     }  # fmt: skip
 
 
-def diffusers_config(config: DiTConfig) -> dict:
+def diffusers_config(config: Architecture) -> dict:
     """The config.json of diffusers' WanTransformer3DModel."""
     clip = config.feature(ClipTokensConfig)
     return {

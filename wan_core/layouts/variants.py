@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import VARIANTS, DiTConfig, Variant
+from ..config import VARIANTS, Architecture, Variant
 from ..errors import WanError
 from ..lookup import look_up
 from ..models.dit.features.clip_tokens import ClipTokensConfig
@@ -32,20 +32,20 @@ class Choice:
     assumed: str | None = None
 
 
-def signature_of(config: DiTConfig) -> tuple[int, int, int]:
+def signature_of(config: Architecture) -> tuple[int, int, int]:
     """What `Variant.signature` is of a table row, of a network."""
     clip = config.feature(ClipTokensConfig)
     pictures = 0 if clip is None else 2 if clip.positions else 1
     return config.in_channels, config.out_channels, pictures
 
 
-def candidates(config: DiTConfig) -> tuple[Variant, ...]:
+def candidates(config: Architecture) -> tuple[Variant, ...]:
     """The variants whose network looks like this one, the likeliest width first."""
     alike = (row for row in VARIANTS.values() if row.signature == signature_of(config))
     return tuple(sorted(alike, key=lambda row: abs(row.dim - config.dim)))
 
 
-def choose(config: DiTConfig, path: Path, *, wanted: str = AUTO, pair: bool = False) -> Choice:
+def choose(config: Architecture, path: Path, *, wanted: str = AUTO, pair: bool = False) -> Choice:
     """The variant of a file.
 
     Args:

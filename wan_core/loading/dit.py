@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..config import DiTConfig
+from ..config import Architecture
 from ..dtypes import resolve_dtype
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..layouts import dit as keys
@@ -31,7 +31,7 @@ class DiTFile:
 
     checkpoint: Checkpoint
     names: dict[str, str]  # our key -> the checkpoint's key
-    config: DiTConfig
+    config: Architecture
     fingerprint: tuple  # of the files when the header was read
     notes: tuple[str, ...] = ()  # what the user should know of how the file was understood
 
@@ -54,7 +54,7 @@ def read_dit(path: str | Path) -> DiTFile:
     return DiTFile(checkpoint, names, config, checkpoint.fingerprint, notes)
 
 
-def understand_dit(checkpoint: Checkpoint) -> tuple[DiTConfig, dict[str, str], tuple[str, ...]]:
+def understand_dit(checkpoint: Checkpoint) -> tuple[Architecture, dict[str, str], tuple[str, ...]]:
     """Dimensions; our key -> the checkpoint's for every tensor of the model; and what to say of the rest.
 
     Raises:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ..config import PerExpert
 from ..errors import WanError
-from ..foreign import only_own
+from ..external import only_own
 from ..loading.dit import DiTFile
 from ..recipe import Loras, LoraUse, ModelRecipe, noise_level_of
+from .expert_pairs import find_twin, has_other_epoch, level_of
 from .files import LoraFile, read_lora
-from .twins import find_twin, has_other_epoch, level_of
 
 AUTO = "auto"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..foreign import Foreign
+from ..external import ExternalModel
 
 if TYPE_CHECKING:
     from ..recipe import ModelRecipe
@@ -28,7 +28,7 @@ def unbalanced(recipe: ModelRecipe) -> str | None:
     Where the names tell few-step LoRAs from others, those count; else any does. A model that is few-step itself, by
     its name, needs none; what LoRAs ComfyUI has put on a network that it holds is not known.
     """
-    if recipe.low is None or any(isinstance(file, Foreign) for file in recipe.files):
+    if recipe.low is None or any(isinstance(file, ExternalModel) for file in recipe.files):
         return None
     high, low = recipe.loras_of(recipe.high), recipe.loras_of(recipe.low)
     for name, model, mine, other_name, others in (

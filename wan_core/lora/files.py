@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..config import DiTConfig
+from ..config import Architecture
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint, _some, open_checkpoint
 from ..layouts.variants import candidates
@@ -217,7 +217,7 @@ def _made_for(own: str, sizes: list[tuple[int, int | None]]) -> str:
     return f" ({width})" if width else ""
 
 
-def _described(config: DiTConfig) -> str:
+def _described(config: Architecture) -> str:
     names = [row.display_name for row in candidates(config)]
     return f"{' or '.join(names)}, {config.dim} wide, {config.layers} blocks"
 

@@ -20,8 +20,8 @@ from torch import nn
 
 from ..config import TEXT_LENGTH, PerExpert
 from ..dtypes import resolve_dtype
+from ..external import ExternalModel
 from ..files.unchanged import check_unchanged
-from ..foreign import Foreign
 from ..layouts import text as text_layout
 from ..loading.clip import ClipFile, build_clip, clip_dtype
 from ..loading.dit import DiTFile
@@ -185,7 +185,7 @@ class Engine:
         )  # fmt: skip
 
     def _network(self, file: Network, recipe: ModelRecipe, device: torch.device) -> Model:
-        return file.connect(device) if isinstance(file, Foreign) else LazyDiT(self, file, recipe, device)
+        return file.connect(device) if isinstance(file, ExternalModel) else LazyDiT(self, file, recipe, device)
 
     def text_encoder(
         self, file: TextFile, device: torch.device | str, dtype: str | torch.dtype | None, *, resident: bool = True

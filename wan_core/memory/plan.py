@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from ..config import PATCH, TEXT_LENGTH, DiTConfig, VAEConfig
+from ..config import PATCH, TEXT_LENGTH, Architecture, VAEConfig
 from ..dtypes import resolve_dtype
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ _LATENTS = 9  # copies of the latent that solver, guidance and previews hold at 
 class DiTHeader(Protocol):
     checkpoint: Checkpoint
     names: dict[str, str]
-    config: DiTConfig
+    config: Architecture
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _packed_bytes(checkpoint: Checkpoint, key: str) -> int:
     return checkpoint.stored_bytes(key) if info.format else math.prod(info.shape) + 4 * info.shape[0]
 
 
-def activation_bytes(config: DiTConfig, batch: int, tokens: int, dtype: torch.dtype) -> int:
+def activation_bytes(config: Architecture, batch: int, tokens: int, dtype: torch.dtype) -> int:
     """The peak inside a block, the residual stream and the rotation table included.
 
     Each line below is one hungry moment of ``models.dit.Block``: copies of the tokens, and pieces of them.
@@ -194,13 +194,13 @@ def activation_bytes(config: DiTConfig, batch: int, tokens: int, dtype: torch.dt
     return max(moments) + table
 
 
-def context_tokens(config: DiTConfig) -> int:
+def context_tokens(config: Architecture) -> int:
     """What cross-attention hears: the text, and what the model's features add to it."""
     return TEXT_LENGTH + sum(feature_of(feature).context_tokens(feature) for feature in config.features)
 
 
 def held_bytes(
-    config: DiTConfig, shape: tuple[int, ...], dtype: torch.dtype, *, guided: bool, keep_text: bool
+    config: Architecture, shape: tuple[int, ...], dtype: torch.dtype, *, guided: bool, keep_text: bool
 ) -> int:
     """What a run holds between calls: latents, and the prompts as the model sees them."""
     b, _, t, h, w = shape

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import PerExpert
 from ..errors import WanError
 from ..recipe import ModelRecipe
-from ..sampling.denoise import Given, StepReport, denoise
+from ..sampling.denoise import KnownLatent, StepReport, denoise
 from ..sampling.guidance import Condition, OnBlock
 from ..sampling.schedules import Schedule
 from ..sampling.solvers import History
@@ -35,7 +35,7 @@ def denoise_in_memory(
     positive: Condition,
     negative: Condition | None,
     *,
-    given: Given | None = None,
+    given: KnownLatent | None = None,
     start: int = 0,
     end: int | None = None,
     on_step: OnStep | None = None,

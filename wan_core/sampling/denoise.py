@@ -17,7 +17,7 @@ from .solvers import SOLVERS, History
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class KnownLatent:
     """Parts of the video that are known.
 
     The model sees them at the noise level of the step (or clean), and its clean estimate is replaced by them there, so
@@ -65,9 +65,10 @@ class Given:
         noisy = self.mask.mean(dim=1, keepdim=True).expand(one_channel).mean(dim=(1, 3, 4))
         return t[:, None] * noisy.to(t)
 
-    def to(self, device: torch.device) -> Given:
+    def to(self, device: torch.device) -> KnownLatent:
         noise = None if self.noise is None else self.noise.to(device, torch.float32)
-        return Given(self.latent.to(device, torch.float32), self.mask.to(device, torch.float32), noise, self.clean)
+        latent, mask = (part.to(device, torch.float32) for part in (self.latent, self.mask))
+        return KnownLatent(latent, mask, noise, self.clean)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +109,7 @@ def denoise(
     positive: Condition,
     negative: Condition | None,
     *,
-    given: Given | None = None,
+    given: KnownLatent | None = None,
     start: int = 0,
     end: int | None = None,
     history: History | None = None,
@@ -161,7 +162,7 @@ class _Velocity:
         schedule: Schedule,
         positive: Condition,
         negative: Condition | None,
-        given: Given | None,
+        given: KnownLatent | None,
         on_block: OnBlock | None,
     ):
         self.experts, self.schedule = experts, schedule

@@ -16,7 +16,7 @@ from ..config import Variant
 from ..errors import WanError
 from ..media.geometry import condition_chunks, given_mask, latent_shape, noise
 from ..models.dit.inputs import Concat
-from .denoise import Given
+from .denoise import KnownLatent
 
 Pictures = Mapping[int, Tensor]  # frame number, from the end where negative -> picture
 EncodeChunks = Callable[[Iterator[Tensor], int], Tensor]  # (chunks [N,3,f,H,W], frames) -> normalised [N,C,T,h,w]
@@ -34,7 +34,7 @@ class Start:
 
     noise: Tensor
     inputs: tuple = ()
-    given: Given | None = None
+    given: KnownLatent | None = None
 
 
 def begin(
@@ -97,11 +97,11 @@ def clip_places(variant: Variant, places: Collection[int]) -> list[int]:
     return [place for place in (0, -1) if place in places] if variant.clip > 1 else list(places)[:1]
 
 
-def clean_frames(latent: Tensor, shape: Sequence[int]) -> Given:
+def clean_frames(latent: Tensor, shape: Sequence[int]) -> KnownLatent:
     """First latent frames [N, C, k, h, w] that stay clean throughout, in a latent of ``shape`` [C, T, h, w]."""
     count = latent.shape[2]
     whole = latent.new_zeros(len(latent), *shape)
     whole[:, :, :count] = latent
     mask = latent.new_ones(1, 1, shape[1], 1, 1)
     mask[:, :, :count] = 0
-    return Given(whole, mask, clean=True)
+    return KnownLatent(whole, mask, clean=True)

@@ -25,7 +25,7 @@ from ..config import (
     TRAIN_STEPS,
     VAES,
     VARIANTS,
-    DiTConfig,
+    Architecture,
     TextConfig,
     VAEConfig,
     Variant,
@@ -80,7 +80,7 @@ class TinyModels:
     """State dicts by our keys, and what they were made from."""
 
     variant: Variant
-    dit: DiTConfig
+    dit: Architecture
     vae: VAEConfig
     text: TextConfig
     experts: tuple[dict[str, torch.Tensor], ...]  # high, low; or the dense model
@@ -99,7 +99,7 @@ def make_tiny(task: str, *, seed: int = 0, sizes: TinySizes | None = None) -> Ti
     clip = ClipConfig(_CLIP_WIDTH, sizes.clip_mlp, _CLIP_WIDTH // 80, sizes.clip_layers, patch=14, positions=257,
                       fused=False) if variant.clip else None  # fmt: skip
     pictures = () if clip is None else (ClipTokensConfig(_CLIP_WIDTH, 514 if variant.clip == 2 else 0),)
-    dit = DiTConfig(variant.in_channels, spec.channels, sizes.dim, sizes.ffn_dim, sizes.layers, sizes.text_dim,
+    dit = Architecture(variant.in_channels, spec.channels, sizes.dim, sizes.ffn_dim, sizes.layers, sizes.text_dim,
                     freq_dim=256, heads=sizes.dim // 128, features=pictures)  # fmt: skip
     vae = VAEConfig(spec.kind, spec.channels, encoder_dim=sizes.vae_dim, decoder_dim=sizes.vae_dim)
     text = TextConfig(_pieces(spiece), sizes.text_dim, sizes.text_attention, sizes.text_ffn, sizes.text_heads,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config import DiTConfig, Variant
+from ..config import Architecture, Variant
 from ..dtypes import NAMES
 from ..errors import WanError
 from ..files.write import save_tensors
@@ -180,7 +180,7 @@ def save_weights(weights: Mapping[str, Tensor], file: Path, dtype: str, metadata
         save_tensors(made, partial, {"format": "pt", **metadata})
 
 
-def check_variant(config: DiTConfig, variant: Variant, name: str | Path) -> None:
+def check_variant(config: Architecture, variant: Variant, name: str | Path) -> None:
     """
     Raises:
         WanError: another network than the variant's, by its channels or the CLIP tokens that it hears.

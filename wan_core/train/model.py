@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..config import TEXT_LENGTH, DiTConfig
+from ..config import TEXT_LENGTH, Architecture
 from ..errors import WanError
 from ..loading.build import load_strict
 from ..loading.dit import DiTFile
@@ -25,7 +25,7 @@ class TrainedDiT(WanDiT):
     Under autocast the residual stream, the embedding of time and the head stay float32.
     """
 
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: Architecture):
         super().__init__(config)
         inner = self.head.forward
         self.head.forward = lambda *args: _in_float32(self, inner, *args)
@@ -134,7 +134,7 @@ def load_trained(
     return model.requires_grad_(True)
 
 
-def new_dit(config: DiTConfig, seed: int) -> TrainedDiT:
+def new_dit(config: Architecture, seed: int) -> TrainedDiT:
     """Fresh weights: the official initialisation, which begins with a head that answers 0."""
     model = TrainedDiT(config)
     generator = torch.Generator().manual_seed(seed)

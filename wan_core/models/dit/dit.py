@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ...config import PATCH, DiTConfig
+from ...config import PATCH, Architecture
 from ...errors import WanError
 from .attention import Attend, sdpa
 from .features import FEATURES, Branch, feature_of
@@ -21,8 +21,8 @@ from .layers import (
     SLICE,
     Linear,
     Modulation,
+    PerSegment,
     RMSNorm,
-    Timed,
     add_gated,
     layer_norm,
     linear_float32,
@@ -32,7 +32,7 @@ from .layers import (
 )
 from .rope import rope_table, rotate, rotate_
 
-Runs = list[tuple[int, int, Modulation]]
+Segments = list[tuple[int, int, Modulation]]
 TOKENS_AT_ONCE = 8192  # of a long video, where a whole second copy of the tokens would not fit
 
 
@@ -85,7 +85,7 @@ class Source(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: Architecture):
         super().__init__()
         self.heads = config.heads
         for name in "qkvo":
@@ -111,7 +111,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: Architecture):
         super().__init__()
         self.heads = config.heads
         for name in "qkvo":
@@ -169,7 +169,7 @@ def _gelu_(x: torch.Tensor) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: Architecture):
         super().__init__()
         self.eps = config.eps
         self.self_attn = SelfAttention(config)
@@ -179,7 +179,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
 
     def forward(
-        self, x: torch.Tensor, timed: Timed, rope: torch.Tensor, text: TextStates, index: int, attend: Attend
+        self, x: torch.Tensor, timed: PerSegment, rope: torch.Tensor, text: TextStates, index: int, attend: Attend
     ) -> torch.Tensor:
         """Tokens [B, L, dim] -> the same; overwrites x when no gradients are wanted."""
         attention, feed_forward = self._modulations(timed)
@@ -194,9 +194,9 @@ class Block(nn.Module):
         del heard
         return add_gated(x, self.ffn(modulated_norm(x, feed_forward, self.eps)), feed_forward)
 
-    def _modulations(self, timed: Timed) -> tuple[Runs, Runs]:
+    def _modulations(self, timed: PerSegment) -> tuple[Segments, Segments]:
         attention, feed_forward = [], []
-        for start, end, e in timed.runs():  # e [B, 6, dim]
+        for start, end, e in timed.segments():  # e [B, 6, dim]
             six = (e + self.modulation.float()).chunk(6, dim=1)
             attention.append((start, end, Modulation(*six[:3])))
             feed_forward.append((start, end, Modulation(*six[3:])))
@@ -204,16 +204,16 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: Architecture):
         super().__init__()
         self.eps = config.eps
         self.head = Linear(config.dim, config.out_channels * PATCH[0] * PATCH[1] * PATCH[2])
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
 
-    def forward(self, x: torch.Tensor, timed: Timed) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, timed: PerSegment) -> torch.Tensor:
         """Tokens [B, L, dim] -> patches [B, L, channels * 4], float32."""
         parts = []
-        for start, end, e in timed.runs():  # e [B, dim]
+        for start, end, e in timed.segments():  # e [B, dim]
             shift, scale = (e[:, None] + self.modulation.float()).chunk(2, dim=1)
             for part in x[:, start:end].split(SLICE, dim=1):
                 parts.append(linear_float32(self.head, modulate(part.float(), shift, scale, self.eps)))
@@ -228,7 +228,7 @@ class WanDiT(nn.Module):
     LoRAs did to it, or None.
     """
 
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: Architecture):
         super().__init__()
         self.config = config
         dim = config.dim
@@ -337,13 +337,13 @@ class WanDiT(nn.Module):
         patches = rearrange(x, "b c t (h p) (w q) -> b (t h w) (c p q)", p=PATCH[1], q=PATCH[2])
         return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
-    def _embed_time(self, t: torch.Tensor, grid: tuple[int, int, int]) -> tuple[Timed, Timed]:
+    def _embed_time(self, t: torch.Tensor, grid: tuple[int, int, int]) -> tuple[PerSegment, PerSegment]:
         """Timesteps -> their embedding (for the head) and its six modulations (for the blocks), run by run."""
-        columns, bounds = _runs(t.to(self.device), frames=grid[0], tokens_per_frame=grid[1] * grid[2])
+        columns, bounds = _segments(t.to(self.device), frames=grid[0], tokens_per_frame=grid[1] * grid[2])
         first, activation, second = self.time_embedding
         e = linear_float32(second, activation(linear_float32(first, sinusoid(columns, self.config.freq_dim))))
         six = linear_float32(self.time_projection[1], F.silu(e), parts=6).unflatten(-1, (6, -1))
-        return Timed(bounds, e), Timed(bounds, six)
+        return PerSegment(bounds, e), PerSegment(bounds, six)
 
     def _weights_of(self, index: int):
         return self.swap.block(index) if self.swap else _ALWAYS_HERE
@@ -362,7 +362,7 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.unflatten(-1, (heads, -1))
 
 
-def _runs(
+def _segments(
     t: torch.Tensor, *, frames: int, tokens_per_frame: int
 ) -> tuple[torch.Tensor, tuple[tuple[int, int], ...]]:
     """Timesteps -> the distinct consecutive ones [B, runs] and the token range of each."""

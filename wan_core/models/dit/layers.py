@@ -30,7 +30,7 @@ class Modulation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Timed:
+class PerSegment:
     """Values computed from timesteps, held once for each run of tokens that share one.
 
     ``bounds[i]`` is the token range [start, end) that ``values[:, i]`` is for. Text-to-video has one run; a clean
@@ -40,7 +40,7 @@ class Timed:
     bounds: tuple[tuple[int, int], ...]
     values: torch.Tensor  # [B, runs, ...]
 
-    def runs(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def segments(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         for i, (start, end) in enumerate(self.bounds):
             yield start, end, self.values[:, i]
 

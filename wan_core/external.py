@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from .config import DiTConfig
+from .config import Architecture
 from .errors import WanError
 from .sampling.experts import Model
 
 
 @dataclass(frozen=True, eq=False)
-class Foreign:
+class ExternalModel:
     """Stands in a recipe where a checkpoint would: the engine neither reads, nor moves, nor changes its weights.
 
     Attributes:
@@ -26,7 +26,7 @@ class Foreign:
     """
 
     name: str
-    config: DiTConfig
+    config: Architecture
     dtype: torch.dtype
     fingerprint: tuple
     connect: Callable[[torch.device], Model]
@@ -45,6 +45,6 @@ def only_own(files: Iterable[object], node: str, instead: str) -> None:
     Raises:
         WanError: one of a recipe's files is held elsewhere.
     """
-    names = [file.name for file in files if isinstance(file, Foreign)]
+    names = [file.name for file in files if isinstance(file, ExternalModel)]
     if names:
         raise WanError(f"{node} needs a model from Load Wan Model, but ComfyUI holds {' and '.join(names)}. {instead}")

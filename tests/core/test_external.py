@@ -10,7 +10,7 @@ import torch
 
 from wan_core.config import PerExpert
 from wan_core.errors import WanError
-from wan_core.foreign import Foreign
+from wan_core.external import ExternalModel
 from wan_core.loading.dit import DiTFile, read_dit
 from wan_core.lora.attach import with_lora
 from wan_core.memory.engine import Engine
@@ -33,11 +33,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[DiTFile]:
     return [read_dit(path) for path in sorted(folder.glob("diffusion_models/*.safetensors"))]
 
 
-def held(file: DiTFile, **changes: object) -> Foreign:
+def held(file: DiTFile, **changes: object) -> ExternalModel:
     """A network elsewhere that happens to be ours, called by an engine of its own."""
     elsewhere = Engine()
     recipe = ModelRecipe(file, dtype="float32")
-    made = Foreign(file.path.name, file.config, torch.float32, (file.path.name,),
+    made = ExternalModel(file.path.name, file.config, torch.float32, (file.path.name,),
                    lambda device: elsewhere.experts(recipe, ONE, device).high.model)  # fmt: skip
     return replace(made, **changes)
 
