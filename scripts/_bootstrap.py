@@ -185,8 +185,18 @@ def find_comfyui(named: str | None) -> Path | None:
 def server_requirements(comfyui: Path) -> list[str]:
     """All that a ComfyUI server with this pack needs."""
     theirs = [line for line in requirement_lines(comfyui / "requirements.txt") if line not in _names(TORCH)]
-    ours = [line for line in requirement_lines(ROOT / "requirements.txt") if not line.startswith("torch>")]
-    return [*TORCH, *COMFYUI_EXTRA, *theirs, *ours]
+    return [*TORCH, *COMFYUI_EXTRA, *theirs, *pack_requirements()]
+
+
+def pack_requirements() -> list[str]:
+    """What the pack needs besides torch, whose version is pinned here."""
+    return [line for line in requirement_lines(ROOT / "requirements.txt") if not line.startswith("torch>")]
+
+
+def ready_python() -> Path | None:
+    """An interpreter that is to be used as it is."""
+    ready = os.environ.get("WAN_TEST_PYTHON")
+    return Path(ready) if ready else None
 
 
 def _names(requirements: Iterable[str]) -> set[str]:

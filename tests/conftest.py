@@ -35,6 +35,19 @@ def pytest_configure() -> None:
             os.environ.setdefault(variable, str(found[-1]))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks by what a test needs: ``-m "not slow"`` and ``-m "not parity"`` choose among them."""
+    slow = set((ROOT / "tests/slow.txt").read_text(encoding="utf-8").split())
+    for item in items:
+        home = item.path.relative_to(ROOT / "tests").parts[0]
+        if home in ("comfy", "browser"):
+            item.add_marker("server" if home == "comfy" else "browser")
+        elif {"in_comfyui", "comfyui_path"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("parity")
+        if f"{item.path.stem}::{getattr(item, 'originalname', item.name)}" in slow:
+            item.add_marker("slow")
+
+
 def fetched(variable: str) -> Path:
     if variable not in os.environ:
         pytest.fail(f"{variable} is not set: run `python scripts/test.py` once.")
