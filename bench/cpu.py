@@ -15,15 +15,7 @@ from statistics import median
 import torch
 
 from . import parts
-from .measure import (
-    MEMORY_ENVIRONMENT,
-    MEMORY_METHOD,
-    TIME_METHOD,
-    Seconds,
-    can_measure_memory,
-    interleave,
-    ratio,
-)
+from .measure import MEMORY_ENVIRONMENT, MEMORY_METHOD, TIME_METHOD, Seconds, can_measure_memory, interleave, ratio
 from .parts import Part
 from .peers import COMFYUI, DIFFUSERS, OURS, PREPARED
 
@@ -74,8 +66,10 @@ def agreement(answers: dict[str, torch.Tensor], part: Part) -> dict[str, float]:
     errors = {name: ((answer - ours).abs().max() / ours.abs().max()).item() for name, answer in answers.items()}
     for name, error in errors.items():
         if not error <= part.tolerance:
-            raise SystemExit(f"{part.name}: {name} and ours differ by {error:.1e} of the largest value; at most "
-                             f"{part.tolerance:.0e} was expected. A wrong answer is not timed.")
+            raise SystemExit(
+                f"{part.name}: {name} and ours differ by {error:.1e} of the largest value; at most "
+                f"{part.tolerance:.0e} was expected. A wrong answer is not timed."
+            )
     return errors
 
 
@@ -108,11 +102,15 @@ def summarise(
             for name in part.contenders
         },
         "ratios": {
-            name: {"time": _ratios(samples, name, "wall"), "cpu": _ratios(samples, name, "cpu"),
-                   "memory": _memory_ratios(peaks, name)}
-            for name in part.contenders if name in (OURS, PREPARED)
+            name: {
+                "time": _ratios(samples, name, "wall"),
+                "cpu": _ratios(samples, name, "cpu"),
+                "memory": _memory_ratios(peaks, name),
+            }
+            for name in part.contenders
+            if name in (OURS, PREPARED)
         },
-    }  # fmt: skip
+    }
 
 
 def _ratios(samples: dict[str, list[Seconds]], ours: str, clock: str) -> dict[str, float]:
@@ -144,11 +142,16 @@ def table(result: dict) -> str:
 
 def machine() -> dict:
     return {
-        "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "load": [round(x, 1) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(), "torch": torch.__version__, "diffusers": version("diffusers"),
-        "comfyui": _comfyui_version(), "dtype": "float32",
-    }  # fmt: skip
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+        "comfyui": _comfyui_version(),
+        "dtype": "float32",
+    }
 
 
 def _processor() -> str:

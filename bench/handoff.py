@@ -79,9 +79,16 @@ def run(options: argparse.Namespace) -> int:
             print(f"seed {seed + 1} of {options.seeds}", flush=True)
     rows = summarise(distances)
     print(table(rows))
-    report = {"machine": machine(), "method": METHOD, "note": options.note, "seeds": options.seeds,
-              "files": [options.high.name, options.low.name], "size": [options.size, options.size, options.frames],
-              "reference_steps": options.reference_steps, "rows": rows}  # fmt: skip
+    report = {
+        "machine": machine(),
+        "method": METHOD,
+        "note": options.note,
+        "seeds": options.seeds,
+        "files": [options.high.name, options.low.name],
+        "size": [options.size, options.size, options.frames],
+        "reference_steps": options.reference_steps,
+        "rows": rows,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -91,8 +98,11 @@ def serve(folder: Path, options: argparse.Namespace) -> Server:
     """A ComfyUI with the pack and the three files, under names that say which is which."""
     comfyui = Path(os.environ.get("COMFYUI_PATH") or max((ROOT / ".cache").glob("comfyui-*")))
     base = make_base(folder, comfyui, ROOT)
-    files = {"diffusion_models/high_noise": options.high, "diffusion_models/low_noise": options.low,
-             "text_encoders/text": options.text_encoder}  # fmt: skip
+    files = {
+        "diffusion_models/high_noise": options.high,
+        "diffusion_models/low_noise": options.low,
+        "text_encoders/text": options.text_encoder,
+    }
     for name, file in files.items():
         place = base / "models" / f"{name}.safetensors"
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -130,22 +140,34 @@ class Samples:
         self.nodes: dict[str, dict[str, Any]] = {}
         self.seed = seed
         load = {"dtype": "float32", "attention": "auto"}
-        self.ours = [self.add("WanCoreLoadModel", model_name=f"{level}_noise.safetensors", **load)
-                for level in ("high", "low")]  # fmt: skip
+        self.ours = [
+            self.add("WanCoreLoadModel", model_name=f"{level}_noise.safetensors", **load) for level in ("high", "low")
+        ]
         self.pair = self._joined("auto", VARIANT.boundary)
         self.both = self.add("WanCoreToModel", model=self.pair, shift=SHIFT)
-        self.each = [self.add("ModelSamplingSD3", shift=SHIFT, model=self.add(
-            "UNETLoader", unet_name=f"{level}_noise.safetensors", weight_dtype="default")) for level in ("high", "low")]
-        clip = self.add("WanCoreLoadTextEncoder", text_encoder_name="text.safetensors", dtype="float32",
-                        device="default")  # fmt: skip
-        self.sides = {"positive": self.add("CLIPTextEncode", clip=clip, text=prompt),
-                      "negative": self.add("CLIPTextEncode", clip=clip, text="")}  # fmt: skip
-        self.latent = self.add("EmptyHunyuanLatentVideo", width=options.size, height=options.size,
-                               length=options.frames, batch_size=1)  # fmt: skip
+        self.each = [
+            self.add(
+                "ModelSamplingSD3",
+                shift=SHIFT,
+                model=self.add("UNETLoader", unet_name=f"{level}_noise.safetensors", weight_dtype="default"),
+            )
+            for level in ("high", "low")
+        ]
+        clip = self.add(
+            "WanCoreLoadTextEncoder", text_encoder_name="text.safetensors", dtype="float32", device="default"
+        )
+        self.sides = {
+            "positive": self.add("CLIPTextEncode", clip=clip, text=prompt),
+            "negative": self.add("CLIPTextEncode", clip=clip, text=""),
+        }
+        self.latent = self.add(
+            "EmptyHunyuanLatentVideo", width=options.size, height=options.size, length=options.frames, batch_size=1
+        )
         self.ways: dict[str, tuple[Callable, Callable]] = {
-            KSAMPLER: (self.one, self.two), CUSTOM: (self.one_custom, self.two_custom),
+            KSAMPLER: (self.one, self.two),
+            CUSTOM: (self.one_custom, self.two_custom),
             WAN: (self.one_wan, self.two_wan),
-        }  # fmt: skip
+        }
 
     def add(self, kind: str, **inputs: Any) -> list:
         id = str(len(self.nodes) + 1)
@@ -164,18 +186,38 @@ class Samples:
         return self._ksampler(self.both, sampler, steps)
 
     def _ksampler(self, model: list, sampler: str, steps: int) -> list:
-        return self.add("KSampler", model=model, latent_image=self.latent, seed=self.seed, steps=steps, cfg=CFG,
-                        sampler_name=sampler, scheduler="simple", denoise=1.0, **self.sides)  # fmt: skip
+        return self.add(
+            "KSampler",
+            model=model,
+            latent_image=self.latent,
+            seed=self.seed,
+            steps=steps,
+            cfg=CFG,
+            sampler_name=sampler,
+            scheduler="simple",
+            denoise=1.0,
+            **self.sides,
+        )
 
     def two(self, sampler: str, steps: int) -> list:
         middle, latent = high_steps(KSAMPLER, sampler, steps), self.latent
         halves = (("enable", 0, middle, "enable"), ("disable", middle, 10000, "disable"))
         for model, (noise, start, end, leftover) in zip(self.each, halves, strict=True):
             latent = self.add(
-                "KSamplerAdvanced", model=model, latent_image=latent, noise_seed=self.seed, steps=steps, cfg=CFG,
-                sampler_name=sampler, scheduler="simple", add_noise=noise, start_at_step=start, end_at_step=end,
-                return_with_leftover_noise=leftover, **self.sides,
-            )  # fmt: skip
+                "KSamplerAdvanced",
+                model=model,
+                latent_image=latent,
+                noise_seed=self.seed,
+                steps=steps,
+                cfg=CFG,
+                sampler_name=sampler,
+                scheduler="simple",
+                add_noise=noise,
+                start_at_step=start,
+                end_at_step=end,
+                return_with_leftover_noise=leftover,
+                **self.sides,
+            )
         return latent
 
     def one_custom(self, sampler: str, steps: int) -> list:
@@ -193,9 +235,14 @@ class Samples:
         return self.add("BasicScheduler", model=self.both, scheduler="simple", steps=steps, denoise=1.0)
 
     def _custom(self, model: list, sigmas: list, noise: list, sampler: str, latent: list) -> list:
-        return self.add("SamplerCustomAdvanced", noise=noise, sigmas=sigmas, latent_image=latent,
-                        guider=self.add("CFGGuider", model=model, cfg=CFG, **self.sides),
-                        sampler=self.add("KSamplerSelect", sampler_name=sampler))  # fmt: skip
+        return self.add(
+            "SamplerCustomAdvanced",
+            noise=noise,
+            sigmas=sigmas,
+            latent_image=latent,
+            guider=self.add("CFGGuider", model=model, cfg=CFG, **self.sides),
+            sampler=self.add("KSamplerSelect", sampler_name=sampler),
+        )
 
     def one_wan(self, solver: str, steps: int) -> list:
         return self._wan(self.pair, solver, steps, self.latent)
@@ -207,9 +254,21 @@ class Samples:
 
     def _wan(self, model: list, solver: str, steps: int, latent: list, **part: Any) -> list:
         whole = {"start_step": 0, "end_step": 10000, "add_noise": True}
-        return self.add("WanCoreSampler", model=model, latent=latent, seed=self.seed, steps=steps, cfg_high=CFG,
-                        cfg_low=CFG, shift=SHIFT, solver=solver, schedule="simple", denoise=1.0, **self.sides,
-                        **whole | part)  # fmt: skip
+        return self.add(
+            "WanCoreSampler",
+            model=model,
+            latent=latent,
+            seed=self.seed,
+            steps=steps,
+            cfg_high=CFG,
+            cfg_low=CFG,
+            shift=SHIFT,
+            solver=solver,
+            schedule="simple",
+            denoise=1.0,
+            **self.sides,
+            **whole | part,
+        )
 
     def save(self, name: str, latent: list) -> None:
         self.add("SaveLatent", samples=latent, filename_prefix=f"{self.seed}/{name}")
@@ -246,11 +305,18 @@ def summarise(distances: dict[tuple[Case, str], list[float]]) -> list[dict[str, 
     for case in dict.fromkeys(case for case, _ in distances):
         one, two = (distances[case, way] for way in ("one", "two"))
         node, sampler, steps = case
-        rows.append({
-            "node": node, "sampler": sampler, "steps": steps, "change_at_step": high_steps(*case),
-            "one": _mean(one), "two": _mean(two), "two_over_one": _mean([b / a for a, b in zip(one, two, strict=True)]),
-            "one_is_nearer": f"{sum(a < b for a, b in zip(one, two, strict=True))} of {len(one)}",
-        })  # fmt: skip
+        rows.append(
+            {
+                "node": node,
+                "sampler": sampler,
+                "steps": steps,
+                "change_at_step": high_steps(*case),
+                "one": _mean(one),
+                "two": _mean(two),
+                "two_over_one": _mean([b / a for a, b in zip(one, two, strict=True)]),
+                "one_is_nearer": f"{sum(a < b for a, b in zip(one, two, strict=True))} of {len(one)}",
+            }
+        )
     return rows
 
 
@@ -263,8 +329,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = f"{'one run':>20}{'two runs':>20}{'two / one':>18}  one is nearer"
     lines = [f"{'node':23}{'sampler':12}{'steps':>6}{'change':>8}{names}"]
     for row in rows:
-        one, two, ratio = (f"{row[key]['mean']:.4f} ± {row[key]['error']:.4f}"
-                           for key in ("one", "two", "two_over_one"))  # fmt: skip
-        lines.append(f"{row['node']:23}{row['sampler']:12}{row['steps']:>6}{row['change_at_step']:>8}{one:>20}"
-                     f"{two:>20}{ratio:>18}  {row['one_is_nearer']}")  # fmt: skip
+        one, two, ratio = (
+            f"{row[key]['mean']:.4f} ± {row[key]['error']:.4f}" for key in ("one", "two", "two_over_one")
+        )
+        lines.append(
+            f"{row['node']:23}{row['sampler']:12}{row['steps']:>6}{row['change_at_step']:>8}{one:>20}"
+            f"{two:>20}{ratio:>18}  {row['one_is_nearer']}"
+        )
     return "\n".join(lines)

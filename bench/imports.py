@@ -72,14 +72,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     report = {"machine": machine(), "import": pack_import(options.rounds), "loaders": {}}
-    print(f"importing the pack: {report['import']['seconds']:.3f} s (limit {IMPORT_LIMIT}), of which "
-          f"{report['import']['modules']} modules by -X importtime {report['import']['importtime_seconds']:.3f} s; "
-          f"schemas of its nodes: {report['import']['schemas_seconds']:.3f} s")
+    print(
+        f"importing the pack: {report['import']['seconds']:.3f} s (limit {IMPORT_LIMIT}), of which "
+        f"{report['import']['modules']} modules by -X importtime {report['import']['importtime_seconds']:.3f} s; "
+        f"schemas of its nodes: {report['import']['schemas_seconds']:.3f} s"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name, part, path in checkpoints(Path(folder)):
             report["loaders"][name] = times = loader_time(part, path, options.rounds)
-            print(f"{name}: first {times['first_seconds']:.3f} s, again {times['again_seconds']:.3f} s "
-                  f"(limit {LOADER_LIMIT})")
+            print(
+                f"{name}: first {times['first_seconds']:.3f} s, again {times['again_seconds']:.3f} s "
+                f"(limit {LOADER_LIMIT})"
+            )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -112,8 +116,10 @@ def loader_time(part: str, path: Path, rounds: int) -> dict:
     module, function = _READERS[part]
     command = [sys.executable, "-c", _READ.format(module=module, function=function), str(path)]
     runs = [[float(line) for line in _run(command, ROOT).stdout.split()] for _ in range(rounds)]
-    return {"first_seconds": round(median(run[0] for run in runs), 4),
-            "again_seconds": round(median(second for run in runs for second in run[1:]), 4)}  # fmt: skip
+    return {
+        "first_seconds": round(median(run[0] for run in runs), 4),
+        "again_seconds": round(median(second for run in runs for second in run[1:]), 4),
+    }
 
 
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess:

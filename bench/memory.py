@@ -116,8 +116,14 @@ def run(options: argparse.Namespace) -> int:
         return 0
     device = torch.device(options.device)
     cases = QUICK if options.quick else ON_CPU if device.type == "cpu" else on_cuda()
-    report = {"device": _name(device), "torch": torch.__version__, "planned": planned_rows(), "measured": {},
-              "method": METHOD_CPU if device.type == "cpu" else METHOD_CUDA, "not_measured": _missing(device)}
+    report = {
+        "device": _name(device),
+        "torch": torch.__version__,
+        "planned": planned_rows(),
+        "measured": {},
+        "method": METHOD_CPU if device.type == "cpu" else METHOD_CUDA,
+        "not_measured": _missing(device),
+    }
     print(_planned_table(report["planned"]), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for case in cases:
@@ -138,17 +144,25 @@ def planned_rows() -> dict[str, dict]:
             base = recipe(case, Path(folder))
             for kept in (base, replace(base, vram_limit=limit), replace(base, vram_limit=24.0)):
                 found = plan(kept, case.shape, "cuda:0")
-                rows[f"{task} {variant.size[0]}x{variant.size[1]}x{variant.frames}, "
-                     f"{f'limit {kept.vram_limit:g} GB' if kept.vram_limit else 'resident'}"] = _as_row(found)
+                rows[
+                    f"{task} {variant.size[0]}x{variant.size[1]}x{variant.frames}, "
+                    f"{f'limit {kept.vram_limit:g} GB' if kept.vram_limit else 'resident'}"
+                ] = _as_row(found)
     return rows
 
 
 def _as_row(found: Plan) -> dict:
     return {
-        "total_gb": _gb(found.total), "weights_gb": _gb(found.weights), "stream_gb": _gb(found.stream),
-        "activations_gb": _gb(found.activations), "ram_gb": _gb(found.ram), "moved_gb_per_step": _gb(found.moved),
-        "swapped": found.swapped, "layers": found.layers, "prefetch": found.prefetch,
-    }  # fmt: skip
+        "total_gb": _gb(found.total),
+        "weights_gb": _gb(found.weights),
+        "stream_gb": _gb(found.stream),
+        "activations_gb": _gb(found.activations),
+        "ram_gb": _gb(found.ram),
+        "moved_gb_per_step": _gb(found.moved),
+        "swapped": found.swapped,
+        "layers": found.layers,
+        "prefetch": found.prefetch,
+    }
 
 
 def in_own_process(case: Case, device: str, folder: Path | None) -> dict:
@@ -169,8 +183,11 @@ def measure(case: Case, device: str, folder: Path | None) -> dict:
         counted = _on_cuda if torch.device(device).type == "cuda" else _on_cpu
         row = counted(replace(kept, swap_blocks=found.swapped, prefetch=found.prefetch), case, device)
     row["planned_gb"] = _gb(comparable(found, case))
-    return row | {"ratio": round(row["planned_gb"] / row["measured_gb"], 3), "swapped": found.swapped,
-                  "tokens": case.tokens}  # fmt: skip
+    return row | {
+        "ratio": round(row["planned_gb"] / row["measured_gb"], 3),
+        "swapped": found.swapped,
+        "tokens": case.tokens,
+    }
 
 
 def comparable(found: Plan, case: Case) -> int:
@@ -210,8 +227,11 @@ def _on_cuda(kept: ModelRecipe, case: Case, device: str) -> dict:
         call()
     torch.cuda.synchronize(device)
     seconds = (time.perf_counter() - began) / 2
-    return {"measured_gb": _gb(torch.cuda.max_memory_allocated(device)), "seconds": round(seconds, 2),
-            "ram_gb": _gb(_anonymous())}  # fmt: skip
+    return {
+        "measured_gb": _gb(torch.cuda.max_memory_allocated(device)),
+        "seconds": round(seconds, 2),
+        "ram_gb": _gb(_anonymous()),
+    }
 
 
 def _warm_up() -> None:
@@ -267,8 +287,10 @@ def _case(text: str) -> Case:
 def _missing(device: torch.device) -> str:
     if device.type == "cuda":
         return "whole runs with text encoder and VAE; other cards"
-    return ("everything on a GPU: peaks, seconds per step, overlap. The table for GPUs is what the planner says; the "
-            "rows below it are the full width of each model at sizes and depths that a CPU finishes")
+    return (
+        "everything on a GPU: peaks, seconds per step, overlap. The table for GPUs is what the planner says; the "
+        "rows below it are the full width of each model at sizes and depths that a CPU finishes"
+    )
 
 
 def _name(device: torch.device) -> str:
@@ -291,5 +313,7 @@ def _planned_table(rows: dict[str, dict]) -> str:
 
 
 def _line(name: str, row: dict) -> str:
-    return (f"{name:52} planned {row['planned_gb']:.3f} measured {row['measured_gb']:.3f} GB "
-            f"({row['ratio']:.3f}), {row['seconds']:.2f} s a call")
+    return (
+        f"{name:52} planned {row['planned_gb']:.3f} measured {row['measured_gb']:.3f} GB "
+        f"({row['ratio']:.3f}), {row['seconds']:.2f} s a call"
+    )

@@ -69,8 +69,10 @@ class Part:
         c, (frames, height, width) = self.config, self.size
         if isinstance(c, Architecture):
             tokens = frames * height * width // 4
-            return (f"dim {c.dim}, ffn {c.ffn_dim}, {c.heads} heads, {c.layers} layers, {tokens} tokens, "
-                    f"text {self.text_length}x{c.text_dim}")
+            return (
+                f"dim {c.dim}, ffn {c.ffn_dim}, {c.heads} heads, {c.layers} layers, {tokens} tokens, "
+                f"text {self.text_length}x{c.text_dim}"
+            )
         return f"widths {c.encoder_dim}/{c.decoder_dim}, latent channels {c.channels}, {frames} frames {width}x{height}"
 
 

@@ -103,10 +103,17 @@ def _comfyui_dit(config: Architecture, weights: Weights) -> DiTCall:
 
     with torch.device("meta"):
         dit = WanModel(
-            in_dim=config.in_channels, out_dim=config.out_channels, dim=config.dim, ffn_dim=config.ffn_dim,
-            freq_dim=config.freq_dim, text_dim=config.text_dim, num_heads=config.heads, num_layers=config.layers,
-            eps=config.eps, operations=comfy.ops.disable_weight_init,
-        )  # fmt: skip
+            in_dim=config.in_channels,
+            out_dim=config.out_channels,
+            dim=config.dim,
+            ffn_dim=config.ffn_dim,
+            freq_dim=config.freq_dim,
+            text_dim=config.text_dim,
+            num_heads=config.heads,
+            num_layers=config.layers,
+            eps=config.eps,
+            operations=comfy.ops.disable_weight_init,
+        )
     return _filled(dit, weights)
 
 
@@ -139,27 +146,35 @@ def _comfyui_vae(config: VAEConfig, weights: Weights) -> Coder:
     _filled(vae, weights)
     mean, std = _statistics(config)
     return Coder(
-        lambda video: (vae.encode(video) - mean) / std,
-        lambda latent: vae.decode(latent * std + mean).clamp_(-1, 1),
+        lambda video: (vae.encode(video) - mean) / std, lambda latent: vae.decode(latent * std + mean).clamp_(-1, 1)
     )
 
 
 def _comfyui_vae_module(config: VAEConfig) -> nn.Module:
     from comfy.ldm.wan import vae, vae2_2  # noqa: TID251
 
-    common = {"z_dim": config.channels, "dim_mult": list(config.multipliers), "num_res_blocks": config.blocks,
-              "temperal_downsample": [False, True, True]}  # fmt: skip
+    common = {
+        "z_dim": config.channels,
+        "dim_mult": list(config.multipliers),
+        "num_res_blocks": config.blocks,
+        "temperal_downsample": [False, True, True],
+    }
     if config.kind == "wan2.1":
         return vae.WanVAE(dim=config.encoder_dim, **common)
     return vae2_2.WanVAE(dim=config.encoder_dim, dec_dim=config.decoder_dim, **common)
 
 
 DITS: dict[str, Callable[[Architecture, Weights], DiTCall]] = {
-    OURS: _our_dit, PREPARED: _prepared_dit, DIFFUSERS: _diffusers_dit, COMFYUI: _comfyui_dit,
-}  # fmt: skip
+    OURS: _our_dit,
+    PREPARED: _prepared_dit,
+    DIFFUSERS: _diffusers_dit,
+    COMFYUI: _comfyui_dit,
+}
 VAES: dict[str, Callable[[VAEConfig, Weights], Coder]] = {
-    OURS: _our_vae, DIFFUSERS: _diffusers_vae, COMFYUI: _comfyui_vae,
-}  # fmt: skip
+    OURS: _our_vae,
+    DIFFUSERS: _diffusers_vae,
+    COMFYUI: _comfyui_vae,
+}
 
 
 def use_comfyui() -> None:

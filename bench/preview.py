@@ -51,16 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
-    rows = {name: measure(*size, repeats=5 if options.quick else 50)
-            for name, size in (QUICK if options.quick else SIZES).items()}  # fmt: skip
-    report = {"device": "cpu", "torch": torch.__version__, "method": METHOD, "measured": rows,
-              "not_measured": NOT_MEASURED}  # fmt: skip
+    rows = {
+        name: measure(*size, repeats=5 if options.quick else 50)
+        for name, size in (QUICK if options.quick else SIZES).items()
+    }
+    report = {
+        "device": "cpu",
+        "torch": torch.__version__,
+        "method": METHOD,
+        "measured": rows,
+        "not_measured": NOT_MEASURED,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name, row in rows.items():
-        print(f"{name}: {row['sampler_ms']} ms of the sampler's step, {row['sampler_share']:.3%} of at least "
-              f"{row['step_seconds_at_least']} s; a picture of {row['picture_bytes'] / 1000:.0f} kB takes "
-              f"{row['picture_ms']} ms beside it")  # fmt: skip
+        print(
+            f"{name}: {row['sampler_ms']} ms of the sampler's step, {row['sampler_share']:.3%} of at least "
+            f"{row['step_seconds_at_least']} s; a picture of {row['picture_bytes'] / 1000:.0f} kB takes "
+            f"{row['picture_ms']} ms beside it"
+        )
     return 0
 
 
@@ -68,18 +77,24 @@ def measure(task: str, channels: int, frames: int, height: int, width: int, *, r
     shape = (channels, frames, height, width)
     latent = half_noise(shape)
     painter = Painter(lambda *_: None)
-    hand_over, still = (median(timed(call) for _ in range(repeats))
-                        for call in (lambda: painter.offer(latent), lambda: still_frame(latent)))  # fmt: skip
+    hand_over, still = (
+        median(timed(call) for _ in range(repeats))
+        for call in (lambda: painter.offer(latent), lambda: still_frame(latent))
+    )
     painter.close()
     picture, step = moving_picture(latent, 16, SIDE), step_operations(task, shape) / FASTEST
     return {
-        "latent": list(shape), "sampler_ms": round(1e3 * (hand_over + still), 3),
-        "hand_over_ms": round(1e3 * hand_over, 3), "still_ms": round(1e3 * still, 3),
-        "step_seconds_at_least": round(step, 2), "sampler_share": round((hand_over + still) / step, 6),
+        "latent": list(shape),
+        "sampler_ms": round(1e3 * (hand_over + still), 3),
+        "hand_over_ms": round(1e3 * hand_over, 3),
+        "still_ms": round(1e3 * still, 3),
+        "step_seconds_at_least": round(step, 2),
+        "sampler_share": round((hand_over + still) / step, 6),
         "picture_ms": round(1e3 * min(timed(lambda: moving_picture(latent, 16, SIDE)) for _ in range(3)), 1),
-        "picture_bytes": len(picture), "noise_picture_bytes": len(moving_picture(noise(2, shape), 16, SIDE)),
+        "picture_bytes": len(picture),
+        "noise_picture_bytes": len(moving_picture(noise(2, shape), 16, SIDE)),
         "decoder": decoded(latent),
-    }  # fmt: skip
+    }
 
 
 def half_noise(shape: tuple[int, ...]) -> Tensor:

@@ -54,8 +54,16 @@ def run(options: argparse.Namespace) -> int:
         base = make_base(Path(folder), comfyui, ROOT)
         for task in ("t2v-A14B", "ti2v-5B"):
             write_tiny(base / "models", task, layout="comfyui")
-        with Server.start(sys.executable, comfyui, base, "--cpu", "--disable-api-nodes", "--preview-method",
-                          "latent2rgb", env={"OMP_NUM_THREADS": "1"}) as server:  # fmt: skip
+        with Server.start(
+            sys.executable,
+            comfyui,
+            base,
+            "--cpu",
+            "--disable-api-nodes",
+            "--preview-method",
+            "latent2rgb",
+            env={"OMP_NUM_THREADS": "1"},
+        ) as server:
             report = measure(server, options.prompts, options.interrupts)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"method": METHOD} | report, indent=1) + "\n", encoding="utf-8")
@@ -75,8 +83,13 @@ def measure(server: Server, prompts: int, interrupts: int) -> dict:
     stopped = sum(interrupted(client, WARM_UP + prompts + number).interrupted for number in range(interrupts))
     footprints["after_interrupts"] = Footprint.of(server.process.pid)
     answers = client.run(graph(WARM_UP + prompts + interrupts)).ok
-    return {"prompts": prompts, "failed": failed, "interrupts": interrupts, "interrupted": stopped,
-            "answers_afterwards": answers} | {name: asdict(seen) for name, seen in footprints.items()}  # fmt: skip
+    return {
+        "prompts": prompts,
+        "failed": failed,
+        "interrupts": interrupts,
+        "interrupted": stopped,
+        "answers_afterwards": answers,
+    } | {name: asdict(seen) for name, seen in footprints.items()}
 
 
 def interrupted(client: Client, number: int) -> Run:
@@ -108,24 +121,69 @@ def graph(number: int, steps: int = 3) -> Graph:
         high, low = (load(f"wan2.2_t2v_{level}_noise_14B_fp8_scaled.safetensors") for level in ("high", "low"))
         model = add("WanCoreExpertSwitch", high=high, low=low, mode="auto", boundary=0.875)
         vae = "wan_2.1_vae.safetensors"
-    clip = add("WanCoreLoadTextEncoder", text_encoder_name="umt5_xxl_fp8_e4m3fn_scaled.safetensors", dtype="float32",
-               device="cpu")  # fmt: skip
+    clip = add(
+        "WanCoreLoadTextEncoder",
+        text_encoder_name="umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+        dtype="float32",
+        device="cpu",
+    )
     vae = add("WanCoreLoadVAE", vae_name=vae, dtype="float32")
     positive, negative = (add("CLIPTextEncode", clip=clip, text=text) for text in (f"a cat, {number}", "blurry"))
     size = {"width": 64, "height": 64, "frames": 9, "batch_size": 1}
     latent = add("WanCoreEmptyLatent", model=model, **size)
     if picture:
-        start = add("WanCoreImageToVideo", model=model, vae=vae, positive=positive, negative=negative, fit="exact",
-                    start_image=add("LoadImage", image="example.png"), **size)  # fmt: skip
+        start = add(
+            "WanCoreImageToVideo",
+            model=model,
+            vae=vae,
+            positive=positive,
+            negative=negative,
+            fit="exact",
+            start_image=add("LoadImage", image="example.png"),
+            **size,
+        )
         positive, negative, latent = start, [start[0], 1], [start[0], 2]
-    sampled = add("WanCoreSampler", model=model, positive=positive, negative=negative, latent=latent, seed=number,
-                  steps=steps, cfg_high=2.0, cfg_low=3.0, shift=5.0, solver="unipc", schedule="auto", denoise=1.0,
-                  start_step=0, end_step=10000, add_noise=True)  # fmt: skip
+    sampled = add(
+        "WanCoreSampler",
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent=latent,
+        seed=number,
+        steps=steps,
+        cfg_high=2.0,
+        cfg_low=3.0,
+        shift=5.0,
+        solver="unipc",
+        schedule="auto",
+        denoise=1.0,
+        start_step=0,
+        end_step=10000,
+        add_noise=True,
+    )
     if number % 5 == 4:
         native = add("WanCoreToModel", model=model, shift=4 + number % 11 / 10)
-        sampled = add("KSampler", model=native, positive=positive, negative=negative, latent_image=sampled, seed=number,
-                      steps=2, cfg=2.0, sampler_name="euler", scheduler="simple", denoise=0.5)  # fmt: skip
+        sampled = add(
+            "KSampler",
+            model=native,
+            positive=positive,
+            negative=negative,
+            latent_image=sampled,
+            seed=number,
+            steps=2,
+            cfg=2.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=0.5,
+        )
     images = add("WanCoreVAEDecode", vae=vae, samples=sampled)
-    add("SaveAnimatedWEBP", images=images, filename_prefix="soak", fps=16.0, lossless=False, quality=80,
-        method="default")  # fmt: skip
+    add(
+        "SaveAnimatedWEBP",
+        images=images,
+        filename_prefix="soak",
+        fps=16.0,
+        lossless=False,
+        quality=80,
+        method="default",
+    )
     return nodes

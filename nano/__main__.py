@@ -30,8 +30,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=path, default=Path(".cache/nano"), help="folder of states and caches")
     parser.add_argument("--out", type=path, default=None, help="folder for the finished files, laid out as ComfyUI's")
     parser.add_argument("--stages", default=",".join(STAGES), help=f"comma-separated, of {','.join(STAGES)}")
-    parser.add_argument("--seconds", type=number(0, 1e9), default=None,
-                        help="stop a stage after so long; the next call goes on")
+    parser.add_argument(
+        "--seconds", type=number(0, 1e9), default=None, help="stop a stage after so long; the next call goes on"
+    )
     parser.add_argument("--scale", type=number(above=0), default=1.0, help="of all steps; small values try the way")
     parser.add_argument("--size", type=_side, default=64, help="side of the pictures, a multiple of 32")
     parser.add_argument("--frames", type=whole(1), default=17)
@@ -55,8 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         latent_frames(args.frames)
         if args.threads:
             torch.set_num_threads(args.threads)
-        settings = Settings(frame=Frame(args.size, args.size, args.frames), clips=args.clips, scale=args.scale,
-                            precision=args.precision)  # fmt: skip
+        settings = Settings(
+            frame=Frame(args.size, args.size, args.frames), clips=args.clips, scale=args.scale, precision=args.precision
+        )
         family = Family(settings, args.work, tell=_tell, seconds=args.seconds)
         run(family, args.stages.split(","))
         if args.out:

@@ -39,9 +39,12 @@ _MOTION_EN = {
     "down": ("moves down", "sinks", "travels downwards"),
 }
 _MOTION_ZH = {
-    "still": ("静止不动", "停在原处"), "left": ("向左移动", "滑向左边"), "right": ("向右移动", "滑向右边"),
-    "up": ("向上移动", "上升"), "down": ("向下移动", "下降"),
-}  # fmt: skip
+    "still": ("静止不动", "停在原处"),
+    "left": ("向左移动", "滑向左边"),
+    "right": ("向右移动", "滑向右边"),
+    "up": ("向上移动", "上升"),
+    "down": ("向下移动", "下降"),
+}
 _SCENE_EN = (
     "A {colour} {shape} {motion} over the {ground}",
     "On the {ground}, a {colour} {shape} {motion}",

@@ -48,9 +48,11 @@ def training_clips(count: int, frame: Frame, seed: int = 0) -> list[Clip]:
 
 def _clip(i: int, scene: Scene, words: str, frame: Frame, seed: int) -> Clip:
     return Clip(
-        name=f"scene {i}", prompt=words, key=f"nano-{VERSION}-{seed}-{i}-{frame}",
+        name=f"scene {i}",
+        prompt=words,
+        key=f"nano-{VERSION}-{seed}-{i}-{frame}",
         pixels=lambda: to_tensor(film(scene, frame.frames, frame.height, frame.width)),
-    )  # fmt: skip
+    )
 
 
 def subject(scene: Scene, frame: Frame, stride: int) -> Tensor:
@@ -89,5 +91,6 @@ def film_part(scene: Scene, frame: Frame, frames: int, random: np.random.Generat
     from .world import moments, picture
 
     start = int(random.integers(0, frame.frames - frames + 1))
-    return np.stack([picture(scene, moment, frame.height, frame.width)
-                     for moment in moments(frame.frames)[start : start + frames]])  # fmt: skip
+    return np.stack(
+        [picture(scene, moment, frame.height, frame.width) for moment in moments(frame.frames)[start : start + frames]]
+    )

@@ -46,9 +46,11 @@ VAE_STAGE: dict[VAEKind, str] = {"wan2.1": "vae16", "wan2.2": "vae48"}
 T2V, I2V, TI2V = (VARIANTS[task] for task in ("t2v-A14B", "i2v-A14B", "ti2v-5B"))
 
 ARRANGEMENTS = {
-    "pair": ("t2v_high", "t2v_low"), "high-noise expert alone": ("t2v_high", "t2v_high"),
-    "low-noise expert alone": ("t2v_low", "t2v_low"), "experts exchanged": ("t2v_low", "t2v_high"),
-}  # fmt: skip
+    "pair": ("t2v_high", "t2v_low"),
+    "high-noise expert alone": ("t2v_high", "t2v_high"),
+    "low-noise expert alone": ("t2v_low", "t2v_low"),
+    "experts exchanged": ("t2v_low", "t2v_high"),
+}
 
 Prompt = tuple[Scene, str]
 
@@ -123,8 +125,12 @@ class Judge:
         self, high: str, low: str, variant: Variant, prompts: list[str], seed: int, images: list[Tensor] | None
     ) -> Tensor:
         vae, frame = self.vae(variant.vae), self.frame
-        shape = (vae.config.channels, latent_frames(frame.frames), frame.height // vae.spec.spatial_stride,
-                 frame.width // vae.spec.spatial_stride)  # fmt: skip
+        shape = (
+            vae.config.channels,
+            latent_frames(frame.frames),
+            frame.height // vae.spec.spatial_stride,
+            frame.width // vae.spec.spatial_stride,
+        )
         condition: dict[str, object] = {}
         if images is not None and variant.image == "channels":
             condition = {"inputs": (known_channels([{0: image} for image in images], frame.frames, vae.encode_all),)}

@@ -58,8 +58,15 @@ def animate(video: Path, file: Path, side: int = 192) -> None:
         fps = float(container.streams.video[0].average_rate)
         frames = [frame.to_image().resize((side, side), Image.BICUBIC) for frame in container.decode(video=0)]
     with unfinished(file) as partial:
-        frames[0].save(partial, format="WEBP", save_all=True, append_images=frames[1:], duration=round(1000 / fps),
-                       loop=0, quality=80)  # fmt: skip
+        frames[0].save(
+            partial,
+            format="WEBP",
+            save_all=True,
+            append_images=frames[1:],
+            duration=round(1000 / fps),
+            loop=0,
+            quality=80,
+        )
 
 
 def first_frames(folder: Path, side: int) -> None:

@@ -52,9 +52,14 @@ class PlaceTask:
     """
 
     def __init__(
-        self, model: TrainedDiT, shape: tuple[int, int, int, int], empty: Tensor, *, batch: int = 24,
+        self,
+        model: TrainedDiT,
+        shape: tuple[int, int, int, int],
+        empty: Tensor,
+        *,
+        batch: int = 24,
         precision: str = "auto",
-    ):  # fmt: skip
+    ):
         self.model, self.shape, self.empty, self.batch = model, shape, empty, batch
         self.precision = resolve_precision(precision, model.device)
         self.reader = Places(model.config.dim, shape)

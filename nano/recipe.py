@@ -129,8 +129,14 @@ class Family:
                 kept[i] = replace(latents(clips[i]), subject=subject(self.scenes[clips[i].key], frame, stride))
             return kept[i]
 
-        return Data(entry, lambda i: texts(clips[i].prompt), self.texts(""), [tuple(first.latent.shape)] * len(clips),
-                    f"{len(clips)} {clips[0].key} {latents.vae_key}", negative=self.texts(NEGATIVE_PROMPT))
+        return Data(
+            entry,
+            lambda i: texts(clips[i].prompt),
+            self.texts(""),
+            [tuple(first.latent.shape)] * len(clips),
+            f"{len(clips)} {clips[0].key} {latents.vae_key}",
+            negative=self.texts(NEGATIVE_PROMPT),
+        )
 
     def config(self, variant: Variant) -> Architecture:
         s = self.settings
@@ -180,8 +186,11 @@ def text(family: Family) -> bool:
 def curriculum(family: Family, images: float, short: float) -> tuple[Phase, ...]:
     """Single images until a part of the steps is done, five frames until another, whole films at the end."""
     frame = family.settings.frame
-    return (Phase(images, 1, frame.width, 12), Phase(short, min(5, frame.frames), frame.width, 3),
-            Phase(1.0, frame.frames, frame.width, 1))  # fmt: skip
+    return (
+        Phase(images, 1, frame.width, 12),
+        Phase(short, min(5, frame.frames), frame.width, 3),
+        Phase(1.0, frame.frames, frame.width, 1),
+    )
 
 
 def vae(family: Family, stage: str, kind: VAEKind, channels: int, full_steps: int) -> bool:
@@ -204,8 +213,14 @@ def vae(family: Family, stage: str, kind: VAEKind, channels: int, full_steps: in
 
 
 def vae_decoder(
-    family: Family, stage: str, start: str, kind: VAEKind, channels: int, full: int,
-    looks: tuple[float, ...] = FEW_LOOKS, vivid: float = 0.0,
+    family: Family,
+    stage: str,
+    start: str,
+    kind: VAEKind,
+    channels: int,
+    full: int,
+    looks: tuple[float, ...] = FEW_LOOKS,
+    vivid: float = 0.0,
 ) -> bool:
     """The decoder goes on alone: what transformers learnt of the latents stays true. Gates as of the whole."""
     settings, frame = family.settings, family.settings.frame
@@ -227,8 +242,10 @@ def vae_decoder(
 def vae_gate(family: Family, stage: str, kind: VAEKind, count: int = 40) -> None:
     values, rates = family.judge(**{VAE_STAGE[kind]: stage}).reconstruction(kind, count)
     wanted = "30 / 24" if kind == "wan2.1" else "27 / 22"
-    family.tell(f"{stage}: PSNR {sum(values) / count:.1f} dB, worst {min(values):.1f} (gate {wanted}); of the "
-                f"reconstructions {_rates(rates)} (gate: shape 0.9)")  # fmt: skip
+    family.tell(
+        f"{stage}: PSNR {sum(values) / count:.1f} dB, worst {min(values):.1f} (gate {wanted}); of the "
+        f"reconstructions {_rates(rates)} (gate: shape 0.9)"
+    )
 
 
 def _vae_samples(family: Family, task: VAETask, step: int, folder: Path) -> None:
@@ -242,8 +259,9 @@ def overfit(family: Family) -> bool:
     clips = [clip for clip in family.clips if family.scenes[clip.key].camera == "fixed"][:16]
     wanted = [(family.scenes[clip.key], clip.prompt) for clip in clips]
     model = family.dit("place", T2V)
-    recipe = DiTRecipe(T2V, NoiseRange(0, 1, family.settings.shift), batch=16, caption_dropout=0.1,
-                       precision=family.settings.precision)  # fmt: skip
+    recipe = DiTRecipe(
+        T2V, NoiseRange(0, 1, family.settings.shift), batch=16, caption_dropout=0.1, precision=family.settings.precision
+    )
     task = PlacedTask(model, family.data(T2V, clips), recipe)
     if not walk(family, "overfit", task, dit_plan(family.settings, 600)):
         return False
@@ -269,14 +287,26 @@ def place(family: Family, stage: str, variant: Variant) -> bool:
 
 
 def dit_stage(
-    family: Family, stage: str, variant: Variant, noise: NoiseRange, full_steps: int, start: str | None, *,
+    family: Family,
+    stage: str,
+    variant: Variant,
+    noise: NoiseRange,
+    full_steps: int,
+    start: str | None,
+    *,
     image_dropout: float = 0.3,
 ) -> bool:
     """A transformer on the whole data set."""
     model = family.dit(start, variant) if start else new_dit(family.config(variant), family.settings.seed)
     settings = family.settings
-    recipe = DiTRecipe(variant, noise, settings.batch, image_dropout=image_dropout, emphasis=settings.emphasis,
-                       precision=settings.precision)  # fmt: skip
+    recipe = DiTRecipe(
+        variant,
+        noise,
+        settings.batch,
+        image_dropout=image_dropout,
+        emphasis=settings.emphasis,
+        precision=settings.precision,
+    )
     clips = family.clips[: len(family.clips) // 2] if variant.image == "channels" else family.clips
     task = PlacedTask(model, family.data(variant, clips), recipe)
     plan = dit_plan(family.settings, full_steps)
@@ -303,8 +333,16 @@ def pilot_gate(family: Family, count: int = 100) -> None:
 
 
 def dit_plan(settings: Settings, full_steps: int) -> Plan:
-    return Plan(settings.steps(full_steps), 1e-3, seed=settings.seed, optimiser="muon", ema=0.998, warmup=50,
-                weight_decay=0.01, sample_every=1000)  # fmt: skip
+    return Plan(
+        settings.steps(full_steps),
+        1e-3,
+        seed=settings.seed,
+        optimiser="muon",
+        ema=0.998,
+        warmup=50,
+        weight_decay=0.01,
+        sample_every=1000,
+    )
 
 
 def _dit_samples(family: Family, model: TrainedDiT, step: int, folder: Path) -> None:

@@ -19,8 +19,12 @@ COLOURS: dict[str, RGB] = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle")
 MOTIONS: dict[str, tuple[float, float]] = {
-    "still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1),
-}  # fmt: skip
+    "still": (0, 0),
+    "left": (-1, 0),
+    "right": (1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
+}
 CAMERAS: dict[str, tuple[float, float, float]] = {  # how the picture's frame moves: x, y, and growth of scale
     "fixed": (0, 0, 0), "pan_left": (-1, 0, 0), "pan_right": (1, 0, 0), "tilt_up": (0, -1, 0), "tilt_down": (0, 1, 0),
     "push_in": (0, 0, 1), "pull_back": (0, 0, -1),
@@ -98,8 +102,12 @@ def random_scene(random: np.random.Generator, looks: tuple[float, ...] = FEW_LOO
 
 
 LOOKS: dict[str, tuple[str, ...]] = {
-    "tone": TONES, "light": LIGHTS, "time": TIMES, "composition": COMPOSITIONS, "shot": tuple(SHOTS),
-}  # fmt: skip
+    "tone": TONES,
+    "light": LIGHTS,
+    "time": TIMES,
+    "composition": COMPOSITIONS,
+    "shot": tuple(SHOTS),
+}
 
 
 def placed(scene: Scene, random: np.random.Generator) -> Scene:

@@ -140,14 +140,18 @@ def _text_of(error: BaseException) -> str:
         return said
     if _is_out_of_memory(error):
         first = said.partition("\n")[0]
-        return (f"Memory ran out ({first or type(error).__name__}). Choose a smaller size, fewer frames or a smaller "
-                "batch, use Wan Block Swap, or close other programs.")  # fmt: skip
+        return (
+            f"Memory ran out ({first or type(error).__name__}). Choose a smaller size, fewer frames or a smaller "
+            "batch, use Wan Block Swap, or close other programs."
+        )
     if isinstance(error, RecursionError):
         return "Something is nested too deeply to be read (RecursionError). Look at the inputs of this node."
     if isinstance(error, OSError):
         return f"A file or device could not be used: {said}."
-    return (f"Unexpected {type(error).__name__}: {said or '(no text)'}\nThis is a fault of the Wan nodes or of a "
-            "library they use: please report it with ComfyUI's log.")  # fmt: skip
+    return (
+        f"Unexpected {type(error).__name__}: {said or '(no text)'}\nThis is a fault of the Wan nodes or of a "
+        "library they use: please report it with ComfyUI's log."
+    )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

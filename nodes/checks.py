@@ -74,7 +74,7 @@ def _check_number(known: io.Int.Input | io.Float.Input, value: object) -> None:
 
 
 def _said(name: str, value: object) -> str:
-    """"0 steps", "The shift is 0.0"."""
+    """ "0 steps", "The shift is 0.0"."""
     return f"{_short(value)} {name}" if name.endswith("s") else f"The {name} is {_short(value)}"
 
 
@@ -112,8 +112,10 @@ def check_characters(name: str, text: str, *, lines: bool = False) -> None:
     for place, character in enumerate(text):
         code = ord(character)
         if 0xD800 <= code <= 0xDFFF:
-            raise WanError(f"{name} holds half of a character (U+{code:04X}) at place {place + 1}, as when an emoji is "
-                           "cut in two: type that place again.")
+            raise WanError(
+                f"{name} holds half of a character (U+{code:04X}) at place {place + 1}, as when an emoji is "
+                "cut in two: type that place again."
+            )
         if code < 0x20 and not (lines and character in "\t\n\r\f\v"):
             raise WanError(f"{name} holds a control character (U+{code:04X}) at place {place + 1}: remove it.")
 
@@ -135,10 +137,17 @@ def _is_latent(value: object) -> bool:
 
 
 def _is_conditioning(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(
-        isinstance(entry, (list, tuple)) and len(entry) == 2 and torch.is_tensor(entry[0])
-        and isinstance(entry[1], Mapping) for entry in value
-    )  # fmt: skip
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(
+            isinstance(entry, (list, tuple))
+            and len(entry) == 2
+            and torch.is_tensor(entry[0])
+            and isinstance(entry[1], Mapping)
+            for entry in value
+        )
+    )
 
 
 _SOCKETS: dict[str, Callable[[object], bool]] = {

@@ -30,13 +30,14 @@ class LoadClipVision(WanNode):
             "when a picture is encoded.",
             inputs=[
                 io.Combo.Input(
-                    "clip_name", options=host.model_names(FOLDER),
+                    "clip_name",
+                    options=host.model_names(FOLDER),
                     tooltip="clip_vision_h.safetensors, or the official "
                     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, in ComfyUI's clip_vision folder.",
-                ),
+                )
             ],
             outputs=[io.ClipVision.Output(display_name="clip_vision")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def check_inputs(cls, clip_name: str | None) -> None:
@@ -61,8 +62,10 @@ class Seen:
         return getattr(self, key)
 
     def __getattr__(self, name: str) -> object:  # still an AttributeError, for whoever asks whether it is there
-        raise AttributeError(f"A node wants {name} of what Load Wan CLIP Vision saw. It computes what Wan uses only "
-                             "(penultimate_hidden_states): for that node use ComfyUI's Load CLIP Vision.")
+        raise AttributeError(
+            f"A node wants {name} of what Load Wan CLIP Vision saw. It computes what Wan uses only "
+            "(penultimate_hidden_states): for that node use ComfyUI's Load CLIP Vision."
+        )
 
 
 @guarded_methods("encode_image")
@@ -101,8 +104,10 @@ def look(clip: object, image: torch.Tensor) -> torch.Tensor:
         WanError: there is no encoder on the socket.
     """
     if not callable(getattr(clip, "encode_image", None)):
-        raise WanError("What is connected to clip_vision encodes no images: connect Load Wan CLIP Vision, or ComfyUI's "
-                       "Load CLIP Vision with clip_vision_h.safetensors.")
+        raise WanError(
+            "What is connected to clip_vision encodes no images: connect Load Wan CLIP Vision, or ComfyUI's "
+            "Load CLIP Vision with clip_vision_h.safetensors."
+        )
     if not isinstance(clip, WanClipVision):
         side = getattr(clip, "image_size", 224)
         small = [resize_bicubic(image_tensor(one), side, side) for one in image]
@@ -121,6 +126,8 @@ def tokens_of(seen: object, source: str) -> torch.Tensor:
     """
     tokens = getattr(seen, "penultimate_hidden_states", None)
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 3:
-        raise WanError(f"The clip_vision_output of {source} holds no CLIP tokens. Encode the picture with Load Wan "
-                       "CLIP Vision, or with CLIP Vision Encode and clip_vision_h.safetensors.")
+        raise WanError(
+            f"The clip_vision_output of {source} holds no CLIP tokens. Encode the picture with Load Wan "
+            "CLIP Vision, or with CLIP Vision Encode and clip_vision_h.safetensors."
+        )
     return tokens

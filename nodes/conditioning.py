@@ -19,10 +19,15 @@ from .clip_vision import tokens_of
 
 IMAGE_CHANNELS = 16  # of the given frames' latent, beside the four of their mask
 
+
 def condition(
-    conditioning: list, name: str, model: ModelRecipe, shape: torch.Size, device: torch.device,
+    conditioning: list,
+    name: str,
+    model: ModelRecipe,
+    shape: torch.Size,
+    device: torch.device,
     warn: Callable[[str], None],
-) -> Condition:  # fmt: skip
+) -> Condition:
     """One side of the guidance.
 
     Args:
@@ -55,8 +60,10 @@ def _clip_tokens(
         return ()
     tokens = clip_tokens(seen, name, model)
     if len(tokens) not in (1, batch):
-        warn(f"Warning: CLIP saw {len(tokens)} pictures for the {name} conditioning, but there "
-             f"{'is 1 video' if batch == 1 else f'are {batch} videos'}: the first picture is used.")
+        warn(
+            f"Warning: CLIP saw {len(tokens)} pictures for the {name} conditioning, but there "
+            f"{'is 1 video' if batch == 1 else f'are {batch} videos'}: the first picture is used."
+        )
         tokens = tokens[:1]
     return (ClipTokens(tokens),)
 
@@ -76,8 +83,10 @@ def without_clip(names: Sequence[str], variant: Variant) -> str:
     """The warning that these sides of the guidance carry no CLIP tokens."""
     carry = "carries" if len(names) == 1 else "carry"
     sides = " and the ".join(names)
-    return (f"Warning: the {sides} conditioning {carry} no CLIP tokens, which {variant.display_name} was trained "
-            "with: those of an empty picture are used. Connect clip_vision of Wan Image to Video.")  # fmt: skip
+    return (
+        f"Warning: the {sides} conditioning {carry} no CLIP tokens, which {variant.display_name} was trained "
+        "with: those of an empty picture are used. Connect clip_vision of Wan Image to Video."
+    )
 
 
 def given_frames(options: dict, name: str, variant: Variant, shape: torch.Size) -> torch.Tensor:
@@ -87,13 +96,17 @@ def given_frames(options: dict, name: str, variant: Variant, shape: torch.Size) 
     """
     image = options.get("concat_latent_image")
     if image is None:
-        raise WanError(f"{variant.display_name} animates an image, but the {name} conditioning carries none. Put Wan "
-                       "Image to Video (or ComfyUI's WanImageToVideo) between the prompts and the sampler, or load a "
-                       "T2V model.")
+        raise WanError(
+            f"{variant.display_name} animates an image, but the {name} conditioning carries none. Put Wan "
+            "Image to Video (or ComfyUI's WanImageToVideo) between the prompts and the sampler, or load a "
+            "T2V model."
+        )
     if image.ndim != 5 or image.shape[1] != IMAGE_CHANNELS or image.shape[2] != shape[2]:
-        raise WanError(f"The image latent in the {name} conditioning has shape {list(image.shape)}; "
-                       f"{variant.display_name} expects [1, {IMAGE_CHANNELS}, {shape[2]}, {shape[3]}, {shape[4]}] for "
-                       "this latent. Use the same number of frames in both, and the Wan2.1 VAE.")
+        raise WanError(
+            f"The image latent in the {name} conditioning has shape {list(image.shape)}; "
+            f"{variant.display_name} expects [1, {IMAGE_CHANNELS}, {shape[2]}, {shape[3]}, {shape[4]}] for "
+            "this latent. Use the same number of frames in both, and the Wan2.1 VAE."
+        )
     image = _resized(normalise(image, "wan2.1"), shape)
     mask = _given_mask(options.get("concat_mask"), shape).to(image)
     batch = max(len(image), len(mask))
@@ -119,32 +132,41 @@ def _resized(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 def _only_entry(conditioning: list, name: str) -> tuple[torch.Tensor, dict]:
     if len(conditioning) != 1:
-        raise WanError(f"The {name} conditioning holds {len(conditioning)} prompts; Wan Sampler takes one. Join "
-                       "prompts as text, or with Conditioning (Concat) instead of Conditioning (Combine).")
+        raise WanError(
+            f"The {name} conditioning holds {len(conditioning)} prompts; Wan Sampler takes one. Join "
+            "prompts as text, or with Conditioning (Concat) instead of Conditioning (Combine)."
+        )
     return conditioning[0][0], conditioning[0][1]
 
 
 def _check_text(text: torch.Tensor, name: str, model: ModelRecipe, batch: int) -> None:
     width = model.high.config.text_dim
     if text.ndim != 3 or text.shape[-1] != width:
-        raise WanError(f"The {name} prompt was encoded {text.shape[-1]} wide, but {model} takes {width}: another "
-                       "text encoder made it. Use Load Wan Text Encoder with umT5-XXL "
-                       "(umt5_xxl_fp8_e4m3fn_scaled.safetensors), or ComfyUI's CLIPLoader with type wan.")
+        raise WanError(
+            f"The {name} prompt was encoded {text.shape[-1]} wide, but {model} takes {width}: another "
+            "text encoder made it. Use Load Wan Text Encoder with umT5-XXL "
+            "(umt5_xxl_fp8_e4m3fn_scaled.safetensors), or ComfyUI's CLIPLoader with type wan."
+        )
     if len(text) not in (1, batch):
-        raise WanError(f"The {name} conditioning holds a batch of {len(text)} prompts for {batch} latents: "
-                       f"expected 1 or {batch}.")
+        raise WanError(
+            f"The {name} conditioning holds a batch of {len(text)} prompts for {batch} latents: expected 1 or {batch}."
+        )
 
 
 def _check_keys(options: dict, name: str, variant: Variant, warn: Callable[[str], None]) -> None:
     check_model_keys(options, name, variant)
     for key in keys.asking(options):
         if key in keys.SAMPLERS_OWN:
-            raise WanError(f"The {name} conditioning uses {keys.SAMPLERS_OWN[key]} ({key}), which Wan Sampler does not "
-                           "do. Remove the node that adds it.")
+            raise WanError(
+                f"The {name} conditioning uses {keys.SAMPLERS_OWN[key]} ({key}), which Wan Sampler does not "
+                "do. Remove the node that adds it."
+            )
         warn(without_effect(key, name, variant))
     if "concat_latent_image" in options and variant.image != "channels":
-        raise WanError(f"The {name} conditioning carries an image for an I2V model, but {variant.display_name} "
-                       f"{_INSTEAD[variant.image]}")
+        raise WanError(
+            f"The {name} conditioning carries an image for an I2V model, but {variant.display_name} "
+            f"{_INSTEAD[variant.image]}"
+        )
 
 
 def check_model_keys(options: Mapping[str, object], name: str, variant: Variant) -> None:
@@ -154,14 +176,18 @@ def check_model_keys(options: Mapping[str, object], name: str, variant: Variant)
     """
     for key in keys.asking(options):
         if key in keys.NEEDS_MODEL:
-            raise WanError(f"The {name} conditioning carries {key}, which needs {keys.NEEDS_MODEL[key]}; this is "
-                           f"{variant.display_name}. Remove the node that adds it.")
+            raise WanError(
+                f"The {name} conditioning carries {key}, which needs {keys.NEEDS_MODEL[key]}; this is "
+                f"{variant.display_name}. Remove the node that adds it."
+            )
 
 
 def without_effect(key: str, name: str, variant: Variant) -> str:
     """The warning that a key changes nothing."""
-    return (f"Warning: the {name} conditioning carries {key}, which {variant.display_name} does not use: the node that "
-            "adds it has no effect.")  # fmt: skip
+    return (
+        f"Warning: the {name} conditioning carries {key}, which {variant.display_name} does not use: the node that "
+        "adds it has no effect."
+    )
 
 
 _INSTEAD = {

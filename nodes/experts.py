@@ -28,19 +28,26 @@ class ExpertSwitch(WanNode):
                 WanModel.Input("high", tooltip="The high-noise expert, which does the first steps."),
                 WanModel.Input("low", tooltip="The low-noise expert, which does the remaining steps."),
                 io.Combo.Input(
-                    "mode", options=list(MODES), default="auto",
+                    "mode",
+                    options=list(MODES),
+                    default="auto",
                     tooltip="What decides the hand-over. auto: the official boundary of the model (0.875 for T2V, 0.9 "
                     "for I2V); timestep: a fraction of the 1000 timesteps; step: a step number; snr: a signal-to-noise "
                     "ratio.",
                 ),
                 io.Float.Input(
-                    "boundary", default=0.875, min=0.0, max=10000.0, step=0.001, round=0.001,
+                    "boundary",
+                    default=0.875,
+                    min=0.0,
+                    max=10000.0,
+                    step=0.001,
+                    round=0.001,
                     tooltip="Ignored in auto. timestep: the low-noise expert works below this fraction (0 to 1); step: "
                     "from this step on, counted from 0; snr: from this ratio on.",
                 ),
             ],
             outputs=[WanModel.Output(display_name="model")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def check_inputs(cls, mode: str | None, boundary: float | None) -> None:

@@ -40,8 +40,10 @@ def refuse_conditions(extras: Mapping[str, object]) -> None:
     asked = [key for key, value in extras.items() if value is not None and key not in _WITHOUT_EFFECT]
     if asked:
         meanings = dict.fromkeys(_MEANINGS.get(key, key) for key in asked)
-        raise WanError(f"This Wan model does not understand {' or '.join(meanings)}: use the model that the "
-                       "conditioning node was made for.")
+        raise WanError(
+            f"This Wan model does not understand {' or '.join(meanings)}: use the model that the "
+            "conditioning node was made for."
+        )
 
 
 def refuse_patches(options: Mapping[str, object]) -> None:
@@ -54,26 +56,35 @@ def refuse_patches(options: Mapping[str, object]) -> None:
     patches = [name for name, each in (options.get("patches") or {}).items() if each]
     override = options.get("optimized_attention_override")
     changed = override is not None and not _is_kernel(override)
-    found = [("blocks (skip-layer guidance)", replaced), ("attention layers", patches),
-             ("positions (ScaleROPE)", options.get("rope_options")),
-             (f"how attention is computed ({_name_of(override)})", changed)]  # fmt: skip
+    found = [
+        ("blocks (skip-layer guidance)", replaced),
+        ("attention layers", patches),
+        ("positions (ScaleROPE)", options.get("rope_options")),
+        (f"how attention is computed ({_name_of(override)})", changed),
+    ]
     named = [meaning for meaning, asked in found if asked]
     if named:
-        raise WanError(f"A node changes {' and '.join(named)} of ComfyUI's own Wan network, but Wan as ComfyUI MODEL "
-                       f"runs another. {OTHERWISE}")
+        raise WanError(
+            f"A node changes {' and '.join(named)} of ComfyUI's own Wan network, but Wan as ComfyUI MODEL "
+            f"runs another. {OTHERWISE}"
+        )
 
 
 def unheard(options: Mapping[str, object]) -> Iterator[str]:
     """Warnings of what a node asks for in vain."""
     override = options.get("optimized_attention_override")
     if override is not None:
-        yield (f"Warning: a node wants attention computed by {_name_of(override)}, which Wan as ComfyUI MODEL does not "
-               "use: choose the kernel in Load Wan Model (attention).")  # fmt: skip
+        yield (
+            f"Warning: a node wants attention computed by {_name_of(override)}, which Wan as ComfyUI MODEL does not "
+            "use: choose the kernel in Load Wan Model (attention)."
+        )
     known = _KNOWN_OPTIONS | {"patches", "patches_replace", "rope_options", "optimized_attention_override"}
     for key, value in options.items():
         if key not in known and value is not None and value is not False:
-            yield (f"Warning: a node tells ComfyUI's own Wan network {key}, which Wan as ComfyUI MODEL does not know: "
-                   "that node may have no effect.")  # fmt: skip
+            yield (
+                f"Warning: a node tells ComfyUI's own Wan network {key}, which Wan as ComfyUI MODEL does not know: "
+                "that node may have no effect."
+            )
 
 
 def _is_kernel(override: Callable) -> bool:

@@ -48,8 +48,10 @@ def _decoders_of(prompt: Prompt, start: str) -> Iterator[str]:
 
 def _users(prompt: Prompt, source: str) -> Iterator[str]:
     for node, entry in prompt.items():
-        if any(_link(value) and value[0] == source and _is_latent(prompt[source]["class_type"], value[1])
-               for value in entry.get("inputs", {}).values()):  # fmt: skip
+        if any(
+            _link(value) and value[0] == source and _is_latent(prompt[source]["class_type"], value[1])
+            for value in entry.get("inputs", {}).values()
+        ):
             yield node
 
 

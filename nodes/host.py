@@ -105,8 +105,11 @@ def _without_ending(folder: str) -> list[str]:
     known = folder_paths.folder_names_and_paths
     places, endings = known[folder]
     known[name] = (places, set())  # no endings: every file
-    return [file for file in folder_paths.get_filename_list(name)
-            if _may_be_model(file, endings) and any(_begins_as_model(Path(base, file)) for base in places)]  # fmt: skip
+    return [
+        file
+        for file in folder_paths.get_filename_list(name)
+        if _may_be_model(file, endings) and any(_begins_as_model(Path(base, file)) for base in places)
+    ]
 
 
 def _may_be_model(file: str, listed: Collection[str]) -> bool:
@@ -130,8 +133,12 @@ def _places(folder: str) -> list[str]:
 
 
 def _has_index(folder: str, name: str) -> bool:
-    return any(file.name.lower().endswith(".index.json") for base in folder_paths.get_folder_paths(folder)
-               if Path(base, name).is_dir() for file in Path(base, name).iterdir())  # fmt: skip
+    return any(
+        file.name.lower().endswith(".index.json")
+        for base in folder_paths.get_folder_paths(folder)
+        if Path(base, name).is_dir()
+        for file in Path(base, name).iterdir()
+    )
 
 
 def model_path(folder: str, name: str) -> Path:
@@ -239,7 +246,7 @@ def vae_device() -> torch.device:
 
 
 def text_device(choice: str) -> torch.device:
-    """"cpu", or ComfyUI's own choice for "default"."""
+    """ "cpu", or ComfyUI's own choice for "default"."""
     return torch.device("cpu") if choice == "cpu" else management.text_encoder_device()
 
 

@@ -29,18 +29,30 @@ _SMALLEST_MULTIPLE = 16  # every Wan model needs sides that are multiples of thi
 def _size_inputs() -> list[io.Input]:
     return [
         io.Int.Input(
-            "width", default=832, min=16, max=16384, step=16,
+            "width",
+            default=832,
+            min=16,
+            max=16384,
+            step=16,
             tooltip="Width in pixels: a multiple of 16, of 32 for the 5B.",
         ),
         io.Int.Input(
-            "height", default=480, min=16, max=16384, step=16,
+            "height",
+            default=480,
+            min=16,
+            max=16384,
+            step=16,
             tooltip="Height in pixels: a multiple of 16, of 32 for the 5B.",
         ),
         io.Int.Input(
-            "frames", default=81, min=1, max=16385, step=4,
+            "frames",
+            default=81,
+            min=1,
+            max=16385,
+            step=4,
             tooltip="Length in frames, 4n + 1. 81 frames are 5 s at 16 fps; for the 5B 121 frames are 5 s at 24 fps.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _batch_input() -> io.Input:
@@ -52,8 +64,10 @@ def _check_numbers(width: int | None, height: int | None, frames: int | None) ->
     for name, side in (("width", width), ("height", height)):
         if side is not None and (side < 1 or side % _SMALLEST_MULTIPLE):
             nearest = max(round(side / _SMALLEST_MULTIPLE), 1) * _SMALLEST_MULTIPLE
-            raise WanError(f"The {name} is {side}: it must be a multiple of {_SMALLEST_MULTIPLE} (of 32 for the 5B). "
-                           f"The nearest is {nearest}.")
+            raise WanError(
+                f"The {name} is {side}: it must be a multiple of {_SMALLEST_MULTIPLE} (of 32 for the 5B). "
+                f"The nearest is {nearest}."
+            )
     if frames is not None:
         latents.latent_frames(frames)
 
@@ -107,26 +121,32 @@ class ImageToVideo(WanNode):
                 io.Conditioning.Input("negative", tooltip="The negative prompt; comes out again with the image added."),
                 *_size_inputs(),
                 io.Combo.Input(
-                    "fit", options=["area", "exact"], default="area",
+                    "fit",
+                    options=["area", "exact"],
+                    default="area",
                     tooltip="area: keep the image's aspect ratio, with about width x height pixels, as the official "
                     "code does; exact: scale and crop the image to width x height.",
                 ),
                 _batch_input(),
                 io.Image.Input(
-                    "start_image", optional=True,
+                    "start_image",
+                    optional=True,
                     tooltip="The first frame. Several images are the first frames (for TI2V-5B 4n + 1 of them).",
                 ),
                 io.Image.Input(
-                    "end_image", optional=True,
+                    "end_image",
+                    optional=True,
                     tooltip="The last frame (I2V and FLF2V models). Several images are the last frames.",
                 ),
                 io.ClipVision.Input(
-                    "clip_vision", optional=True,
+                    "clip_vision",
+                    optional=True,
                     tooltip="Wan2.1's I2V and FLF2V models only: Load Wan CLIP Vision or ComfyUI's Load CLIP Vision. "
                     "The images are looked at as the official code does.",
                 ),
                 io.ClipVisionOutput.Input(
-                    "clip_vision_output", optional=True,
+                    "clip_vision_output",
+                    optional=True,
                     tooltip="Instead of clip_vision: what ComfyUI's CLIP Vision Encode saw (crop none).",
                 ),
             ],
@@ -135,7 +155,7 @@ class ImageToVideo(WanNode):
                 io.Conditioning.Output(display_name="negative"),
                 io.Latent.Output(display_name="latent"),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def check_inputs(cls, width: int | None, height: int | None, frames: int | None) -> None:
@@ -143,13 +163,26 @@ class ImageToVideo(WanNode):
 
     @classmethod
     def execute(
-        cls, model: ModelRecipe, vae: object, positive: list, negative: list, width: int, height: int, frames: int,
-        fit: str, batch_size: int, start_image: torch.Tensor | None = None, end_image: torch.Tensor | None = None,
-        clip_vision: object = None, clip_vision_output: object = None,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model: ModelRecipe,
+        vae: object,
+        positive: list,
+        negative: list,
+        width: int,
+        height: int,
+        frames: int,
+        fit: str,
+        batch_size: int,
+        start_image: torch.Tensor | None = None,
+        end_image: torch.Tensor | None = None,
+        clip_vision: object = None,
+        clip_vision_output: object = None,
+    ) -> io.NodeOutput:
         check_vae(vae, model.variant)
-        start, end = (image if image is None else pictures(image, name)
-                      for name, image in (("start_image", start_image), ("end_image", end_image)))  # fmt: skip
+        start, end = (
+            image if image is None else pictures(image, name)
+            for name, image in (("start_image", start_image), ("end_image", end_image))
+        )
         wanted = Wanted(width, height, frames, fit, batch_size, start, end)
         check_images(model.variant, wanted)
         check_room(model, vae, wanted)
@@ -167,8 +200,13 @@ def check_room(model: ModelRecipe, vae: object, wanted: Wanted) -> None:
         WanError: see ``capacity``.
     """
     stride = VAES[model.variant.vae].spatial_stride
-    shape = (wanted.batch, VAES[model.variant.vae].channels, latents.latent_frames(wanted.frames),
-             wanted.height // stride, wanted.width // stride)  # fmt: skip
+    shape = (
+        wanted.batch,
+        VAES[model.variant.vae].channels,
+        latents.latent_frames(wanted.frames),
+        wanted.height // stride,
+        wanted.width // stride,
+    )
     capacity.check_start(model, shape, host.device(), host.total_bytes(host.device()))
     if isinstance(vae, WanVAE) and (wanted.start is not None or wanted.end is not None):
         vae.check_encode(wanted.height, wanted.width)
@@ -203,11 +241,16 @@ def seen_by_clip(model: ModelRecipe, wanted: Wanted, clip: object, seen: object)
     if clip is not None and seen is not None:
         raise WanError("clip_vision and clip_vision_output are both connected: choose one.")
     if not variant.clip:
-        raise WanError(f"{variant.display_name} looks at no picture through CLIP: disconnect clip_vision. Wan2.1's I2V "
-                       "and FLF2V models do.")
+        raise WanError(
+            f"{variant.display_name} looks at no picture through CLIP: disconnect clip_vision. Wan2.1's I2V "
+            "and FLF2V models do."
+        )
     if seen is None:
-        ends = [image[place] for image, place in ((wanted.start, slice(1)), (wanted.end, slice(-1, None)))
-                if image is not None]  # fmt: skip
+        ends = [
+            image[place]
+            for image, place in ((wanted.start, slice(1)), (wanted.end, slice(-1, None)))
+            if image is not None
+        ]
         seen = Seen(torch.cat([look(clip, image) for image in ends[: variant.clip]], dim=1))
     clip_tokens(seen, "new", model)
     return {"clip_vision_output": seen}
@@ -225,8 +268,10 @@ def check_images(variant: Variant, wanted: Wanted) -> None:
     if variant.image == "frame" and end:
         raise WanError(f"{name} takes a start image only. Remove the end image, or load I2V-A14B.")
     if variant.image == "channels" and not (start or end):
-        raise WanError(f"{name} animates an image: connect start_image, end_image, or both. For text alone load a T2V "
-                       "or TI2V-5B model.")
+        raise WanError(
+            f"{name} animates an image: connect start_image, end_image, or both. For text alone load a T2V "
+            "or TI2V-5B model."
+        )
     if variant.needs_end and not (start and end):
         raise WanError(f"{name} goes from a first picture to a last: connect start_image and end_image.")
 

@@ -31,30 +31,38 @@ class LoadModel(WanNode):
             "Expert Switch.",
             inputs=[
                 io.Combo.Input(
-                    "model_name", options=host.model_names(FOLDER),
+                    "model_name",
+                    options=host.model_names(FOLDER),
                     tooltip="A Wan model in ComfyUI's diffusion_models folder: one file (safetensors, fp8 and int8 "
                     "too, or GGUF), or the folder of a sharded checkpoint as the official download has it.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=host.WEIGHT_DTYPES, default="auto",
+                    "dtype",
+                    options=host.WEIGHT_DTYPES,
+                    default="auto",
                     tooltip="Number format of the computation. auto: bfloat16 where the device is fast in it, else "
                     "float16 on older GPUs and float32 on CPUs. Quantised files stay as they are in memory. fp8_e4m3fn "
                     "and int8 quantise the weights while they are loaded: half the memory of bfloat16, a slightly "
                     "different video.",
                 ),
                 io.Combo.Input(
-                    "attention", options=["auto", *BACKENDS], default="auto",
+                    "attention",
+                    options=["auto", *BACKENDS],
+                    default="auto",
                     tooltip="How attention is computed. auto is sdpa, PyTorch's own; the others are faster on some "
                     "GPUs and must be installed (sage: pip install sageattention).",
                 ),
                 io.Combo.Input(
-                    "variant", options=[AUTO, *VARIANTS], default=AUTO, optional=True,
+                    "variant",
+                    options=[AUTO, *VARIANTS],
+                    default=AUTO,
+                    optional=True,
                     tooltip="Which official model the file is, where several have the same layers: auto goes by the "
                     "file's and its folder's name, and says what it assumed.",
                 ),
             ],
             outputs=[WanModel.Output(display_name="model")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def check_inputs(cls, model_name: str | None, variant: str | None = AUTO) -> None:

@@ -40,34 +40,50 @@ class Lora(WanNode):
             inputs=[
                 WanModel.Input("model", tooltip="The model, or both experts joined by Wan Expert Switch."),
                 io.Combo.Input(
-                    "lora_name", options=names,
+                    "lora_name",
+                    options=names,
                     tooltip="A LoRA for Wan2.2, or for Wan2.1 14B, in ComfyUI's loras folder. Of a pair either file.",
                 ),
                 io.Float.Input(
-                    "strength_high", default=1.0, min=-100.0, max=100.0, step=0.01, round=0.001,
+                    "strength_high",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    round=0.001,
                     tooltip="On the high-noise expert, and on a model that is only one. 0 turns it off there and costs "
                     "nothing.",
                 ),
                 io.Float.Input(
-                    "strength_low", default=1.0, min=-100.0, max=100.0, step=0.01, round=0.001,
+                    "strength_low",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    round=0.001,
                     tooltip="On the low-noise expert. 0 turns it off there and costs nothing.",
                 ),
                 io.Combo.Input(
-                    "low_name", options=[AUTO, NONE, *names], default=AUTO,
+                    "low_name",
+                    options=[AUTO, NONE, *names],
+                    default=AUTO,
                     tooltip="The file for the low-noise expert. auto: the twin of lora_name, found by name or by what "
                     "Wan Train LoRA wrote into it; without a twin a file that names no noise level goes on both "
                     "experts. none: only the high-noise expert gets lora_name. A file: it, and lora_name on high.",
                 ),
                 io.Int.Input(
-                    "first_step", default=0, min=0, max=_LAST,
+                    "first_step",
+                    default=0,
+                    min=0,
+                    max=_LAST,
                     tooltip="The first step with this LoRA, counted from 0. A 4-step LoRA left out of the first steps "
                     "gives more movement.",
                 ),
-                io.Int.Input(
-                    "last_step", default=_LAST, min=0, max=_LAST, tooltip="The last step with this LoRA.",
-                ),
+                io.Int.Input("last_step", default=_LAST, min=0, max=_LAST, tooltip="The last step with this LoRA."),
                 io.Boolean.Input(
-                    "merge", default=False, optional=True,
+                    "merge",
+                    default=False,
+                    optional=True,
                     tooltip="Merge it into the weights once, where they are not quantised and not swapped: steps are a "
                     "few per cent faster, changing a strength takes longer, and on a CPU it needs memory for the "
                     "weights.",
@@ -75,7 +91,7 @@ class Lora(WanNode):
             ],
             outputs=[WanModel.Output(display_name="model")],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def check_inputs(
@@ -94,13 +110,25 @@ class Lora(WanNode):
 
     @classmethod
     def execute(
-        cls, model: ModelRecipe, lora_name: str, strength_high: float, strength_low: float, low_name: str,
-        first_step: int, last_step: int, merge: bool = False,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model: ModelRecipe,
+        lora_name: str,
+        strength_high: float,
+        strength_low: float,
+        low_name: str,
+        first_step: int,
+        last_step: int,
+        merge: bool = False,
+    ) -> io.NodeOutput:
         changed, report = with_lora(
-            model, host.model_path(FOLDER, lora_name), PerExpert(low=strength_low, high=strength_high),
-            low=_low(low_name), first_step=first_step, last_step=None if last_step == _LAST else last_step, merge=merge,
-        )  # fmt: skip
+            model,
+            host.model_path(FOLDER, lora_name),
+            PerExpert(low=strength_low, high=strength_high),
+            low=_low(low_name),
+            first_step=first_step,
+            last_step=None if last_step == _LAST else last_step,
+            merge=merge,
+        )
         log.info("Wan LoRA: %s", report.replace("\n", "; "))
         return io.NodeOutput(changed, ui=host.told(report))
 

@@ -50,8 +50,11 @@ class Residency(ModelPatcher):
             if raised_here(error):
                 raise
             self.understood = False
-            log.warning("This ComfyUI's memory manager works in a way that the Wan nodes do not know: its models will "
-                        "not move away for theirs, and 'free memory' will not free theirs.", exc_info=True)  # fmt: skip
+            log.warning(
+                "This ComfyUI's memory manager works in a way that the Wan nodes do not know: its models will "
+                "not move away for theirs, and 'free memory' will not free theirs.",
+                exc_info=True,
+            )
         finally:
             self.incoming = 0
 

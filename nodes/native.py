@@ -50,13 +50,18 @@ class ToModel(WanNode):
             inputs=[
                 WanModel.Input("model", tooltip="From Load Wan Model, or both experts joined by Wan Expert Switch."),
                 io.Float.Input(
-                    "shift", default=5.0, min=0.01, max=100.0, step=0.01, round=0.001,
+                    "shift",
+                    default=5.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.01,
+                    round=0.001,
                     tooltip="Moves the steps towards noise, as ComfyUI's ModelSamplingSD3. Official: T2V-A14B 12, "
                     "I2V-A14B 5, TI2V-5B 5; Wan2.1: T2V 5 (1.3B 8), I2V 5 (480p 3), FLF2V 16.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model: ModelRecipe, shift: float) -> io.NodeOutput:
@@ -90,8 +95,11 @@ def _check_comfyui() -> None:
             "comfy.model_base": ("WAN21.extra_conds", "WAN21.memory_required", "WAN22"),
             "comfy.supported_models": ("WAN21_T2V.sampling_settings", "WAN22_T2V.sampling_settings"),
             "comfy.model_patcher": ("ModelPatcher.get_model_object", "ModelPatcher.add_object_patch"),
-            "comfy.patcher_extension": ("WrapperExecutor.new_class_executor", "WrappersMP.DIFFUSION_MODEL",
-                                        "get_all_wrappers"),
+            "comfy.patcher_extension": (
+                "WrapperExecutor.new_class_executor",
+                "WrappersMP.DIFFUSION_MODEL",
+                "get_all_wrappers",
+            ),
         },
         {
             "comfy.model_base:WAN21": ("image_to_video", "device"),
@@ -99,7 +107,7 @@ def _check_comfyui() -> None:
             "comfy.model_patcher:ModelPatcher": ("load_device", "offload_device"),
         },
         "Wan Sampler",
-    )  # fmt: skip
+    )
 
 
 @cache
@@ -142,15 +150,19 @@ def _classes() -> tuple[type, dict[str, type]]:
             self.diffusion_model.hear(options)
             return super().extra_conds(**options)
 
-    bases = {"wan2.1": type("WAN21OverEngine", (OverEngine, model_base.WAN21), {}),
-             "wan2.2": type("WAN22OverEngine", (OverEngine, model_base.WAN22), {})}  # fmt: skip
+    bases = {
+        "wan2.1": type("WAN21OverEngine", (OverEngine, model_base.WAN21), {}),
+        "wan2.2": type("WAN22OverEngine", (OverEngine, model_base.WAN22), {}),
+    }
     return WanPatcher, bases
 
 
 def _refuse_network(name: str) -> None:
     if name.startswith("diffusion_model"):
-        raise WanError("A node wants to compile or change ComfyUI's own Wan network (torch.compile, a patch of "
-                       f"{name}), but Wan as ComfyUI MODEL runs another. {OTHERWISE}")
+        raise WanError(
+            "A node wants to compile or change ComfyUI's own Wan network (torch.compile, a patch of "
+            f"{name}), but Wan as ComfyUI MODEL runs another. {OTHERWISE}"
+        )
 
 
 @guarded_methods("forward", "hear")
@@ -172,8 +184,10 @@ class WanAsNetwork(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:  # still one, for whoever asks whether it is there
-            raise AttributeError(f"A node reaches for {name} of ComfyUI's own Wan network, but Wan as ComfyUI MODEL "
-                                 f"runs another. {OTHERWISE}") from None
+            raise AttributeError(
+                f"A node reaches for {name} of ComfyUI's own Wan network, but Wan as ComfyUI MODEL "
+                f"runs another. {OTHERWISE}"
+            ) from None
 
     def hear(self, conditioning: dict[str, object]) -> None:
         """What a prompt carries, before the first step.
@@ -204,9 +218,15 @@ class WanAsNetwork(nn.Module):
             host.show_text(host.current_node(), "\n".join(sorted(self._said)))
 
     def forward(
-        self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None = None,
-        time_dim_concat: Tensor | None = None, transformer_options: dict | None = None, **kwargs: object,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
+        time_dim_concat: Tensor | None = None,
+        transformer_options: dict | None = None,
+        **kwargs: object,
+    ) -> Tensor:
         """Velocity [B, C, T, h, w] of x [B, C_in, T, h, w], normalised, condition channels included."""
         from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
@@ -217,9 +237,15 @@ class WanAsNetwork(nn.Module):
         return run.execute(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
 
     def _velocity(
-        self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None = None,
-        time_dim_concat: Tensor | None = None, transformer_options: dict | None = None, **kwargs: object,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
+        time_dim_concat: Tensor | None = None,
+        transformer_options: dict | None = None,
+        **kwargs: object,
+    ) -> Tensor:
         refuse_conditions({"time_dim_concat": time_dim_concat, **kwargs})
         options = transformer_options or {}
         refuse_patches(options)
@@ -232,9 +258,7 @@ class WanAsNetwork(nn.Module):
             return torch.cat([self._computed(*part, options) for part in each])
         return self._computed(x, timestep, context, clip_fea, options)
 
-    def _computed(
-        self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None, options: dict
-    ) -> Tensor:  # fmt: skip
+    def _computed(self, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None, options: dict) -> Tensor:
         expert = self._expert(x, float(timestep.max()), options)
         condition = self._condition(context, clip_fea if self.recipe.variant.clip else None)
         return expert.model(x, timestep, condition, on_block=host.check_cancelled).to(x)
@@ -247,8 +271,10 @@ class WanAsNetwork(nn.Module):
             return experts.at(0, now)
         sigmas = options.get("sample_sigmas")
         if sigmas is None:
-            raise WanError("This sampler does not tell its steps, so that neither experts nor LoRAs can be switched by "
-                           "step. Set Wan Expert Switch to auto, timestep or snr, and Wan LoRA to all steps.")
+            raise WanError(
+                "This sampler does not tell its steps, so that neither experts nor LoRAs can be switched by "
+                "step. Set Wan Expert Switch to auto, timestep or snr, and Wan LoRA to all steps."
+            )
         schedule = from_sigmas(sigmas)
         step = int((schedule.timesteps.float() - timestep).abs().argmin())
         expert = experts.at(step, schedule)
@@ -290,6 +316,8 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _refuse_weights(*_: object, **__: object) -> NoReturn:
     """In place of what LoRA, hook, merge and save nodes call: they would find no weights, and go on without a word."""
-    raise WanError("ComfyUI's LoRA, merge and save nodes cannot reach the weights behind Wan as ComfyUI MODEL: they "
-                   "stay in the Wan engine. For a LoRA put Wan LoRA before that node. To merge or save, load the model "
-                   "with ComfyUI's Load Diffusion Model.")
+    raise WanError(
+        "ComfyUI's LoRA, merge and save nodes cannot reach the weights behind Wan as ComfyUI MODEL: they "
+        "stay in the Wan engine. For a LoRA put Wan LoRA before that node. To merge or save, load the model "
+        "with ComfyUI's Load Diffusion Model."
+    )

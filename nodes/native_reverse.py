@@ -53,11 +53,11 @@ class FromModel(WanNode):
                     "model",
                     tooltip="A T2V, I2V, FLF2V or TI2V model of Wan2.1 or Wan2.2, with ComfyUI's LoRA nodes before "
                     "this one. The shift of ModelSamplingSD3 is not used: Wan Sampler has its own.",
-                ),
+                )
             ],
             outputs=[WanModel.Output(display_name="model")],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model: Any) -> io.NodeOutput:
@@ -100,13 +100,20 @@ _DIMENSIONS = ("in_dim", "out_dim", "dim", "ffn_dim", "num_layers", "text_dim", 
 
 
 def _check_comfyui(patcher: Any) -> None:
-    need(_NAME, {
-        "comfy.model_base": ("WAN21", "WAN22"), "comfy.ldm.wan.model": ("WanModel",),
-        "comfy.patcher_extension": ("WrappersMP.DIFFUSION_MODEL", "WrappersMP.PREPARE_SAMPLING"),
-        "comfy.sampler_helpers": ("prepare_model_patcher", "prepare_sampling"),
-        "comfy.samplers": ("cast_to_load_options",),
-        "comfy.model_patcher": ("create_model_options_clone",), "comfy.model_management": ("loaded_models",),
-    }, {}, _INSTEAD)  # fmt: skip
+    need(
+        _NAME,
+        {
+            "comfy.model_base": ("WAN21", "WAN22"),
+            "comfy.ldm.wan.model": ("WanModel",),
+            "comfy.patcher_extension": ("WrappersMP.DIFFUSION_MODEL", "WrappersMP.PREPARE_SAMPLING"),
+            "comfy.sampler_helpers": ("prepare_model_patcher", "prepare_sampling"),
+            "comfy.samplers": ("cast_to_load_options",),
+            "comfy.model_patcher": ("create_model_options_clone",),
+            "comfy.model_management": ("loaded_models",),
+        },
+        {},
+        _INSTEAD,
+    )
     held = ("model", "model_options", "wrappers", "object_patches", "patches_uuid", "load_device", "pre_run", "cleanup")
     need_attributes(_NAME, patcher, held, _INSTEAD)
     need_attributes(_NAME, patcher.model, ("diffusion_model", "manual_cast_dtype", "get_dtype"), _INSTEAD)
@@ -141,8 +148,10 @@ def _check_channels(config: Architecture, name: str) -> None:
 
 def _wrong_kind(name: str, found: str) -> WanError:
     supported = ", ".join(row.display_name for row in VARIANTS.values())
-    return WanError(f"{name} is {found}, which Wan Sampler does not run. Expected {supported}. Use ComfyUI's own "
-                    "samplers with this MODEL.")
+    return WanError(
+        f"{name} is {found}, which Wan Sampler does not run. Expected {supported}. Use ComfyUI's own "
+        "samplers with this MODEL."
+    )
 
 
 def _check_patches(patcher: Any, name: str) -> None:
@@ -155,9 +164,11 @@ def _check_patches(patcher: Any, name: str) -> None:
     left_out = around - {WrappersMP.DIFFUSION_MODEL, WrappersMP.PREPARE_SAMPLING}
     found = sorted([key for key, value in options.items() if value] + [f"{kind} wrapper" for kind in left_out])
     if found:
-        raise WanError(f"A node before Wan from ComfyUI MODEL changes how ComfyUI samples {name} ({', '.join(found)}: "
-                       "guidance, caching, context windows or torch.compile), and Wan Sampler samples by itself. "
-                       f"Remove that node. {_KSAMPLER}")
+        raise WanError(
+            f"A node before Wan from ComfyUI MODEL changes how ComfyUI samples {name} ({', '.join(found)}: "
+            "guidance, caching, context windows or torch.compile), and Wan Sampler samples by itself. "
+            f"Remove that node. {_KSAMPLER}"
+        )
 
 
 # --- what is run
@@ -186,10 +197,12 @@ class NativeExpert:
         if base.diffusion_model.img_emb is not None and seen is None:
             seen = torch.zeros(1, PICTURE_TOKENS, CLIP_WIDTH)  # without it the network hears its text as a picture
         velocity = base.diffusion_model(
-            x.to(device, dtype), t.to(device).float(), context=text.to(device, dtype),
+            x.to(device, dtype),
+            t.to(device).float(),
+            context=text.to(device, dtype),
             clip_fea=None if seen is None else seen.to(device, dtype).expand(len(x), -1, -1),
             transformer_options=self._told(condition, t),
-        )  # fmt: skip
+        )
         return velocity.to(x.device, torch.float32)
 
     def _load(self, shape: torch.Size) -> None:
@@ -215,5 +228,7 @@ class NativeExpert:
         half = list(self._prompts).index(condition.key)  # the positive prompt is always asked first
         sigma = t.flatten().max().reshape(1) / 1000
         return self._options["transformer_options"] | {
-            "cond_or_uncond": [min(half, 1)], "uuids": [known], "sigmas": sigma,
-        }  # fmt: skip
+            "cond_or_uncond": [min(half, 1)],
+            "uuids": [known],
+            "sigmas": sigma,
+        }

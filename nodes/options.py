@@ -30,22 +30,38 @@ class BlockSwap(WanNode):
             inputs=[
                 WanModel.Input("model", tooltip="The model, or both experts joined by Wan Expert Switch."),
                 io.Int.Input(
-                    "blocks", default=20, min=0, max=100,
+                    "blocks",
+                    default=20,
+                    min=0,
+                    max=100,
                     tooltip="With mode blocks: how many blocks stay off the device: A14B has 40 of about 0.7 GB each "
                     "(bfloat16), the 5B has 30 of about 0.3 GB. More than the model has means all; 0 turns this off.",
                 ),
                 io.Combo.Input(
-                    "mode", options=[BLOCKS, LIMIT, AUTO], default=BLOCKS, optional=True,
+                    "mode",
+                    options=[BLOCKS, LIMIT, AUTO],
+                    default=BLOCKS,
+                    optional=True,
                     tooltip="blocks: as many as you say. vram_limit: as few as fit into so many GB. auto: as few as "
                     "fit into what is free when sampling begins, less 1 GB.",
                 ),
                 io.Float.Input(
-                    "vram_limit", default=8.0, min=0.1, max=1000.0, step=0.1, round=0.01, optional=True,
+                    "vram_limit",
+                    default=8.0,
+                    min=0.1,
+                    max=1000.0,
+                    step=0.1,
+                    round=0.01,
+                    optional=True,
                     tooltip="With mode vram_limit: GB of device memory that sampling may take. Too little is refused, "
                     "with the smallest that works.",
                 ),
                 io.Int.Input(
-                    "prefetch", default=PREFETCH, min=0, max=8, optional=True,
+                    "prefetch",
+                    default=PREFETCH,
+                    min=0,
+                    max=8,
+                    optional=True,
                     tooltip="How many blocks are on the device before their turn. 1 hides the copy behind the "
                     "computation; more evens out a slow disk and takes a block's memory each; 0 is the smallest and "
                     "slowest.",
@@ -53,14 +69,18 @@ class BlockSwap(WanNode):
             ],
             outputs=[WanModel.Output(display_name="model")],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
         cls, model: ModelRecipe, blocks: int, mode: str = BLOCKS, vram_limit: float = 8.0, prefetch: int = PREFETCH
     ) -> io.NodeOutput:
-        only_own(model.files, "Wan Block Swap", "ComfyUI offloads it by itself (--lowvram, --reserve-vram). Put Wan "
-                 "Block Swap between Load Wan Model and Wan Expert Switch.")  # fmt: skip
+        only_own(
+            model.files,
+            "Wan Block Swap",
+            "ComfyUI offloads it by itself (--lowvram, --reserve-vram). Put Wan "
+            "Block Swap between Load Wan Model and Wan Expert Switch.",
+        )
         swap = min(blocks, model.high.config.layers) if mode == BLOCKS else 0
         limit = {BLOCKS: None, LIMIT: vram_limit, AUTO: AUTO}[mode]
         changed = replace(model, swap_blocks=swap, vram_limit=limit, prefetch=prefetch)

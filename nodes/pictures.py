@@ -42,8 +42,10 @@ def _in_unit(image: torch.Tensor, name: str) -> torch.Tensor:
     image = image.float()
     low, high = (value.item() for value in image.aminmax())
     if not (abs(low) <= _OVERSHOOT and abs(high) <= _OVERSHOOT):  # so written, NaN is refused
-        raise WanError(f"{name} holds values from {low:g} to {high:g}: expected 0 to 1. The node before it made broken "
-                       "images, or counts brightness in another unit.")
+        raise WanError(
+            f"{name} holds values from {low:g} to {high:g}: expected 0 to 1. The node before it made broken "
+            "images, or counts brightness in another unit."
+        )
     return image
 
 

@@ -21,16 +21,20 @@ class Placement:
     """
 
     def __init__(
-        self, load_device: torch.device, offload_device: torch.device | None = None,
+        self,
+        load_device: torch.device,
+        offload_device: torch.device | None = None,
         model: SimpleNamespace | None = None,
-    ):  # fmt: skip
+    ):
         self.load_device = load_device
         self.offload_device = offload_device or torch.device("cpu")
         self.model = model or SimpleNamespace()
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"The connected node asks for {name!r} of weights that the Wan engine holds: only their "
-                             "device can be chosen. If it cannot do without, load the file with ComfyUI's own loader.")
+        raise AttributeError(
+            f"The connected node asks for {name!r} of weights that the Wan engine holds: only their "
+            "device can be chosen. If it cannot do without, load the file with ComfyUI's own loader."
+        )
 
     def clone(self, *_: object, **__: object) -> Placement:
         return Placement(self.load_device, self.offload_device, self.model)

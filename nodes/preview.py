@@ -53,7 +53,7 @@ class Steps:
 
     def __init__(
         self, node_id: str | None, model: ModelRecipe, guidance: PerExpert, plan: Schedule, start: int, end: int
-    ):  # fmt: skip
+    ):
         self.end, first = min(end, plan.steps), min(start, plan.steps - 1)  # the range is checked by ``denoise``
         self.bar = ProgressBar(self.end - start)
         self.pace = Pace(experts_of(model, plan), guidance)

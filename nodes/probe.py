@@ -22,8 +22,13 @@ def need(node: str, names: Mapping[str, Iterable[str]], accepts: Mapping[str, It
         WanError: something is missing, with its name.
     """
     lacking = [f"{module}.{name}" for module, each in names.items() for name in each if not _has(module, name)]
-    lacking += [f"{called}({word}=...)" for called, words in accepts.items() if not lacking
-                for word in words if not _takes(called, word)]  # fmt: skip
+    lacking += [
+        f"{called}({word}=...)"
+        for called, words in accepts.items()
+        if not lacking
+        for word in words
+        if not _takes(called, word)
+    ]
     if lacking:
         raise unknown_version(node, lacking, instead)
 
@@ -36,8 +41,10 @@ def need_attributes(node: str, found: Any, names: Iterable[str], instead: str) -
 
 
 def unknown_version(node: str, lacking: Iterable[str], instead: str) -> WanError:
-    return WanError(f"{node} does not know this version of ComfyUI (it has no {', '.join(lacking)}). Use {instead}, or "
-                    "the ComfyUI version that the README names.")
+    return WanError(
+        f"{node} does not know this version of ComfyUI (it has no {', '.join(lacking)}). Use {instead}, or "
+        "the ComfyUI version that the README names."
+    )
 
 
 def _has(module: str, name: str) -> bool:

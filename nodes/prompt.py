@@ -20,21 +20,28 @@ class AestheticPrompt(WanNode):
             "Wan's own examples. Connect the result to the text of CLIP Text Encode.",
             inputs=[
                 io.String.Input(
-                    "text", multiline=True, dynamic_prompts=True, default="",
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
                     tooltip="The prompt. A term that it contains already is not said twice.",
                 ),
                 *(_menu(group) for group in GROUPS.values()),
                 io.Combo.Input(
-                    "language", options=list(LANGUAGES), default="auto",
+                    "language",
+                    options=list(LANGUAGES),
+                    default="auto",
                     tooltip="Language of the terms. auto: Chinese when the text contains Chinese, else English.",
                 ),
                 io.Combo.Input(
-                    "placement", options=list(PLACEMENTS), default="before",
+                    "placement",
+                    options=list(PLACEMENTS),
+                    default="before",
                     tooltip="Where the terms go: before the text, as in Wan's examples, or after it.",
                 ),
             ],
             outputs=[io.String.Output(display_name="prompt")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, text: str, language: str, placement: str, **choices: str) -> io.NodeOutput:
@@ -43,6 +50,9 @@ class AestheticPrompt(WanNode):
 
 def _menu(group: Group) -> io.Input:
     return io.Combo.Input(
-        group.id, options=choices_for(group.id), default=NONE, display_name=group.id.replace("_", " "),
+        group.id,
+        options=choices_for(group.id),
+        default=NONE,
+        display_name=group.id.replace("_", " "),
         tooltip=f"{group.en} ({group.zh}). none adds nothing.",
-    )  # fmt: skip
+    )

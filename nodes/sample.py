@@ -52,85 +52,148 @@ class Sampler(WanNode):
                 io.Conditioning.Input("negative", tooltip="What it shall not show; unused where cfg is 1."),
                 io.Latent.Input("latent", tooltip="An empty latent, a video to change, or a run to go on with."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
                     tooltip="Decides the noise. It is drawn on the CPU: a seed means the same video on every device.",
                 ),
                 io.Int.Input(
-                    "steps", default=20, min=1, max=1000,
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=1000,
                     tooltip="Steps of the whole schedule. Official: 40 for A14B and I2V-14B, 50 for all others; 4 to "
                     "8 with a 4-step LoRA.",
                 ),
                 io.Float.Input(
-                    "cfg_high", default=3.5, min=0.0, max=100.0, step=0.1, round=0.01,
+                    "cfg_high",
+                    default=3.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
                     tooltip="Guidance of the high-noise expert. Official: T2V 4, I2V 3.5. 1 turns guidance off and "
                     "halves the time.",
                 ),
                 io.Float.Input(
-                    "cfg_low", default=3.5, min=0.0, max=100.0, step=0.1, round=0.01,
+                    "cfg_low",
+                    default=3.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
                     tooltip="Guidance of the low-noise expert, and of a model that has only one. Official: T2V 3, I2V "
                     "3.5, 5B and Wan2.1 5. 1 turns guidance off and halves the time.",
                 ),
                 io.Float.Input(
-                    "shift", default=5.0, min=0.01, max=100.0, step=0.01, round=0.001,
+                    "shift",
+                    default=5.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.01,
+                    round=0.001,
                     tooltip="Moves the steps towards noise. Official: T2V-A14B 12, I2V-A14B 5, TI2V-5B 5; Wan2.1: T2V "
                     "5 (1.3B 8), I2V 5 (480p 3), FLF2V 16.",
                 ),
                 io.Combo.Input(
-                    "solver", options=list(SOLVERS), default="unipc",
+                    "solver",
+                    options=list(SOLVERS),
+                    default="unipc",
                     tooltip="unipc is the official default; dpm++ the official alternative; euler is what 4-step LoRAs "
                     "were made for; heun is more exact and takes twice the time.",
                 ),
                 io.Combo.Input(
-                    "schedule", options=[AUTO, *SCHEDULES], default=AUTO,
+                    "schedule",
+                    options=[AUTO, *SCHEDULES],
+                    default=AUTO,
                     tooltip="Where the steps lie. auto: the official grid of the solver; simple: ComfyUI's; diffusers: "
                     "that of the library diffusers.",
                 ),
                 io.Float.Input(
-                    "denoise", default=1.0, min=0.01, max=1.0, step=0.01, round=0.001,
+                    "denoise",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    round=0.001,
                     tooltip="Below 1 the latent's content is kept in part: video to video.",
                 ),
                 io.Int.Input(
-                    "start_step", default=0, min=0, max=_LAST,
+                    "start_step",
+                    default=0,
+                    min=0,
+                    max=_LAST,
                     tooltip="The first step to do, counted from 0. Above 0 the latent is what an earlier sampler "
                     "returned, or a video to be noised.",
                 ),
                 io.Int.Input(
-                    "end_step", default=_LAST, min=1, max=_LAST,
+                    "end_step",
+                    default=_LAST,
+                    min=1,
+                    max=_LAST,
                     tooltip="Stop before this step and return the latent with the noise that is left in it, for "
                     "another sampler to go on with.",
                 ),
                 io.Boolean.Input(
-                    "add_noise", default=True,
+                    "add_noise",
+                    default=True,
                     tooltip="Off: the latent has its noise already, because an earlier sampler stopped at end_step.",
                 ),
                 io.Sigmas.Input(
-                    "sigmas", optional=True,
+                    "sigmas",
+                    optional=True,
                     tooltip="Noise levels from ComfyUI's schedulers; they replace steps, shift and schedule.",
                 ),
                 io.Boolean.Input(
-                    "force", default=False, optional=True,
+                    "force",
+                    default=False,
+                    optional=True,
                     tooltip="On: also what is refused as a likely mistake is sampled, such as a few steps at cfg 1 "
                     "with a 4-step LoRA on one expert only.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent")],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def check_inputs(
-        cls, steps: int | None, shift: float | None, solver: str | None, schedule: str | None, denoise: float | None,
-        start_step: int | None, end_step: int | None, sigmas: object = NOT_CONNECTED,
-    ) -> None:  # fmt: skip
+        cls,
+        steps: int | None,
+        shift: float | None,
+        solver: str | None,
+        schedule: str | None,
+        denoise: float | None,
+        start_step: int | None,
+        end_step: int | None,
+        sigmas: object = NOT_CONNECTED,
+    ) -> None:
         values = Settings(0, steps, PerExpert(1, 1), shift, solver, schedule, denoise, start_step, end_step, True)
         _check_settings(values, has_sigmas=sigmas is not NOT_CONNECTED)
 
     @classmethod
     def execute(
-        cls, model: ModelRecipe, positive: list, negative: list, latent: dict, seed: int, steps: int, cfg_high: float,
-        cfg_low: float, shift: float, solver: str, schedule: str, denoise: float, start_step: int, end_step: int,
-        add_noise: bool, sigmas: torch.Tensor | None = None, force: bool = False,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model: ModelRecipe,
+        positive: list,
+        negative: list,
+        latent: dict,
+        seed: int,
+        steps: int,
+        cfg_high: float,
+        cfg_low: float,
+        shift: float,
+        solver: str,
+        schedule: str,
+        denoise: float,
+        start_step: int,
+        end_step: int,
+        add_noise: bool,
+        sigmas: torch.Tensor | None = None,
+        force: bool = False,
+    ) -> io.NodeOutput:
         samples_for(latent, model.variant)
         check_decoders(cls.hidden.prompt, cls.hidden.unique_id, model.variant)
         guidance = PerExpert(low=cfg_low, high=cfg_high)
@@ -181,19 +244,20 @@ def _check_settings(settings: Settings, *, has_sigmas: bool) -> None:
     if None in (settings.start, settings.end):
         return
     if settings.end <= settings.start or settings.start < 0:
-        raise WanError(f"The start step is {settings.start} and the end step {settings.end}: nothing would be done. "
-                       "The end step must be after the start step, and the start step 0 or more.")
+        raise WanError(
+            f"The start step is {settings.start} and the end step {settings.end}: nothing would be done. "
+            "The end step must be after the start step, and the start step 0 or more."
+        )
     if has_sigmas or None in (settings.steps, settings.shift, settings.solver, settings.schedule, settings.denoise):
         return
     steps = settings.timetable().steps
     if settings.start >= steps:
-        raise WanError(f"The start step is {settings.start}, but the schedule has {steps} steps: "
-                       f"expected 0 to {steps - 1}.")
+        raise WanError(
+            f"The start step is {settings.start}, but the schedule has {steps} steps: expected 0 to {steps - 1}."
+        )
 
 
-def sample(
-    model: ModelRecipe, positive: list, negative: list, latent: dict, settings: Settings, notes: Notes
-) -> dict:
+def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, settings: Settings, notes: Notes) -> dict:
     """A LATENT -> the LATENT after the steps, both raw. Everything is checked before the first weight is read.
 
     Args:
@@ -222,10 +286,22 @@ def sample(
         notes.hinted(f"One expert of {model} does all {steps} steps. Join both with Wan Expert Switch.")
     with Steps(notes.node_id, model, settings.guidance, plan, settings.start, settings.end) as shown:
         x = denoise_in_memory(
-            host.engine(), model, settings.guidance, device, start, plan, settings.solver, *conditions,
-            given=_given(latent, clean, noise, model.variant), start=settings.start, end=settings.end,
-            on_step=shown, on_block=shown.block, on_plan=notes.planned, on_note=notes.warned,
-        )  # fmt: skip
+            host.engine(),
+            model,
+            settings.guidance,
+            device,
+            start,
+            plan,
+            settings.solver,
+            *conditions,
+            given=_given(latent, clean, noise, model.variant),
+            start=settings.start,
+            end=settings.end,
+            on_step=shown,
+            on_block=shown.block,
+            on_plan=notes.planned,
+            on_note=notes.warned,
+        )
     sampled = denormalise(_as_stored(x, plan, settings.end), kind)
     return latent | {"samples": sampled.to(host.storage_device())}
 
@@ -284,9 +360,11 @@ def _check_content(clean: torch.Tensor, latent: dict, settings: Settings, plan: 
     free = clean if mask is None else clean * reshape_mask(mask.float(), clean.shape).to(clean)
     if free.abs().max() < _NOTHING:
         asked = f"denoise {settings.denoise:g}" if settings.start == 0 else f"start_step {settings.start}"
-        notes.warned(f"Warning: the latent is empty, and {asked} keeps {1 - first:.0%} of it: the video will be grey "
-                     "or dull. Encode a video with Wan VAE Encode, connect the sampler before, or set denoise to 1 and "
-                     "start_step to 0.")
+        notes.warned(
+            f"Warning: the latent is empty, and {asked} keeps {1 - first:.0%} of it: the video will be grey "
+            "or dull. Encode a video with Wan VAE Encode, connect the sampler before, or set denoise to 1 and "
+            "start_step to 0."
+        )
 
 
 _NEARLY_ALL = 0.99  # of a sample that is noise: what is kept of the latent cannot be seen
@@ -308,8 +386,10 @@ def _check_loras(model: ModelRecipe, settings: Settings, plan: Schedule, notes: 
         return
     found = f"{said} It cannot finish in {plan.steps} steps at cfg 1"
     if not settings.force and plan.steps >= _TRIAL:
-        raise WanError(f"{found}. Set low_name of Wan LoRA to the other file of the pair, or raise steps and "
-                       f"cfg_{bare}; or switch force on to sample all the same.")
+        raise WanError(
+            f"{found}. Set low_name of Wan LoRA to the other file of the pair, or raise steps and "
+            f"cfg_{bare}; or switch force on to sample all the same."
+        )
     notes.warned(f"Warning: {found}.")
 
 
@@ -321,8 +401,10 @@ def _noise(seed: int, latent: dict, shape: torch.Size) -> torch.Tensor:
     """Noise [B,C,T,h,w]; a latent that was picked out of a batch keeps the noise of its place there."""
     places = latent.get("batch_index") or list(range(shape[0]))
     if len(places) != shape[0]:
-        raise WanError(f"The latent holds {shape[0]} videos, but its batch_index names {len(places)}: "
-                       "the node before the sampler made a broken latent.")
+        raise WanError(
+            f"The latent holds {shape[0]} videos, but its batch_index names {len(places)}: "
+            "the node before the sampler made a broken latent."
+        )
     capacity.check_tensor((max(places) + 1, *shape[1:]), "Noise")
     return latents.noise(seed, (max(places) + 1, *shape[1:]))[places]
 

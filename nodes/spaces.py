@@ -19,10 +19,12 @@ def samples_for(latent: Mapping, variant: Variant) -> torch.Tensor:
     samples, spec = latent["samples"], VAES[variant.vae]
     if samples.ndim == 5 and samples.shape[1] == spec.channels:
         return samples
-    raise WanError(f"The latent has shape {list(samples.shape)}, but {variant.display_name} works on "
-                   f"[batch, {spec.channels}, frames, height / {spec.spatial_stride}, width / {spec.spatial_stride}]"
-                   f"{_whose(samples)}. Use {_MAKERS[spec.channels]}; encode videos with "
-                   f"{spec.comfy_name}.")
+    raise WanError(
+        f"The latent has shape {list(samples.shape)}, but {variant.display_name} works on "
+        f"[batch, {spec.channels}, frames, height / {spec.spatial_stride}, width / {spec.spatial_stride}]"
+        f"{_whose(samples)}. Use {_MAKERS[spec.channels]}; encode videos with "
+        f"{spec.comfy_name}."
+    )
 
 
 def check_numbers(samples: torch.Tensor) -> None:
@@ -31,8 +33,10 @@ def check_numbers(samples: torch.Tensor) -> None:
         WanError: a latent without values, or with some that are not numbers: so would be the whole video.
     """
     if not samples.numel() or not torch.isfinite(samples).all():
-        raise WanError(f"The latent of shape {list(samples.shape)} is no video: it is empty or holds values that are "
-                       "not numbers (NaN), which the node before it made.")
+        raise WanError(
+            f"The latent of shape {list(samples.shape)} is no video: it is empty or holds values that are "
+            "not numbers (NaN), which the node before it made."
+        )
 
 
 _MAKERS = {
@@ -61,5 +65,7 @@ def check_vae(vae: object, variant: Variant) -> None:
 
 def wrong_vae(found: str, variant: Variant) -> WanError:
     spec = VAES[variant.vae]
-    return WanError(f"{found}, but {variant.display_name} works in the {spec.channels} channels of the {spec.kind} "
-                    f"VAE. Load {spec.comfy_name} (the official {spec.checkpoint}).")
+    return WanError(
+        f"{found}, but {variant.display_name} works in the {spec.channels} channels of the {spec.kind} "
+        f"VAE. Load {spec.comfy_name} (the official {spec.checkpoint})."
+    )

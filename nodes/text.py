@@ -37,23 +37,28 @@ class LoadTextEncoder(WanNode):
             "encoded. Prompts are taken literally, as in the official code: (word:1.2) has no special meaning.",
             inputs=[
                 io.Combo.Input(
-                    "text_encoder_name", options=host.model_names(FOLDER),
+                    "text_encoder_name",
+                    options=host.model_names(FOLDER),
                     tooltip="A umT5-XXL encoder in ComfyUI's text_encoders folder: safetensors, fp8 too, GGUF or .pth. "
                     "ComfyUI's file and GGUF carry their tokenizer; the official .pth needs the folder google/umt5-xxl "
                     "beside it.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=host.WEIGHT_DTYPES, default="auto",
+                    "dtype",
+                    options=host.WEIGHT_DTYPES,
+                    default="auto",
                     tooltip="Number format of the computation. auto: bfloat16 where the device is fast in it. "
                     "fp8_e4m3fn and int8 quantise the weights while they are loaded.",
                 ),
                 io.Combo.Input(
-                    "device", options=["default", "cpu"], default="default",
+                    "device",
+                    options=["default", "cpu"],
+                    default="default",
                     tooltip="default: where ComfyUI runs text encoders; cpu: slower, and takes no GPU memory.",
                 ),
             ],
             outputs=[io.Clip.Output(display_name="clip")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def check_inputs(cls, text_encoder_name: str | None) -> None:
@@ -84,8 +89,10 @@ class WanCLIP:
         self.patcher = Placement(host.text_device(device))
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"The connected node asks the Wan text encoder for {name!r}, which it does not have. "
-                             "If that node cannot do without, load the encoder with ComfyUI's CLIPLoader, type wan.")
+        raise AttributeError(
+            f"The connected node asks the Wan text encoder for {name!r}, which it does not have. "
+            "If that node cannot do without, load the encoder with ComfyUI's CLIPLoader, type wan."
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

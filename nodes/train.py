@@ -60,91 +60,130 @@ class TrainLora(WanNode):
             is_output_node=True,
             inputs=[
                 WanModel.Input(
-                    "model", tooltip="From Load Wan Model; a quantised file is dequantised. "
+                    "model",
+                    tooltip="From Load Wan Model; a quantised file is dequantised. "
                     "Wan2.2's T2V and I2V have two experts, each of which gets a LoRA of its own.",
                 ),
                 io.Vae.Input("vae", tooltip="From Load Wan VAE. Encodes each clip once."),
                 io.Clip.Input("clip", tooltip="From Load Wan Text Encoder. Encodes each prompt once."),
                 io.Combo.Input(
-                    "dataset", options=datasets(),
+                    "dataset",
+                    options=datasets(),
                     tooltip="A folder in ComfyUI's input folder with clips and a metadata.csv, whose columns are "
                     "video,prompt. Press R after you have put one there.",
                 ),
                 io.Combo.Input(
-                    "expert", options=["auto", "high", "low"], default="auto",
+                    "expert",
+                    options=["auto", "high", "low"],
+                    default="auto",
                     tooltip="Which expert learns, on its own part of the noise: high decides layout and motion, low "
                     "the look. auto: as the file's name says; Wan2.1 and the 5B have only one.",
                 ),
                 io.Int.Input(
-                    "width", default=832, min=16, max=4096, step=16,
+                    "width",
+                    default=832,
+                    min=16,
+                    max=4096,
+                    step=16,
                     tooltip="Clips are scaled and cut to this width: a multiple of 16, or of 32 for the 5B.",
                 ),
                 io.Int.Input(
-                    "height", default=480, min=16, max=4096, step=16,
+                    "height",
+                    default=480,
+                    min=16,
+                    max=4096,
+                    step=16,
                     tooltip="Clips are scaled and cut to this height: a multiple of 16, or of 32 for the 5B.",
                 ),
                 io.Int.Input(
-                    "frames", default=49, min=1, max=1001, step=4,
+                    "frames",
+                    default=49,
+                    min=1,
+                    max=1001,
+                    step=4,
                     tooltip="Frames from the beginning of each clip: 1, 5, 9, ... (4n + 1). Shorter clips are refused; "
                     "images count as one frame.",
                 ),
                 io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Training steps."),
                 io.Float.Input(
-                    "learning_rate", default=1e-4, min=1e-7, max=1.0, step=1e-5, round=1e-7,
+                    "learning_rate",
+                    default=1e-4,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-5,
+                    round=1e-7,
                     tooltip="Rises over the first 20 steps and falls along a cosine. Lower it if the loss jumps.",
                 ),
                 io.Int.Input(
-                    "rank", default=32, min=1, max=1024,
+                    "rank",
+                    default=32,
+                    min=1,
+                    max=1024,
                     tooltip="Size of the LoRA: 16 to 32 for a look or a person, more for many things at once.",
                 ),
                 io.Float.Input(
-                    "alpha", default=0.0, min=0.0, max=1024.0, step=1.0,
+                    "alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=1.0,
                     tooltip="Strength of the update is alpha / rank. 0: the same as the rank.",
                 ),
                 io.String.Input(
-                    "targets", default="q,k,v,o,ffn.0,ffn.2",
+                    "targets",
+                    default="q,k,v,o,ffn.0,ffn.2",
                     tooltip="Layers of each block that the LoRA adapts, by the ends of their names. all: every one, "
                     "also those through which Wan2.1's I2V sees the picture (k_img, v_img, img_emb).",
                 ),
                 io.Int.Input(
-                    "batch_size", default=1, min=1, max=64,
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
                     tooltip="Clips in one step: steadier, and slower in proportion.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFF,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
                     tooltip="Decides the order and the noise. The same seed and settings give the same LoRA.",
                 ),
                 io.Combo.Input(
-                    "checkpointing", options=_CHECKPOINTING, default="on",
+                    "checkpointing",
+                    options=_CHECKPOINTING,
+                    default="on",
                     tooltip="Saves memory for time. on: blocks are computed again for the gradients; offload: what "
                     "they need waits in main memory as well; off: fastest, for small clips or models.",
                 ),
                 io.Boolean.Input(
-                    "skip_bad_clips", default=False,
+                    "skip_bad_clips",
+                    default=False,
                     tooltip="Off: a clip that is missing, short or broken is refused by name. On: it is left out, and "
                     "named in the log.",
                 ),
                 io.String.Input(
-                    "save_name", default="wan_lora",
+                    "save_name",
+                    default="wan_lora",
                     tooltip="Name of the file in ComfyUI's loras folder, and of the folder in output/wan_training "
                     "that keeps the state.",
                 ),
                 io.Boolean.Input(
-                    "resume", default=True,
+                    "resume",
+                    default=True,
                     tooltip="On: goes on with what was trained under this name. Off: begins anew, and replaces it.",
                 ),
                 io.ClipVision.Input(
-                    "clip_vision", optional=True,
+                    "clip_vision",
+                    optional=True,
                     tooltip="From Load Wan CLIP Vision, for Wan2.1's I2V and FLF2V. Sees each clip's picture once.",
                 ),
             ],
             outputs=[io.String.Output(display_name="lora_path"), io.Image.Output(display_name="loss_plot")],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def check_inputs(
-        cls, dataset: str | None, frames: int | None, targets: str | None, save_name: str | None
-    ) -> None:
+    def check_inputs(cls, dataset: str | None, frames: int | None, targets: str | None, save_name: str | None) -> None:
         """What the widgets alone show; a None comes from a link and is not known yet."""
         if dataset is not None:
             find_table(dataset, largest=_READ_WHEN_QUEUED)
@@ -193,8 +232,10 @@ class Encoders:
         if self.clip_vision is not None:
             _ours(self.clip_vision, WanClipVision, "clip_vision", "Load Wan CLIP Vision")
         elif variant.clip:
-            raise WanError(f"{variant.display_name} sees its picture through CLIP too, and would learn to do without "
-                           "it: connect Load Wan CLIP Vision to clip_vision.")
+            raise WanError(
+                f"{variant.display_name} sees its picture through CLIP too, and would learn to do without "
+                "it: connect Load Wan CLIP Vision to clip_vision."
+            )
         seen = self.clip_vision and self.clip_vision.file.checkpoint.path
         return {"vae": self.vae.file.checkpoint.path, "text_encoder": self.clip.file.checkpoint.path, "clip": seen}
 
@@ -221,9 +262,7 @@ class Settings:
     resume: bool
 
 
-def train(
-    model: ModelRecipe, encoders: Encoders, settings: Settings, progress: Progress
-) -> tuple[Path, torch.Tensor]:
+def train(model: ModelRecipe, encoders: Encoders, settings: Settings, progress: Progress) -> tuple[Path, torch.Tensor]:
     """The LoRA file, and the plot of the loss as an IMAGE.
 
     Raises:
@@ -244,8 +283,13 @@ def train(
     try:
         # ComfyUI runs nodes in inference mode, whose tensors have no gradients.
         with torch.inference_mode(False), torch.enable_grad():
-            made = run(request, parts, device=host.device(), text_device=encoders.clip.patcher.load_device,
-                       hooks=_hooks(request, progress))  # fmt: skip
+            made = run(
+                request,
+                parts,
+                device=host.device(),
+                text_device=encoders.clip.patcher.load_device,
+                hooks=_hooks(request, progress),
+            )
     finally:
         gc.collect()  # the wrapped layers of a model in training hold each other
         management.soft_empty_cache()
@@ -260,21 +304,35 @@ def _request(model: ModelRecipe, expert: str, settings: Settings) -> Request:
     from ..wan_core.train.run import Request
 
     return Request(
-        task=model.variant.task, expert=expert, clips=dataset_folder(settings.dataset),
-        root=_inputs(), out=_work(settings.save_name), cache=_work("_cache"),
-        frame=Frame(settings.width, settings.height, settings.frames), steps=settings.steps, rank=settings.rank,
-        alpha=settings.alpha or None, targets=[name.strip() for name in settings.targets.split(",") if name.strip()],
-        batch=settings.batch_size, learning_rate=settings.learning_rate, seed=settings.seed,
-        checkpointing=settings.checkpointing != "off", checkpoint_offload=settings.checkpointing == "offload",
-        skip_bad_clips=settings.skip_bad_clips, dtype=_base_dtype(model), restart=not settings.resume,
+        task=model.variant.task,
+        expert=expert,
+        clips=dataset_folder(settings.dataset),
+        root=_inputs(),
+        out=_work(settings.save_name),
+        cache=_work("_cache"),
+        frame=Frame(settings.width, settings.height, settings.frames),
+        steps=settings.steps,
+        rank=settings.rank,
+        alpha=settings.alpha or None,
+        targets=[name.strip() for name in settings.targets.split(",") if name.strip()],
+        batch=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        checkpointing=settings.checkpointing != "off",
+        checkpoint_offload=settings.checkpointing == "offload",
+        skip_bad_clips=settings.skip_bad_clips,
+        dtype=_base_dtype(model),
+        restart=not settings.resume,
         precision="fp32" if model.dtype == "float32" else "auto",
-    )  # fmt: skip
+    )
 
 
 def _base_dtype(model: ModelRecipe) -> str:
     if model.dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise WanError(f"The model is to be quantised to {model.dtype}: training needs its weights as they are. Set "
-                       "the dtype of Load Wan Model to auto or bfloat16.")
+        raise WanError(
+            f"The model is to be quantised to {model.dtype}: training needs its weights as they are. Set "
+            "the dtype of Load Wan Model to auto or bfloat16."
+        )
     return model.dtype
 
 
@@ -296,9 +354,11 @@ def variant_of(model: ModelRecipe, choice: str) -> Variant:
         return model.variant
     if choice != "auto":
         return pair
-    raise WanError(f"The name of {model.high.path.name} does not say which expert of {pair.display_name} it is, or "
-                   f"whether it is {model.variant.display_name}: for an expert set expert to high or low, else choose "
-                   "the variant on Load Wan Model.")
+    raise WanError(
+        f"The name of {model.high.path.name} does not say which expert of {pair.display_name} it is, or "
+        f"whether it is {model.variant.display_name}: for an expert set expert to high or low, else choose "
+        "the variant on Load Wan Model."
+    )
 
 
 def choose_expert(model: ModelRecipe, choice: str) -> tuple[DiTFile, str]:
@@ -311,17 +371,23 @@ def choose_expert(model: ModelRecipe, choice: str) -> tuple[DiTFile, str]:
         return model.high, "only"
     if model.low is not None:
         if choice == "auto":
-            raise WanError("The model is a pair of experts, and each gets a LoRA of its own: set expert to high or "
-                           "low, and train the other in a second run.")
+            raise WanError(
+                "The model is a pair of experts, and each gets a LoRA of its own: set expert to high or "
+                "low, and train the other in a second run."
+            )
         return (model.high if choice == "high" else model.low), choice
     name = model.high.checkpoint.path
     told = noise_level_of(name)
     if choice == "auto" and told is None:
-        raise WanError(f"The name of {name.name} does not say which expert of {model.variant.display_name} it is: set "
-                       "expert to high or low.")
+        raise WanError(
+            f"The name of {name.name} does not say which expert of {model.variant.display_name} it is: set "
+            "expert to high or low."
+        )
     if told and choice not in ("auto", told):
-        raise WanError(f"{name.name} is the {told}-noise expert by its name, but expert is {choice}: set it to "
-                       f"{told}, or load the other file.")
+        raise WanError(
+            f"{name.name} is the {told}-noise expert by its name, but expert is {choice}: set it to "
+            f"{told}, or load the other file."
+        )
     return model.high, told if choice == "auto" else choice
 
 
@@ -356,8 +422,10 @@ def find_table(name: str, largest: float = math.inf) -> None:
 
     folder = dataset_folder(name)
     if not folder.is_dir():
-        raise WanError(f"There is no folder {folder}. Put the clips and their {TABLE} there, or choose one of "
-                       f"{', '.join(datasets()) or '(none found)'}.")
+        raise WanError(
+            f"There is no folder {folder}. Put the clips and their {TABLE} there, or choose one of "
+            f"{', '.join(datasets()) or '(none found)'}."
+        )
     table = folder / TABLE
     if not table.is_file() or table.stat().st_size <= largest:
         files_of(folder, _inputs())
@@ -392,8 +460,10 @@ def _within(root: Path, name: str, what: str) -> Path:
 def _check_not_foreign(goal: Path, request: Request) -> None:
     """Do not write over a LoRA that was not trained here under this name."""
     if goal.exists() and not (request.out / "state.pt").exists():
-        raise WanError(f"{goal} exists, and {request.out} holds no run that made it: choose another save_name, or move "
-                       "the file away.")
+        raise WanError(
+            f"{goal} exists, and {request.out} holds no run that made it: choose another save_name, or move "
+            "the file away."
+        )
 
 
 def _copy(file: Path, goal: Path) -> None:
@@ -409,8 +479,13 @@ def _copy(file: Path, goal: Path) -> None:
 def _hooks(request: Request, progress: Progress) -> Hooks:
     from ..wan_core.train.run import Hooks
 
-    return Hooks(on_step=Losses(request, progress), on_clip=Clips(progress), check=host.check_cancelled,
-                 before_load=free_models, tell=progress.remark)  # fmt: skip
+    return Hooks(
+        on_step=Losses(request, progress),
+        on_clip=Clips(progress),
+        check=host.check_cancelled,
+        before_load=free_models,
+        tell=progress.remark,
+    )
 
 
 class Progress:
@@ -480,8 +555,11 @@ class Losses:
         last = report.step == report.steps
         self.bar.update_absolute(report.step, report.steps, self._picture(last))
         recent = self.losses[-20:]
-        self.progress.at(f"step {report.step} of {report.steps}, loss {sum(recent) / len(recent):.4f} over the last "
-                         f"{len(recent)} steps", last=last)  # fmt: skip
+        self.progress.at(
+            f"step {report.step} of {report.steps}, loss {sum(recent) / len(recent):.4f} over the last "
+            f"{len(recent)} steps",
+            last=last,
+        )
         host.check_cancelled()
 
     def _picture(self, last: bool, every: float = 2.0) -> tuple | None:

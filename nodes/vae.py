@@ -42,18 +42,21 @@ class LoadVAE(WanNode):
             "models. Its weights are read when something is encoded or decoded.",
             inputs=[
                 io.Combo.Input(
-                    "vae_name", options=host.model_names(FOLDER),
+                    "vae_name",
+                    options=host.model_names(FOLDER),
                     tooltip="A Wan VAE in ComfyUI's vae folder: wan2.2_vae.safetensors or Wan2.2_VAE.pth for the 5B, "
                     "wan_2.1_vae.safetensors or Wan2.1_VAE.pth for all other models.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=host.DTYPES, default="auto",
+                    "dtype",
+                    options=host.DTYPES,
+                    default="auto",
                     tooltip="Number format of the computation. auto: bfloat16 where the device is fast in it; float32 "
                     "is the most exact.",
                 ),
             ],
             outputs=[io.Vae.Output(display_name="vae")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def check_inputs(cls, vae_name: str | None) -> None:
@@ -114,9 +117,13 @@ class WanVAE:
         return self._decode(samples_in, self._fitting_tiles(samples_in))
 
     def encode_tiled(
-        self, pixel_samples: torch.Tensor, tile_x: int | None = None, tile_y: int | None = None,
-        overlap: int | None = None, **time: int | None,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        pixel_samples: torch.Tensor,
+        tile_x: int | None = None,
+        tile_y: int | None = None,
+        overlap: int | None = None,
+        **time: int | None,
+    ) -> torch.Tensor:
         """Tiles in pixels, as ComfyUI's VAE. Time is streamed, so tiles in time are not needed."""
         tiles = _tiles(tile_y, tile_x, overlap, 1)
         videos = self._videos(pixel_samples, tiles)
@@ -127,9 +134,13 @@ class WanVAE:
         return denormalise(torch.cat(encoded), vae.config.kind).to(host.storage_device())
 
     def decode_tiled(
-        self, samples: torch.Tensor, tile_x: int | None = None, tile_y: int | None = None, overlap: int | None = None,
+        self,
+        samples: torch.Tensor,
+        tile_x: int | None = None,
+        tile_y: int | None = None,
+        overlap: int | None = None,
         **time: int | None,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Tiles in places of the latent, as ComfyUI's VAE. Time is streamed, so tiles in time are not needed."""
         return self._decode(samples, _tiles(tile_y, tile_x, overlap, self.spacial_compression_decode()))
 
@@ -159,8 +170,13 @@ class WanVAE:
         capacity.check_tensor(size, "A video", device=host_device, total=host.total_bytes(host_device))
         device, (height, width) = self.patcher.load_device, _at_once(size[2:4], tiles)
         needed = decode_bytes(self.file.config, height, width, self._compute_dtype())
-        capacity.check_bytes(needed, f"Decoding frames of {width}x{height} at once", device, host.total_bytes(device),
-                             "Choose a (smaller) tile_size, or a smaller size.")  # fmt: skip
+        capacity.check_bytes(
+            needed,
+            f"Decoding frames of {width}x{height} at once",
+            device,
+            host.total_bytes(device),
+            "Choose a (smaller) tile_size, or a smaller size.",
+        )
 
     def _compute_dtype(self) -> torch.dtype:
         return resolve_dtype(self.dtype, self.patcher.load_device, self.file.checkpoint.dtype)
@@ -174,9 +190,7 @@ class WanVAE:
         with host.cancellable(vae):
             return self._decoded(vae, samples, size, tiles)
 
-    def _decoded(
-        self, vae: VideoVAE, samples: torch.Tensor, size: Sequence[int], tiles: Tiles | None
-    ) -> torch.Tensor:
+    def _decoded(self, vae: VideoVAE, samples: torch.Tensor, size: Sequence[int], tiles: Tiles | None) -> torch.Tensor:
         batch, frames = len(samples), samples.shape[2]
         video = torch.zeros(size, device=host.storage_device())
         bar = host.Chunks(batch * frames * self._tile_count(size[2:4], tiles))
@@ -277,8 +291,10 @@ def _video_latent(samples: torch.Tensor, channels: int) -> torch.Tensor:
         return samples
     owner = next((spec for spec in VAES.values() if samples.ndim == 5 and samples.shape[1] == spec.channels), None)
     advice = f"It belongs to the {owner.kind} VAE: load {owner.comfy_name}." if owner else "It is none of Wan's."
-    raise WanError(f"The latent has shape {list(samples.shape)}, but this VAE decodes "
-                   f"[batch, {channels}, frames, height, width]. {advice}")
+    raise WanError(
+        f"The latent has shape {list(samples.shape)}, but this VAE decodes "
+        f"[batch, {channels}, frames, height, width]. {advice}"
+    )
 
 
 class VAEEncode(WanNode):
@@ -293,12 +309,13 @@ class VAEEncode(WanNode):
             inputs=[
                 io.Vae.Input("vae", tooltip="From Load Wan VAE, or ComfyUI's Load VAE."),
                 io.Image.Input(
-                    "image", tooltip="The frames of one video: 1, 5, 9, ... (4n + 1) images whose sides are multiples "
+                    "image",
+                    tooltip="The frames of one video: 1, 5, 9, ... (4n + 1) images whose sides are multiples "
                     "of 8, or 16 for the Wan2.2 VAE.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, vae: object, image: torch.Tensor) -> io.NodeOutput:
@@ -313,8 +330,10 @@ def _check_sides(image: torch.Tensor, stride: int) -> None:
     _, height, width, _ = image.shape
     if height % stride or width % stride:
         nearest = "x".join(str(max(round(side / stride), 1) * stride) for side in (width, height))
-        raise WanError(f"The images are {width}x{height}; this VAE needs multiples of {stride}. The nearest size is "
-                       f"{nearest}: resize or crop them first.")
+        raise WanError(
+            f"The images are {width}x{height}; this VAE needs multiples of {stride}. The nearest size is "
+            f"{nearest}: resize or crop them first."
+        )
 
 
 class VAEDecode(WanNode):
@@ -330,17 +349,27 @@ class VAEDecode(WanNode):
                 io.Vae.Input("vae", tooltip="From Load Wan VAE, or ComfyUI's Load VAE; of the model's kind."),
                 io.Latent.Input("samples", tooltip="The latent of one or several videos."),
                 io.Int.Input(
-                    "tile_size", default=0, min=0, max=4096, step=32, optional=True,
+                    "tile_size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=32,
+                    optional=True,
                     tooltip="Side of the tiles in pixels. 0: whole frames where they fit into the device's memory, "
                     "else the largest tiles that do.",
                 ),
                 io.Int.Input(
-                    "overlap", default=64, min=0, max=1024, step=16, optional=True,
+                    "overlap",
+                    default=64,
+                    min=0,
+                    max=1024,
+                    step=16,
+                    optional=True,
                     tooltip="What neighbouring tiles share, in pixels. More hides seams better and takes longer.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="images")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, vae: object, samples: dict, tile_size: int = 0, overlap: int = 64) -> io.NodeOutput:

@@ -209,8 +209,10 @@ def find_browser() -> str:
     if found:
         return found
     if not (shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0):
-        fail("The browser tests need Chromium, and none was found on the PATH. Install it (on Debian as root:\n"
-             f"  apt-get install {' '.join(DEBIAN_BROWSER)}) or name it in WAN_TEST_CHROMIUM.")
+        fail(
+            "The browser tests need Chromium, and none was found on the PATH. Install it (on Debian as root:\n"
+            f"  apt-get install {' '.join(DEBIAN_BROWSER)}) or name it in WAN_TEST_CHROMIUM."
+        )
     say("installing Debian's chromium")
     quiet = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
     run("apt-get", "-qq", "update", env=quiet)

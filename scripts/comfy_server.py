@@ -90,8 +90,14 @@ class Run:
     def files(self) -> list[dict[str, Any]]:
         """The saved files: {filename, subfolder, type}, of every output node."""
         outputs = self.history.get("outputs", {}).values()
-        return [entry for output in outputs for value in output.values() if isinstance(value, list)
-                for entry in value if isinstance(entry, dict) and "filename" in entry]  # fmt: skip
+        return [
+            entry
+            for output in outputs
+            for value in output.values()
+            if isinstance(value, list)
+            for entry in value
+            if isinstance(entry, dict) and "filename" in entry
+        ]
 
 
 class Client:
@@ -282,17 +288,32 @@ class Server:
 
     @classmethod
     def start(
-        cls, python: Path | str, comfyui: Path, base: Path, *options: str,
-        timeout: float = 400, env: dict[str, str] | None = None,
-    ) -> Server:  # fmt: skip
+        cls,
+        python: Path | str,
+        comfyui: Path,
+        base: Path,
+        *options: str,
+        timeout: float = 400,
+        env: dict[str, str] | None = None,
+    ) -> Server:
         """Start ComfyUI on a free port, with all its folders under ``base``, and wait until it answers.
 
         Raises:
             ServerFailed: it ended or did not answer in time.
         """
         port, log = _free_port(), base / "server.log"
-        command = [str(python), str(comfyui / "main.py"), "--base-directory", str(base), "--port", str(port),
-                   "--database-url", f"sqlite:///{base / 'comfyui.db'}", "--disable-auto-launch", *options]  # fmt: skip
+        command = [
+            str(python),
+            str(comfyui / "main.py"),
+            "--base-directory",
+            str(base),
+            "--port",
+            str(port),
+            "--database-url",
+            f"sqlite:///{base / 'comfyui.db'}",
+            "--disable-auto-launch",
+            *options,
+        ]
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **(env or {})}
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=comfyui, env=env)

@@ -36,8 +36,15 @@ FILES = {
     "umt5_xxl_fp8_e4m3fn_scaled.safetensors": "nano_umt5.safetensors",
 }
 SMALL = {
-    "width": 64, "height": 64, "frames": 17, "steps": 20, "cfg_high": 3.0, "cfg_low": 3.0, "shift": 5.0, "fps": 8.0,
-}  # fmt: skip
+    "width": 64,
+    "height": 64,
+    "frames": 17,
+    "steps": 20,
+    "cfg_high": 3.0,
+    "cfg_low": 3.0,
+    "shift": 5.0,
+    "fps": 8.0,
+}
 SHOWN = {
     "t2v-A14B": ("A red circle moves to the right over the ocean.", None),
     "i2v-A14B": ("A yellow triangle moves up in front of the grey studio.", "nano_i2v.png"),
@@ -111,8 +118,10 @@ def check_environment(python: Path) -> list[str]:
         setup.fail(f"{python} cannot run ComfyUI:\n{probe.stderr}")
     found = json.loads(probe.stdout.splitlines()[-1])
     if found["missing"]:
-        setup.fail(f"{python} lacks {', '.join(found['missing'])}. Install what the pack needs with\n"
-                   f"  {python} -m pip install -r {setup.ROOT / 'requirements.txt'}")
+        setup.fail(
+            f"{python} lacks {', '.join(found['missing'])}. Install what the pack needs with\n"
+            f"  {python} -m pip install -r {setup.ROOT / 'requirements.txt'}"
+        )
     return [] if found["gpu"] else ["--cpu"]
 
 

@@ -103,29 +103,52 @@ def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, 
     width, row = 340, 190
     files = [download("diffusion_models", name) for name in variant.comfy_names]
     titles = ["High-noise expert", "Low-noise expert"] if variant.experts == 2 else [None]
-    loaded = [g.node("WanCoreLoadModel", (MARGIN, TOP + row * i), (width, 110), title=titles[i], models=[file],
-                     model_name=file["name"])[0] for i, file in enumerate(files)]  # fmt: skip
+    loaded = [
+        g.node(
+            "WanCoreLoadModel",
+            (MARGIN, TOP + row * i),
+            (width, 110),
+            title=titles[i],
+            models=[file],
+            model_name=file["name"],
+        )[0]
+        for i, file in enumerate(files)
+    ]
     text_encoder = download("text_encoders", TEXT_ENCODER)
     vae = download("vae", VAES[variant.vae].comfy_name)
     y = TOP + row * len(loaded)
-    clip = g.node("WanCoreLoadTextEncoder", (MARGIN, y), (width, 110), models=[text_encoder],
-                  text_encoder_name=text_encoder["name"])[0]  # fmt: skip
+    clip = g.node(
+        "WanCoreLoadTextEncoder",
+        (MARGIN, y),
+        (width, 110),
+        models=[text_encoder],
+        text_encoder_name=text_encoder["name"],
+    )[0]
     vae = g.node("WanCoreLoadVAE", (MARGIN, y + row), (width, 85), models=[vae], vae_name=vae["name"])[0]
     seen = None
     if variant.clip:
         vision = download("clip_vision", CLIP_COMFY_NAME)
-        seen = g.node("WanCoreLoadClipVision", (MARGIN, y + 2 * row - 20), (width, 60), models=[vision],
-                      clip_name=vision["name"])[0]  # fmt: skip
+        seen = g.node(
+            "WanCoreLoadClipVision", (MARGIN, y + 2 * row - 20), (width, 60), models=[vision], clip_name=vision["name"]
+        )[0]
 
     x, model = MARGIN + width + 35, loaded[0]
     if variant.experts == 2:
-        model = g.node("WanCoreExpertSwitch", (x, TOP), (230, 105), high=loaded[0], low=loaded[1],
-                       boundary=variant.boundary)[0]  # fmt: skip
+        model = g.node(
+            "WanCoreExpertSwitch", (x, TOP), (230, 105), high=loaded[0], low=loaded[1], boundary=variant.boundary
+        )[0]
         x += 230 + 30
     if fast:
         loras = [download("loras", name) for name in variant.comfy_loras]
-        model = g.node("WanCoreLora", (x, TOP), (340, 400), title="4-step LoRA", models=loras, model=model,
-                       lora_name=loras[0]["name"])[0]  # fmt: skip
+        model = g.node(
+            "WanCoreLora",
+            (x, TOP),
+            (340, 400),
+            title="4-step LoRA",
+            models=loras,
+            model=model,
+            lora_name=loras[0]["name"],
+        )[0]
         x += 340 + 30
     model = g.node("WanCoreBlockSwap", (x, TOP), (230, 60), mode=BYPASSED, model=model)[0]
     x += 230 + MARGIN
@@ -137,10 +160,18 @@ def add_prompts(g: Graph, x: int, clip: Output, prompt: str, avoided: str) -> tu
     left, right, width = x + MARGIN, x + MARGIN + 290 + 45, 290
     worded = g.node("WanCoreAestheticPrompt", (left, TOP), (290, 735), colours=POSITIVE, text=prompt)[0]
     clip = g.lead(clip, (right - 22, CLIP_LANE), (right - 22, TOP + 220))
-    positive = g.node("CLIPTextEncode", (right, TOP), (width, 100), title="Positive prompt", colours=POSITIVE,
-                      clip=clip, text=worded)[0]  # fmt: skip
-    negative = g.node("CLIPTextEncode", (right, TOP + 200), (width, 240), title="Negative prompt", colours=NEGATIVE,
-                      clip=clip, text=avoided)[0]  # fmt: skip
+    positive = g.node(
+        "CLIPTextEncode", (right, TOP), (width, 100), title="Positive prompt", colours=POSITIVE, clip=clip, text=worded
+    )[0]
+    negative = g.node(
+        "CLIPTextEncode",
+        (right, TOP + 200),
+        (width, 240),
+        title="Negative prompt",
+        colours=NEGATIVE,
+        clip=clip,
+        text=avoided,
+    )[0]
     end = right + width + MARGIN
     g.group("2 · Prompt", (x, 0), (end - x, HEIGHT), PROMPT)
     return positive, negative, end + GAP
@@ -148,39 +179,79 @@ def add_prompts(g: Graph, x: int, clip: Output, prompt: str, avoided: str) -> tu
 
 def add_size(g: Graph, x: int, variant: Variant, model: Output) -> tuple[Output, int]:
     width, height = variant.size
-    latent = g.node("WanCoreEmptyLatent", (x + MARGIN, TOP + 280), (250, 135), model=model, width=width, height=height,
-                    frames=variant.frames)[0]  # fmt: skip
+    latent = g.node(
+        "WanCoreEmptyLatent",
+        (x + MARGIN, TOP + 280),
+        (250, 135),
+        model=model,
+        width=width,
+        height=height,
+        frames=variant.frames,
+    )[0]
     end = x + 250 + 2 * MARGIN
     g.group("3 · Size", (x, 0), (end - x, HEIGHT), SIZE)
     return latent, end + GAP
 
 
-def add_image(g: Graph, x: int, variant: Variant, model: Output, vae: Output, seen: Output | None, positive: Output,
-              negative: Output) -> tuple[Output, Output, Output, Output, int]:  # fmt: skip
+def add_image(
+    g: Graph,
+    x: int,
+    variant: Variant,
+    model: Output,
+    vae: Output,
+    seen: Output | None,
+    positive: Output,
+    negative: Output,
+) -> tuple[Output, Output, Output, Output, int]:
     width, height = size_of(variant)
     left, pictures = x + MARGIN, {}
     for name in ("start", "end")[: 2 if variant.needs_end else 1]:
-        pictures[f"{name}_image"] = g.node("LoadImage", (left, TOP + 330), (250, 340), title=f"{name.title()} image",
-                                           image="example.png")[0]  # fmt: skip
+        pictures[f"{name}_image"] = g.node(
+            "LoadImage", (left, TOP + 330), (250, 340), title=f"{name.title()} image", image="example.png"
+        )[0]
         left += 250 + 20
     left += 25
     vae = g.lead(vae, (left - 22, VAE_LANE))
     if seen:
         pictures["clip_vision"] = g.lead(seen, (left - 34, SEEN_LANE), (left - 34, TOP + 180))
-    start = g.node("WanCoreImageToVideo", (left, TOP), (270, 310), model=model,
-                   vae=g.lead(vae, (left - 22, TOP + 60)), positive=positive, negative=negative,
-                   width=width, height=height, frames=variant.frames, **pictures)  # fmt: skip
+    start = g.node(
+        "WanCoreImageToVideo",
+        (left, TOP),
+        (270, 310),
+        model=model,
+        vae=g.lead(vae, (left - 22, TOP + 60)),
+        positive=positive,
+        negative=negative,
+        width=width,
+        height=height,
+        frames=variant.frames,
+        **pictures,
+    )
     end = left + 270 + MARGIN
     g.group("3 · Image and size", (x, 0), (end - x, HEIGHT), SIZE)
     return start[0], start[1], start[2], vae, end + GAP
 
 
-def add_sampler(g: Graph, x: int, variant: Variant, model: Output, positive: Output, negative: Output,
-                latent: Output, fast: bool) -> tuple[Output, int]:  # fmt: skip
-    official = {"steps": variant.steps, "cfg_high": variant.guidance.high, "cfg_low": variant.guidance.low,
-                "shift": variant.shift_for(size_of(variant))}  # fmt: skip
-    sampled = g.node("WanCoreSampler", (x + MARGIN, TOP), (290, 410), model=model, positive=positive, negative=negative,
-                     latent=latent, seed=42, **(FAST if fast else official))[0]  # fmt: skip
+def add_sampler(
+    g: Graph, x: int, variant: Variant, model: Output, positive: Output, negative: Output, latent: Output, fast: bool
+) -> tuple[Output, int]:
+    official = {
+        "steps": variant.steps,
+        "cfg_high": variant.guidance.high,
+        "cfg_low": variant.guidance.low,
+        "shift": variant.shift_for(size_of(variant)),
+    }
+    sampled = g.node(
+        "WanCoreSampler",
+        (x + MARGIN, TOP),
+        (290, 410),
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent=latent,
+        seed=42,
+        **(FAST if fast else official),
+    )[0]
     end = x + 290 + 2 * MARGIN
     g.group("4 · Sampling", (x, 0), (end - x, HEIGHT), SAMPLING)
     return sampled, end + GAP
@@ -199,8 +270,11 @@ def add_video(g: Graph, x: int, variant: Variant, latent: Output, vae: Output) -
 
 
 def add_notes(g: Graph, end: int, variant: Variant, fast: bool) -> None:
-    notes = {"Files": files_note(variant, fast), "Size, length and memory": size_note(variant),
-             "Settings": fast_note() if fast else settings_note(variant)}  # fmt: skip
+    notes = {
+        "Files": files_note(variant, fast),
+        "Size, length and memory": size_note(variant),
+        "Settings": fast_note() if fast else settings_note(variant),
+    }
     width = (end - (len(notes) - 1) * GAP) // len(notes)
     for i, (title, text) in enumerate(notes.items()):
         g.note(title, (i * (width + GAP), HEIGHT + GAP + TITLE), (width, 190), text)
@@ -230,13 +304,15 @@ def files_note(variant: Variant, fast: bool) -> str:
 def size_note(variant: Variant) -> str:
     sizes = ", ".join(f"{width} × {height}" for width, height in variant.sizes)
     multiple = variant.size_multiple
-    return "\n\n".join((
-        f"**Sizes** {sizes}. Sides are multiples of {multiple}. The button above the selected node sets them.",
-        f"**Length** 4n + 1 frames; {variant.frames} at {variant.fps} fps are 5 seconds.",
-        *IMAGE_NOTES[variant.image],
-        MEMORY_NOTES[variant.task],
-        "Out of memory? Enable **Wan Block Swap**: select it, press Ctrl+B. More blocks, less memory, same video.",
-    ))  # fmt: skip
+    return "\n\n".join(
+        (
+            f"**Sizes** {sizes}. Sides are multiples of {multiple}. The button above the selected node sets them.",
+            f"**Length** 4n + 1 frames; {variant.frames} at {variant.fps} fps are 5 seconds.",
+            *IMAGE_NOTES[variant.image],
+            MEMORY_NOTES[variant.task],
+            "Out of memory? Enable **Wan Block Swap**: select it, press Ctrl+B. More blocks, less memory, same video.",
+        )
+    )
 
 
 _FIT = "**fit** area keeps the image's aspect ratio at about width × height pixels; exact crops to the size."
@@ -271,21 +347,26 @@ def settings_note(variant: Variant) -> str:
         "English and Chinese both work.",
     ]
     if variant.experts == 2:
-        lines.insert(1, f"**Experts** Mode auto: the high-noise expert works while the timestep is at least "
-                     f"{variant.boundary * 1000:g} of 1000, then the low-noise expert takes over.")  # fmt: skip
+        lines.insert(
+            1,
+            f"**Experts** Mode auto: the high-noise expert works while the timestep is at least "
+            f"{variant.boundary * 1000:g} of 1000, then the low-noise expert takes over.",
+        )
     return "\n\n".join(lines)
 
 
 def fast_note() -> str:
-    return "\n\n".join((
-        "**4 steps** with a distilled LoRA: cfg 1, shift 5, solver euler, schedule simple. The button above the "
-        "selected Wan Sampler brings these back: 4-step LoRA.",
-        "**LoRA** One Wan LoRA node does both experts: it finds the low-noise file by its name and says so. Further "
-        "LoRAs go into further nodes behind it.",
-        "**Too little movement?** Give it more steps and set the LoRA's first_step above 0: the first steps are then "
-        "the model's own, with cfg_high above 1.",
-        "**Negative prompt** With cfg 1 it is not used, and each step takes half the time.",
-    ))  # fmt: skip
+    return "\n\n".join(
+        (
+            "**4 steps** with a distilled LoRA: cfg 1, shift 5, solver euler, schedule simple. The button above the "
+            "selected Wan Sampler brings these back: 4-step LoRA.",
+            "**LoRA** One Wan LoRA node does both experts: it finds the low-noise file by its name and says so. "
+            "Further LoRAs go into further nodes behind it.",
+            "**Too little movement?** Give it more steps and set the LoRA's first_step above 0: the first steps are "
+            "then the model's own, with cfg_high above 1.",
+            "**Negative prompt** With cfg 1 it is not used, and each step takes half the time.",
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -114,11 +114,21 @@ class Graph:
         self.groups: list[dict[str, Any]] = []
         self.reroutes: list[Reroute] = []
 
-    def node(self, type: str, pos: Place, size: Place, *, title: str | None = None, mode: int = ACTIVE,
-             models: list[dict[str, str]] | None = None, colours: tuple[str, str] | None = None,
-             **values: Any) -> Node:  # fmt: skip
-        made = Node(len(self.nodes) + 1, type, self.schemas[type], values, pos, size, title, mode, models or [],
-                    colours)  # fmt: skip
+    def node(
+        self,
+        type: str,
+        pos: Place,
+        size: Place,
+        *,
+        title: str | None = None,
+        mode: int = ACTIVE,
+        models: list[dict[str, str]] | None = None,
+        colours: tuple[str, str] | None = None,
+        **values: Any,
+    ) -> Node:
+        made = Node(
+            len(self.nodes) + 1, type, self.schemas[type], values, pos, size, title, mode, models or [], colours
+        )
         unknown = values.keys() - {slot.name for slot in made.inputs()} - {"text"}
         assert not unknown, f"{type} has no input {unknown}"
         self.nodes.append(made)
@@ -128,8 +138,16 @@ class Graph:
         self.node("MarkdownNote", pos, size, title=title, colours=("#3a3a30", "#2a2a24"), text=text)
 
     def group(self, title: str, pos: Place, size: Place, colour: str) -> None:
-        self.groups.append({"id": len(self.groups) + 1, "title": title, "bounding": [*pos, *size], "color": colour,
-                            "font_size": 24, "flags": {}})  # fmt: skip
+        self.groups.append(
+            {
+                "id": len(self.groups) + 1,
+                "title": title,
+                "bounding": [*pos, *size],
+                "color": colour,
+                "font_size": 24,
+                "flags": {},
+            }
+        )
 
     def lead(self, output: Output, *points: Place) -> Output:
         """The same output, led on through new reroutes: beside other nodes instead of beneath them."""
@@ -140,8 +158,11 @@ class Graph:
 
     def api(self) -> dict[str, Any]:
         """What the editor would send to the server: no notes, no bypassed nodes, literal widget values."""
-        return {str(node.id): self._api_node(node) for node in self.nodes
-                if node.mode == ACTIVE and node.type not in EDITOR_ONLY}  # fmt: skip
+        return {
+            str(node.id): self._api_node(node)
+            for node in self.nodes
+            if node.mode == ACTIVE and node.type not in EDITOR_ONLY
+        }
 
     def _api_node(self, node: Node) -> dict[str, Any]:
         inputs = {slot.name: node.value(slot) for slot in node.inputs() if slot.is_widget}
@@ -156,16 +177,26 @@ class Graph:
         """The editor's own format, version 0.4."""
         links = [(output, node, name) for node in self.nodes for name, output in node.links().items()]
         numbers = {(node.id, name): number for number, (_, node, name) in enumerate(links, start=1)}
-        extensions = [{"id": numbers[node.id, name], "parentId": output.via.id}
-                      for output, node, name in links if output.via]  # fmt: skip
+        extensions = [
+            {"id": numbers[node.id, name], "parentId": output.via.id} for output, node, name in links if output.via
+        ]
         return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-wan22/{self.name}")),
             "revision": 0,
             "last_node_id": len(self.nodes),
             "last_link_id": len(links),
             "nodes": [self._ui_node(node, order, numbers, links) for order, node in enumerate(self.nodes)],
-            "links": [[numbers[node.id, name], output.node.id, output.slot, node.id, _slot_number(node, name),
-                       output.node.schema["output"][output.slot]] for output, node, name in links],
+            "links": [
+                [
+                    numbers[node.id, name],
+                    output.node.id,
+                    output.slot,
+                    node.id,
+                    _slot_number(node, name),
+                    output.node.schema["output"][output.slot],
+                ]
+                for output, node, name in links
+            ],
             "groups": self.groups,
             "config": {},
             "extra": {
@@ -174,7 +205,7 @@ class Graph:
                 "linkExtensions": extensions,
             },
             "version": 0.4,
-        }  # fmt: skip
+        }
 
     def _view(self) -> dict[str, Any]:
         """All groups side by side in a window 1920 pixels wide, clear of the editor's side and top bars."""
@@ -190,15 +221,20 @@ class Graph:
         if node.models:
             properties["models"] = node.models
         return {
-            "id": node.id, "type": node.type, "pos": list(node.pos), "size": list(node.size), "flags": {},
-            "order": order, "mode": node.mode,
+            "id": node.id,
+            "type": node.type,
+            "pos": list(node.pos),
+            "size": list(node.size),
+            "flags": {},
+            "order": order,
+            "mode": node.mode,
             "inputs": [_ui_input(slot, numbers.get((node.id, slot.name))) for slot in _slots(node)],
             "outputs": [_ui_output(node, slot, numbers, links) for slot in range(len(node.schema["output"]))],
             **({"title": node.title} if node.title else {}),
             "properties": properties,
             "widgets_values": list(_widgets_values(node)),
             **(dict(zip(("color", "bgcolor"), node.colours, strict=True)) if node.colours else {}),
-        }  # fmt: skip
+        }
 
 
 def _past_bypassed(output: Output) -> Output | None:

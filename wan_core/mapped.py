@@ -35,8 +35,9 @@ _CHUNK = 4 * 1024**2  # bytes that wait for their conversion: few enough for a p
 _NO_RESERVE = 0x4000  # MAP_NORESERVE, which the module names from Python 3.13 on
 _COPY_ON_WRITE = (
     {"flags": mmap.MAP_PRIVATE | _NO_RESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
-    if sys.platform == "linux" else {"access": mmap.ACCESS_COPY}
-)  # fmt: skip
+    if sys.platform == "linux"
+    else {"access": mmap.ACCESS_COPY}
+)
 
 _pool = ThreadPoolExecutor(_READERS, thread_name_prefix="wan-read")
 _maps: weakref.WeakSet[MappedFile] = weakref.WeakSet()
@@ -69,8 +70,10 @@ class MappedFile(mmap.mmap):
 
 def changed(path: Path) -> WanError:
     """What to say of a file that is not any more what its header said."""
-    return WanError(f"{path} was changed or removed after it was chosen. Load it again "
-                    "(ComfyUI: press R to refresh the node definitions, then queue).")  # fmt: skip
+    return WanError(
+        f"{path} was changed or removed after it was chosen. Load it again "
+        "(ComfyUI: press R to refresh the node definitions, then queue)."
+    )
 
 
 def is_mapped(tensor: Tensor) -> bool:
@@ -79,9 +82,8 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 def fetch(
-    tensor: Tensor, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
-    aligned: bool = False,
-) -> Tensor:  # fmt: skip
+    tensor: Tensor, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, aligned: bool = False
+) -> Tensor:
     """As ``tensor.to(device, dtype)``, but what it returns is never mapped: what is, is read.
 
     Args:
@@ -162,8 +164,10 @@ class _Source:
         except FileNotFoundError as error:
             raise changed(self.file) from error
         except OSError as error:
-            raise WanError(f"{self.file} cannot be read any more ({error}). Check the disk, or the network share it "
-                           "lies on, and load it again.") from error  # fmt: skip
+            raise WanError(
+                f"{self.file} cannot be read any more ({error}). Check the disk, or the network share it "
+                "lies on, and load it again."
+            ) from error
 
 
 def _behind(tensor: Tensor) -> _Source | None:

@@ -158,13 +158,17 @@ def read_models(folder: str | Path, task: str, *, dtype: str = "auto", attention
     dit = pair(high, _recipe(parts.low, variant, dtype, attention), Switch()) if parts.low else high
     vae = read_vae(parts.vae)
     if vae.config.kind != variant.vae:
-        raise WanError(f"{parts.vae} is a {vae.config.kind} VAE, but {variant.display_name} needs {variant.vae} "
-                       f"({VAES[variant.vae].checkpoint}).")
+        raise WanError(
+            f"{parts.vae} is a {vae.config.kind} VAE, but {variant.display_name} needs {variant.vae} "
+            f"({VAES[variant.vae].checkpoint})."
+        )
     tokenizer = parts.tokenizer if parts.tokenizer and parts.tokenizer.exists() else None
     text = read_text_encoder(parts.text_encoder, tokenizer)
     if text.config.dim != high.high.config.text_dim:
-        raise WanError(f"{parts.text_encoder} gives embeddings {text.config.dim} wide, but {parts.high} takes "
-                       f"{high.high.config.text_dim}. Use the text encoder of the same checkpoint.")
+        raise WanError(
+            f"{parts.text_encoder} gives embeddings {text.config.dim} wide, but {parts.high} takes "
+            f"{high.high.config.text_dim}. Use the text encoder of the same checkpoint."
+        )
     return Models(dit, vae, text, read_clip(parts.clip) if parts.clip else None)
 
 
@@ -188,14 +192,27 @@ def generate(
     positive, negative = _encode_prompts(models, request, engine, text_device or device)
     start = _start(models, request, engine, device)
     latent = denoise_in_memory(
-        engine, recipe, request.guidance, device, start.noise, request.timetable(), request.solver,
-        Condition(positive, start.inputs), Condition(negative, start.inputs), given=start.given, on_step=on_step,
-    )  # fmt: skip
+        engine,
+        recipe,
+        request.guidance,
+        device,
+        start.noise,
+        request.timetable(),
+        request.solver,
+        Condition(positive, start.inputs),
+        Condition(negative, start.inputs),
+        given=start.given,
+        on_step=on_step,
+    )
     if engine.keep_one:
         engine.release("dit")
-    return Result(latent[0].cpu(), request.seed, lambda: decode(
-        models.vae, latent[0], engine, device, tile=request.vae_tile, room=_room(models, engine, device),
-    ))  # fmt: skip
+    return Result(
+        latent[0].cpu(),
+        request.seed,
+        lambda: decode(
+            models.vae, latent[0], engine, device, tile=request.vae_tile, room=_room(models, engine, device)
+        ),
+    )
 
 
 def check_run(models: Models, request: Request, engine: Engine, device: torch.device) -> None:
@@ -251,16 +268,23 @@ def check_latent(file: VAEFile, latent: torch.Tensor) -> None:
     """
     spec = VAES[file.config.kind]
     if latent.ndim != 4 or latent.shape[0] != file.config.channels or min(latent.shape) < 1:
-        raise WanError(f"The latent is {list(latent.shape)}, but {file.checkpoint.path} is a {spec.kind} VAE and takes "
-                       f"[{file.config.channels}, frames, height, width]: use the VAE that belongs to the model.")
+        raise WanError(
+            f"The latent is {list(latent.shape)}, but {file.checkpoint.path} is a {spec.kind} VAE and takes "
+            f"[{file.config.channels}, frames, height, width]: use the VAE that belongs to the model."
+        )
     if not torch.isfinite(latent).all():
         raise WanError("The latent holds values that are no numbers (NaN or infinite): the run that made it failed.")
 
 
 def decode(
-    file: VAEFile, latent: torch.Tensor, engine: Engine, device: torch.device, *, tile: int | None = None,
+    file: VAEFile,
+    latent: torch.Tensor,
+    engine: Engine,
+    device: torch.device,
+    *,
+    tile: int | None = None,
     room: float = math.inf,
-) -> Iterator[torch.Tensor]:  # fmt: skip
+) -> Iterator[torch.Tensor]:
     """A normalised latent [C, T, h, w] -> chunks [3, f, H, W] in -1..1 on the CPU, as they are decoded.
 
     Args:
@@ -370,9 +394,14 @@ def _clip_tokens(
 
 
 def _encode(
-    models: Models, request: Request, engine: Engine, frames: Iterator[torch.Tensor], count: int, size: tuple[int, int],
+    models: Models,
+    request: Request,
+    engine: Engine,
+    frames: Iterator[torch.Tensor],
+    count: int,
+    size: tuple[int, int],
     device: torch.device,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Chunks [1, 3, f, H, W] -> latent [1, C, T, h, w] on the device."""
     where, tiles = _vae_layout(models.vae.config, request.vae_tile, size, _room(models, engine, device), device)
     vae = engine.vae(models.vae, where, torch.float32)  # as the official pipelines do, whatever the DiT runs in

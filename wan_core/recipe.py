@@ -140,8 +140,9 @@ def pair(high: ModelRecipe, low: ModelRecipe, switch: Switch) -> ModelRecipe:
     loras, merge = Loras(high.loras.high, low.loras.high), high.merge_loras or low.merge_loras
     side = high if high.own else low
     second = replace(low.high) if low.high is high.high else low.high  # see loras_of
-    return replace(side, high=high.high, low=second, variant=variant, switch=switch, notes=notes, loras=loras,
-                   merge_loras=merge)  # fmt: skip
+    return replace(
+        side, high=high.high, low=second, variant=variant, switch=switch, notes=notes, loras=loras, merge_loras=merge
+    )
 
 
 def _of_two(side: ModelRecipe) -> Variant:
@@ -150,8 +151,10 @@ def _of_two(side: ModelRecipe) -> Variant:
         return side.variant
     rows = [row for row in candidates(side.high.config) if row.experts == 2]
     if not rows:
-        raise WanError(f"{side.high.path.name} is {side.variant.display_name}, one dense model without experts. "
-                       "Connect it to the sampler by itself.")
+        raise WanError(
+            f"{side.high.path.name} is {side.variant.display_name}, one dense model without experts. "
+            "Connect it to the sampler by itself."
+        )
     return rows[0]
 
 
@@ -176,13 +179,17 @@ def _kind(file: Network) -> str:
 def _pair_notes(first: Network, second: Network) -> tuple[str, ...]:
     high, low = first.path, second.path
     if _is_same(first, second):
-        return (f"Warning: both experts are the same file, {high.name}: only guidance and LoRAs of their own tell them "
-                "apart.",)
+        return (
+            f"Warning: both experts are the same file, {high.name}: only guidance and LoRAs of their own tell them "
+            "apart.",
+        )
     says_high, says_low = noise_level_of(high), noise_level_of(low)
     if says_high == "low" and says_low != "low" or says_low == "high" and says_high != "high":
-        raise WanError(f"The experts seem to be swapped: {high.name} was given as high-noise, {low.name} as low-noise. "
-                       "Both have the same shapes, so only the names tell them apart. Exchange the two inputs, "
-                       "or rename the files if their names are wrong.")
+        raise WanError(
+            f"The experts seem to be swapped: {high.name} was given as high-noise, {low.name} as low-noise. "
+            "Both have the same shapes, so only the names tell them apart. Exchange the two inputs, "
+            "or rename the files if their names are wrong."
+        )
     if says_high == says_low and says_high is not None:
         return (f"Warning: by their names both files are {says_high}-noise experts: {high.name}, {low.name}.",)
     return (f"High-noise expert: {high.name}; low-noise expert: {low.name}.",)

@@ -21,8 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / ".cache/screenshots"
 FRONTENDS = ("pinned", "newest")  # the one ComfyUI pins; the one that users of a current ComfyUI have
 SCREEN = {"width": 1600, "height": 1000}
-CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
-                  "--disable-background-networking", "--disable-sync")  # fmt: skip
+CHROMIUM_FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-component-update",
+    "--disable-background-networking",
+    "--disable-sync",
+)
 
 # Errors in the browser's console that ComfyUI itself makes; everything else fails the test in which it appears.
 # Each is a pattern on "message @ source".
@@ -224,8 +231,11 @@ def server_with(start_server: Callable[..., Server], request: pytest.FixtureRequ
     return get
 
 
-@pytest.fixture(scope="session", params=[(name, nodes2) for name in FRONTENDS for nodes2 in (False, True)],
-                ids=lambda param: f"{param[0]}-{'nodes2' if param[1] else 'nodes1'}")  # fmt: skip
+@pytest.fixture(
+    scope="session",
+    params=[(name, nodes2) for name in FRONTENDS for nodes2 in (False, True)],
+    ids=lambda param: f"{param[0]}-{'nodes2' if param[1] else 'nodes1'}",
+)
 def opened(request: pytest.FixtureRequest, browser: Browser, server_with: Callable[[str], Server]) -> Iterator[App]:
     frontend, nodes2 = request.param
     context = browser.new_context(viewport=SCREEN, locale="en-US")

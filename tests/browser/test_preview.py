@@ -99,8 +99,11 @@ PIXEL = "data:image/webp;base64,UklGRhoAAABXRUJQVlA4TA0AAAAvAAAAEAcQERGIiP4HAA==
 
 def tell(app, **news: Any) -> None:
     """An event as the server sends it, to the sampler on the canvas."""
-    app.page.evaluate("""news => {
+    app.page.evaluate(
+        """news => {
         const node = app.graph.nodes.find(node => node.type === 'WanCoreSampler')
         window.__sampler ??= node?.id
         app.api.dispatchEvent(new CustomEvent('wan_core.preview', {detail: {node: String(window.__sampler), ...news}}))
-    }""", news)  # fmt: skip
+    }""",
+        news,
+    )

@@ -29,8 +29,11 @@ def hostile_lora(models: Path) -> Iterator[str]:
     path = "diffusion_model.blocks.0.self_attn.q"
     folder = models / "loras"
     folder.mkdir(exist_ok=True)
-    tensors = {f"{path}.lora_down.weight": torch.randn(2, columns), f"{path}.lora_up.weight": torch.randn(rows, 2),
-               KEY: torch.zeros(1)}  # fmt: skip
+    tensors = {
+        f"{path}.lora_down.weight": torch.randn(2, columns),
+        f"{path}.lora_up.weight": torch.randn(rows, 2),
+        KEY: torch.zeros(1),
+    }
     save_file(tensors, folder / "hostile.tmp")
     os.replace(folder / "hostile.tmp", folder / NAME)
     yield NAME
@@ -108,8 +111,12 @@ def check_readable(app, heights: dict[str, float]) -> None:
     assert all(now[id] >= height for id, height in heights.items())
     everything = app.page.evaluate("document.body.innerText")
     assert everything.count("one file for both experts") == everything.count("280x720, 81 frames:") == 1, everything
-    assert app.page.evaluate("app.graph.nodes.flatMap(n => n.widgets ?? []).filter("
-                             "w => w.name === '$$node-text-preview').length") == 0  # fmt: skip
+    assert (
+        app.page.evaluate(
+            "app.graph.nodes.flatMap(n => n.widgets ?? []).filter(w => w.name === '$$node-text-preview').length"
+        )
+        == 0
+    )
     assert ran(app) == []
 
 
@@ -175,8 +182,9 @@ def test_a_page_loaded_again_shows_them_again(app, workflow: Path) -> None:
     shown = texts(app)
     app.page.wait_for_timeout(1500)  # in which the frontend keeps the graph for itself
     app.page.reload()
-    app.page.wait_for_function("window.app?.extensionManager && app.graph?.nodes.some(n => n.type === 'WanCoreLora')",
-                               timeout=60_000)  # fmt: skip
+    app.page.wait_for_function(
+        "window.app?.extensionManager && app.graph?.nodes.some(n => n.type === 'WanCoreLora')", timeout=60_000
+    )
     wait_for_texts(app, 3)
     assert without(texts(app), "WanCoreSampler") == without(shown, "WanCoreSampler")
     assert texts(app)["WanCoreSampler"].partition("\n")[0] == shown["WanCoreSampler"].partition("\n")[0]
@@ -187,14 +195,17 @@ def test_an_error_stays_on_its_node_as_text(app, workflow: Path) -> None:
     """ComfyUI's own dialog shows it too, and reads nothing in it as HTML."""
     app.drop(workflow)
     app.set_widgets(SIZE)
-    app.page.evaluate("""message => {
+    app.page.evaluate(
+        """message => {
         const node = app.graph.nodes.find(node => node.type === 'WanCoreLora')
         const detail = {node_id: String(node.id), exception_message: message + '\\n'}
         app.api.dispatchEvent(new CustomEvent('wan_core.text', {detail: {node: String(node.id), text: 'before'}}))
         const error = {prompt_id: '1', node_type: node.type, executed: [], exception_type: 'WanError', traceback: [],
                        current_inputs: {}, current_outputs: {}, ...detail}
         app.api.dispatchEvent(new CustomEvent('execution_error', {detail: error}))
-    }""", f"Error {SHOWN_KEY}")  # fmt: skip
+    }""",
+        f"Error {SHOWN_KEY}",
+    )
     assert texts(app)["WanCoreLora"] == f"Error {SHOWN_KEY}"
     app.page.wait_for_timeout(500)
     assert ran(app) == []
@@ -238,8 +249,9 @@ def test_a_text_can_be_marked_copied_and_scrolled(app, workflow: Path) -> None:
     box = panel.bounding_box()
     app.page.mouse.move(box["x"] + 5, box["y"] + 5)
     app.page.mouse.wheel(0, 300)
-    app.page.wait_for_function("view => JSON.stringify([app.canvas.ds.scale, ...app.canvas.ds.offset]) !== "
-                               "JSON.stringify(view)", arg=view)  # fmt: skip
+    app.page.wait_for_function(
+        "view => JSON.stringify([app.canvas.ds.scale, ...app.canvas.ds.offset]) !== JSON.stringify(view)", arg=view
+    )
 
 
 def test_menus_list_file_names_as_text(app, workflow: Path) -> None:
@@ -277,7 +289,10 @@ _LORA_NAME_AT = """() => {
 
 def tell(app, kind: str, text: str) -> None:
     """An event as the server sends it."""
-    app.page.evaluate("""([kind, text]) => {
+    app.page.evaluate(
+        """([kind, text]) => {
         const node = String(app.graph.nodes.find(node => node.type === kind).id)
         app.api.dispatchEvent(new CustomEvent('wan_core.text', {detail: {node, text}}))
-    }""", [kind, text])  # fmt: skip
+    }""",
+        [kind, text],
+    )

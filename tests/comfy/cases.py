@@ -21,9 +21,12 @@ HERE = Path(__file__).parent
 def outcomes(script: str, comfyui: Path, *arguments: object) -> dict[str, str]:
     """Run a script of this folder with ComfyUI at hand: case -> traceback."""
     done = subprocess.run(
-        [sys.executable, HERE / script, *map(str, arguments), "--cpu"], cwd=comfyui,
-        env=dict(os.environ, PYTHONPATH=str(comfyui)), capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, HERE / script, *map(str, arguments), "--cpu"],
+        cwd=comfyui,
+        env=dict(os.environ, PYTHONPATH=str(comfyui)),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

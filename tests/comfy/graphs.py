@@ -82,9 +82,18 @@ def empty(g: Graph, m: Out, width: int = 64, height: int = 64, frames: int = 5, 
 
 def sample(g: Graph, m: Out, sides: dict[str, Out], latent: Out, **settings: Any) -> Out:
     defaults = {
-        "seed": 7, "steps": 3, "cfg_high": 2.0, "cfg_low": 3.0, "shift": 5.0, "solver": "unipc", "schedule": "auto",
-        "denoise": 1.0, "start_step": 0, "end_step": 10000, "add_noise": True,
-    }  # fmt: skip
+        "seed": 7,
+        "steps": 3,
+        "cfg_high": 2.0,
+        "cfg_low": 3.0,
+        "shift": 5.0,
+        "solver": "unipc",
+        "schedule": "auto",
+        "denoise": 1.0,
+        "start_step": 0,
+        "end_step": 10000,
+        "add_noise": True,
+    }
     return g.add("WanCoreSampler", **{"model": m, "latent": latent} | sides | defaults | settings)
 
 

@@ -117,9 +117,12 @@ def an_unknown_manager_is_reported_once(engine: Engine) -> None:
 
 
 CASES = (
-    listed_once_and_truthfully, gives_way_part_by_part, gives_way_wholly, native_models_are_asked_to_leave,
+    listed_once_and_truthfully,
+    gives_way_part_by_part,
+    gives_way_wholly,
+    native_models_are_asked_to_leave,
     an_unknown_manager_is_reported_once,
-)  # fmt: skip
+)
 
 
 def with_an_engine(case: Callable[[Engine], None]) -> Callable[[], None]:

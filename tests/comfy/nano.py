@@ -17,7 +17,10 @@ def pair(g: Graph, **switch: Any) -> Out:
 
 
 def conditions(g: Graph, prompt: str) -> dict[str, Out]:
-    encoder = g.add("WanCoreLoadTextEncoder", text_encoder_name="nano_umt5.safetensors", dtype="float32",
-                    device="default")  # fmt: skip
-    return {side: g.add("CLIPTextEncode", clip=encoder, text=text)
-            for side, text in (("positive", prompt), ("negative", ""))}  # fmt: skip
+    encoder = g.add(
+        "WanCoreLoadTextEncoder", text_encoder_name="nano_umt5.safetensors", dtype="float32", device="default"
+    )
+    return {
+        side: g.add("CLIPTextEncode", clip=encoder, text=text)
+        for side, text in (("positive", prompt), ("negative", ""))
+    }

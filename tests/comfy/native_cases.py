@@ -88,9 +88,11 @@ def what_other_nodes_reach_for_in_vain_is_told() -> None:
 
 
 CASES = (
-    a_memory_limit_is_kept_for_one_prompt_at_a_time, room_is_asked_for_the_weights_until_they_are_there,
-    with_a_memory_limit_the_plan_makes_room, what_other_nodes_reach_for_in_vain_is_told,
-)  # fmt: skip
+    a_memory_limit_is_kept_for_one_prompt_at_a_time,
+    room_is_asked_for_the_weights_until_they_are_there,
+    with_a_memory_limit_the_plan_makes_room,
+    what_other_nodes_reach_for_in_vain_is_told,
+)
 
 
 if __name__ == "__main__":

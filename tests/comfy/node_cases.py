@@ -57,8 +57,9 @@ for node in pack.NODES:
 
 
 def pair(**options: object) -> ModelRecipe:
-    high, low = (read_dit(next((folder / "diffusion_models").glob(f"wan2.2_t2v_{level}_noise*"))) for level in
-                 ("high", "low"))  # fmt: skip
+    high, low = (
+        read_dit(next((folder / "diffusion_models").glob(f"wan2.2_t2v_{level}_noise*"))) for level in ("high", "low")
+    )
     return ModelRecipe(high, low, dtype="float32", **options)
 
 
@@ -87,8 +88,13 @@ HOSTILE = (
     "", "5", "nan", "\ud83d", "a\x00b", "../../etc/passwd", "<img src=x onerror=alert(1)>", "x" * 2_000_000,
     [], [1], [1, 2, 3], [[]], {}, {"__value__": [1, 2]}, {"samples": 1}, [["text", {}]],
 )  # fmt: skip
-PYTHON = {io.Int.Input: int, io.Float.Input: (int, float), io.String.Input: str, io.Boolean.Input: bool,
-          io.Combo.Input: str}  # fmt: skip
+PYTHON = {
+    io.Int.Input: int,
+    io.Float.Input: (int, float),
+    io.String.Input: str,
+    io.Boolean.Input: bool,
+    io.Combo.Input: str,
+}
 
 
 def valid_inputs(node: type[io.ComfyNode]) -> dict[str, object]:
@@ -168,8 +174,13 @@ def no_hostile_value_is_queued() -> None:
 
 def nor_comes_it_through_a_link() -> None:
     """The same values as a node before would hand them over, when the node is about to run."""
-    stand_in = {"WAN_MODEL": dense(), "LATENT": {"samples": torch.zeros(1, 48, 1, 2, 2)}, "SIGMAS": torch.ones(2),
-                "CONDITIONING": [[torch.zeros(1, 2, 8), {}]], "IMAGE": torch.zeros(1, 32, 32, 3)}  # fmt: skip
+    stand_in = {
+        "WAN_MODEL": dense(),
+        "LATENT": {"samples": torch.zeros(1, 48, 1, 2, 2)},
+        "SIGMAS": torch.ones(2),
+        "CONDITIONING": [[torch.zeros(1, 2, 8), {}]],
+        "IMAGE": torch.zeros(1, 32, 32, 3),
+    }
     wrong = []
     for node, known, value in every_hostile_value():
         inputs = valid_inputs(node)
@@ -190,8 +201,12 @@ def nor_comes_it_through_a_link() -> None:
 
 
 def every_number_has_a_range() -> None:
-    numbers = [(node.__name__, known) for node in pack.NODES for known in node.define_schema().inputs
-               if isinstance(known, (io.Int.Input, io.Float.Input))]  # fmt: skip
+    numbers = [
+        (node.__name__, known)
+        for node in pack.NODES
+        for known in node.define_schema().inputs
+        if isinstance(known, (io.Int.Input, io.Float.Input))
+    ]
     assert numbers
     assert not [(name, known.id) for name, known in numbers if known.min is None or known.max is None]
 
@@ -230,10 +245,21 @@ def failing(error: BaseException) -> type[base.WanNode]:
 
 
 def nothing_but_readable_errors_leaves_a_node() -> None:
-    errors = [Panic("called `Option::unwrap()`"), SystemExit(3), MemoryError(), RecursionError("deep"), KeyError("x"),
-              torch.OutOfMemoryError("CUDA out of memory"), ValueError("\ud83d"), WanError("a\ud83db"), Unspeakable(),
-              OSError(28, "No space left on device"), StopIteration(), AssertionError(),
-              UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")]  # fmt: skip
+    errors = [
+        Panic("called `Option::unwrap()`"),
+        SystemExit(3),
+        MemoryError(),
+        RecursionError("deep"),
+        KeyError("x"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        ValueError("\ud83d"),
+        WanError("a\ud83db"),
+        Unspeakable(),
+        OSError(28, "No space left on device"),
+        StopIteration(),
+        AssertionError(),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+    ]
     for error in errors:
         node = failing(error)
         clone = node.PREPARE_CLASS_CLONE({})
@@ -299,9 +325,14 @@ def no_key_passes_silently() -> None:
     assert "somebody_elses_idea" in warning and "no effect" in warning
     (warning,) = told(recipe, {"clip_vision_output": object()})
     assert "clip_vision_output" in warning
-    for key, model in (("context_latents", "Bernini"), ("vace_frames", "VACE"), ("time_dim_concat", "Phantom"),
-                       ("reference_latents", "reference image"), ("driving_mask_28ch", "SCAIL"),
-                       ("pose_strength", "Animate-2")):  # fmt: skip
+    for key, model in (
+        ("context_latents", "Bernini"),
+        ("vace_frames", "VACE"),
+        ("time_dim_concat", "Phantom"),
+        ("reference_latents", "reference image"),
+        ("driving_mask_28ch", "SCAIL"),
+        ("pose_strength", "Animate-2"),
+    ):
         refusal(partial(told, recipe, {key: [torch.zeros(SHAPE)]}), key, model)
     refusal(partial(told, recipe, {"start_percent": 0.2}), "part of the steps")
     refusal(partial(told, recipe, {"end_percent": 0.9}), "part of the steps")
@@ -319,8 +350,18 @@ def run_native(options: dict, model_options: dict | None = None) -> list[str]:
     try:
         with torch.inference_mode():
             latent = torch.zeros(SHAPE)
-            made = comfy.sample.sample(patcher, torch.randn(SHAPE), 2, 1.0, "euler", "simple", [[text, options]],
-                                       [[text, {}]], latent, disable_pbar=True)  # fmt: skip
+            made = comfy.sample.sample(
+                patcher,
+                torch.randn(SHAPE),
+                2,
+                1.0,
+                "euler",
+                "simple",
+                [[text, options]],
+                [[text, {}]],
+                latent,
+                disable_pbar=True,
+            )
         assert torch.isfinite(made).all()
     finally:
         host.show_text = before
@@ -365,8 +406,12 @@ def what_patches_ask_for_is_refused_or_said() -> None:
     network = native.to_model(pair(), 5.0, host.engine(), CPU).model.diffusion_model
     x, t, text = torch.zeros(SHAPE), torch.ones(1), torch.zeros(1, 4, pair().high.config.text_dim)
     refusal(lambda: network(x, t, text, new_condition=torch.ones(1)), "new_condition")
-    refusal(lambda: native.to_model(pair(), 5.0, host.engine(), CPU).add_object_patch(
-        "diffusion_model.blocks.0.cross_attn.forward", nag_attention), "another")  # fmt: skip
+    refusal(
+        lambda: native.to_model(pair(), 5.0, host.engine(), CPU).add_object_patch(
+            "diffusion_model.blocks.0.cross_attn.forward", nag_attention
+        ),
+        "another",
+    )
 
 
 # --- Wan as ComfyUI MODEL and ComfyUI's memory
@@ -482,16 +527,24 @@ def sizes_that_no_machine_holds_are_refused() -> None:
     cases = {
         "empty": lambda: latents.EmptyLatent.execute(model=dense(), **large),
         "image to video": lambda: latents.ImageToVideo.execute(
-            model=dense(), vae=vae("wan2.2_vae.safetensors"), positive=text, negative=text, fit="exact",
-            start_image=torch.zeros(1, 32, 32, 3), **large),
+            model=dense(),
+            vae=vae("wan2.2_vae.safetensors"),
+            positive=text,
+            negative=text,
+            fit="exact",
+            start_image=torch.zeros(1, 32, 32, 3),
+            **large,
+        ),
         "encode": lambda: small.check_encode(16384, 16384),
         "decode": lambda: small.decode(huge(1, 16, 257, 2048, 2048)),
         "decode in tiles": lambda: small.decode_tiled(huge(1, 16, 257, 2048, 2048), tile_x=64, tile_y=64, overlap=8),
         "decode node": lambda: vaes.VAEDecode.execute(
-            vae=small, samples={"samples": huge(1, 16, 257, 2048, 2048)}, tile_size=256),
-        "sample": lambda: sample.sample(pair(), text, text, {"samples": huge(1, 16, 2000, 64, 64)}, settings,
-                                        sample.Notes(pair())),
-    }  # fmt: skip
+            vae=small, samples={"samples": huge(1, 16, 257, 2048, 2048)}, tile_size=256
+        ),
+        "sample": lambda: sample.sample(
+            pair(), text, text, {"samples": huge(1, 16, 2000, 64, 64)}, settings, sample.Notes(pair())
+        ),
+    }
     for name, case in cases.items():
         with machine(2 * 10**9):
             began = time.perf_counter()
@@ -519,11 +572,20 @@ def encoding_can_be_cancelled_within_a_chunk() -> None:
     try:
         for action in (
             lambda: latents.ImageToVideo.execute(
-                model=dense(), vae=coder, positive=text, negative=text, width=64, height=64, frames=5, batch_size=1,
-                fit="exact", start_image=torch.zeros(1, 64, 64, 3)),
+                model=dense(),
+                vae=coder,
+                positive=text,
+                negative=text,
+                width=64,
+                height=64,
+                frames=5,
+                batch_size=1,
+                fit="exact",
+                start_image=torch.zeros(1, 64, 64, 3),
+            ),
             lambda: coder.decode(torch.zeros(1, 48, 1, 4, 4)),
             lambda: coder.encode_tiled(torch.zeros(1, 64, 64, 3)),
-        ):  # fmt: skip
+        ):
             calls.clear()
             try:
                 action()
@@ -553,8 +615,14 @@ def pictures_of_every_kind() -> None:
     assert torch.equal(pictures.pictures(transparent, "image"), ramp)
     assert pictures.pictures(ramp[0], "image").shape == (1, 4, 4, 3)
     assert pictures.pictures(ramp > 0.5, "image").max() == 1
-    for broken, said in ((ramp * math.nan, "nan"), (ramp * 255, "255"), (ramp[..., :2], "[2, 4, 4, 2]"),
-                         (ramp[:0], "[0, 4, 4, 3]"), (-(ramp * 100).int(), "-100"), ("x", "str")):  # fmt: skip
+    for broken, said in (
+        (ramp * math.nan, "nan"),
+        (ramp * 255, "255"),
+        (ramp[..., :2], "[2, 4, 4, 2]"),
+        (ramp[:0], "[0, 4, 4, 3]"),
+        (-(ramp * 100).int(), "-100"),
+        ("x", "str"),
+    ):
         refusal(partial(pictures.pictures, broken, "image"), said)
 
 
@@ -607,8 +675,18 @@ def asked_device(made: object) -> torch.device:
 
 
 def run_sampler(latent: torch.Tensor, recipe: ModelRecipe, **values: object) -> str:
-    settings = {"seed": 0, "steps": 2, "guidance": PerExpert(1, 1), "shift": 5.0, "solver": "euler",
-                "schedule": "simple", "denoise": 1.0, "start": 0, "end": 100, "add_noise": True}  # fmt: skip
+    settings = {
+        "seed": 0,
+        "steps": 2,
+        "guidance": PerExpert(1, 1),
+        "shift": 5.0,
+        "solver": "euler",
+        "schedule": "simple",
+        "denoise": 1.0,
+        "start": 0,
+        "end": 100,
+        "add_noise": True,
+    }
     text = [[torch.zeros(1, 4, recipe.high.config.text_dim), {}]]
     notes = sample.Notes(recipe)
     with torch.inference_mode():

@@ -73,15 +73,19 @@ def settled(graph: Api) -> Api:
             return value(node["inputs"]["on_true" if value(node["inputs"]["switch"]) else "on_false"])
         return given
 
-    return {id: node | {"inputs": {name: value(given) for name, given in node["inputs"].items()}}
-            for id, node in graph.items() if node["class_type"] not in (*PRIMITIVES, SWITCH)}  # fmt: skip
+    return {
+        id: node | {"inputs": {name: value(given) for name, given in node["inputs"].items()}}
+        for id, node in graph.items()
+        if node["class_type"] not in (*PRIMITIVES, SWITCH)
+    }
 
 
 class _Scope:
     """The workflow, or a subgraph where it is used."""
 
-    def __init__(self, graph: dict, schemas: Schemas, subgraphs: dict, outer: _Scope | None = None,
-                 instance: dict | None = None):  # fmt: skip
+    def __init__(
+        self, graph: dict, schemas: Schemas, subgraphs: dict, outer: _Scope | None = None, instance: dict | None = None
+    ):
         self.graph, self.schemas, self.subgraphs = graph, schemas, subgraphs
         self.outer, self.instance = outer, instance
         self.prefix = f"{instance['id']}:" if instance else ""

@@ -30,8 +30,7 @@ def mapped_models(server: Server) -> list[str]:
     """Model files that the server maps; not those that are gone, which newer versions' own loaders may still hold."""
     maps = Path(f"/proc/{server.process.pid}/maps").read_text().splitlines()
     folder = str((server.base / "models").resolve())
-    return sorted({line.split(maxsplit=5)[5] for line in maps
-                   if folder in line and not line.endswith(" (deleted)")})  # fmt: skip
+    return sorted({line.split(maxsplit=5)[5] for line in maps if folder in line and not line.endswith(" (deleted)")})
 
 
 def own_memory(server: Server) -> int:
@@ -62,8 +61,11 @@ def test_another_seed_loads_no_weights(client: Client, server: Server) -> None:
     assert run.ok, run.error
     assert wan.loads(server) == before
     assert {g.nodes[node]["class_type"] for node in run.executed} == {
-        "WanCoreSampler", "WanCoreVAEDecode", "CreateVideo", "SaveVideo",
-    }  # fmt: skip
+        "WanCoreSampler",
+        "WanCoreVAEDecode",
+        "CreateVideo",
+        "SaveVideo",
+    }
 
 
 def test_cancel_while_sampling(client: Client, server: Server) -> None:
@@ -187,15 +189,21 @@ def test_the_first_of_a_batch_is_the_one_alone(client: Client, server: Server) -
 def test_loaders_are_quick(client: Client) -> None:
     """Loader nodes read headers: less than 0.2 s each, also when nothing is known of the file yet."""
     g = Graph()
-    wan.sample(g, wan.model(g, "i2v"), wan.prompts(g), g.add("EmptyHunyuanLatentVideo", width=16, height=16, length=1,
-                                                            batch_size=1))  # fmt: skip
+    wan.sample(
+        g,
+        wan.model(g, "i2v"),
+        wan.prompts(g),
+        g.add("EmptyHunyuanLatentVideo", width=16, height=16, length=1, batch_size=1),
+    )
     g.add("PreviewAny", source=wan.vae(g, "i2v"))
     g.add("PreviewAny", source=wan.model(g, "i2v"))
     g.add("PreviewAny", source=wan.clip(g))
     client.free()
     starts: list[tuple[float, str | None]] = []
-    client.run(g.nodes, on_event=lambda kind, data: starts.append((time.monotonic(), data["node"]))
-               if kind == "executing" else None)  # fmt: skip
+    client.run(
+        g.nodes,
+        on_event=lambda kind, data: starts.append((time.monotonic(), data["node"])) if kind == "executing" else None,
+    )
     took = {node: end - start for (start, node), (end, _) in zip(starts, starts[1:], strict=False)}
     loaders = {node: s for node, s in took.items() if node and "Load" in g.nodes[node]["class_type"]}
     assert len(loaders) == 4
@@ -207,8 +215,12 @@ def test_every_way_to_ask_for_a_swap_gives_the_same_and_shows_its_plan(client: C
     g = Graph()
     m, sides = wan.load(g, wan.DENSE), wan.prompts(g)
     latent = wan.empty(g, m, 64, 64, 5)
-    ways = ({"blocks": 1}, {"blocks": 2, "mode": "blocks", "prefetch": 3}, {"blocks": 0, "mode": "vram_limit",
-            "vram_limit": 0.5}, {"blocks": 0, "mode": "auto", "prefetch": 0})  # fmt: skip
+    ways = (
+        {"blocks": 1},
+        {"blocks": 2, "mode": "blocks", "prefetch": 3},
+        {"blocks": 0, "mode": "vram_limit", "vram_limit": 0.5},
+        {"blocks": 0, "mode": "auto", "prefetch": 0},
+    )
     nodes = []
     for number, way in enumerate(ways):
         nodes.append(g.add("WanCoreBlockSwap", model=m, **way))

@@ -29,16 +29,32 @@ def whole_graph() -> tuple[Graph, dict[str, Out]]:
 @pytest.mark.parametrize(
     ("node", "values"),
     [
-        ("sample", {"steps": 2**31}), ("sample", {"steps": 2**63}), ("sample", {"steps": -(2**63)}),
-        ("sample", {"shift": math.nan}), ("sample", {"cfg_low": math.inf}), ("sample", {"denoise": math.nan}),
-        ("sample", {"seed": -1}), ("sample", {"seed": 2**64}), ("sample", {"solver": ["a", "b", "c"]}),
-        ("sample", {"solver": {"a": 1}}), ("sample", {"schedule": None}), ("sample", {"end_step": 2**31}),
-        ("sample", {"solver": "\ud83d"}), ("sample", {"model": 5}), ("sample", {"positive": {"a": 1}}),
-        ("load", {"model_name": "\ud83d"}), ("load", {"model_name": 2**63}), ("load", {"dtype": True}),
-        ("empty", {"width": 2**31}), ("empty", {"batch_size": 2**31}), ("empty", {"frames": math.nan}),
-        ("decode", {"tile_size": 2**31}), ("decode", {"overlap": -5}), ("vae", {"dtype": "\x00"}),
+        ("sample", {"steps": 2**31}),
+        ("sample", {"steps": 2**63}),
+        ("sample", {"steps": -(2**63)}),
+        ("sample", {"shift": math.nan}),
+        ("sample", {"cfg_low": math.inf}),
+        ("sample", {"denoise": math.nan}),
+        ("sample", {"seed": -1}),
+        ("sample", {"seed": 2**64}),
+        ("sample", {"solver": ["a", "b", "c"]}),
+        ("sample", {"solver": {"a": 1}}),
+        ("sample", {"schedule": None}),
+        ("sample", {"end_step": 2**31}),
+        ("sample", {"solver": "\ud83d"}),
+        ("sample", {"model": 5}),
+        ("sample", {"positive": {"a": 1}}),
+        ("load", {"model_name": "\ud83d"}),
+        ("load", {"model_name": 2**63}),
+        ("load", {"dtype": True}),
+        ("empty", {"width": 2**31}),
+        ("empty", {"batch_size": 2**31}),
+        ("empty", {"frames": math.nan}),
+        ("decode", {"tile_size": 2**31}),
+        ("decode", {"overlap": -5}),
+        ("vae", {"dtype": "\x00"}),
     ],
-)  # fmt: skip
+)
 def test_hostile_values_are_refused_at_once(client: Client, node: str, values: dict) -> None:
     g, nodes = whole_graph()
     g.set(nodes[node], **values)
@@ -103,8 +119,15 @@ def test_sizes_that_no_machine_holds(client: Client) -> None:
     assert time.monotonic() - began < 60
     g = Graph()
     m = wan.load(g, wan.DENSE)
-    made = g.add("WanCoreImageToVideo", model=m, vae=wan.vae(g, "ti2v"), **wan.prompts(g), **HUGE, fit="exact",
-                 start_image=wan.photograph(g))  # fmt: skip
+    made = g.add(
+        "WanCoreImageToVideo",
+        model=m,
+        vae=wan.vae(g, "ti2v"),
+        **wan.prompts(g),
+        **HUGE,
+        fit="exact",
+        start_image=wan.photograph(g),
+    )
     g.add("PreviewAny", source=made.at(2))
     assert "of memory, but" in client.run(g.nodes).error
 
@@ -114,8 +137,18 @@ def test_encoding_an_image_can_be_cancelled(client: Client, loader: str) -> None
     g = Graph()
     m = wan.load(g, wan.expert("i2v", "low"))
     vae = wan.vae(g, "i2v") if loader == "ours" else g.add("VAELoader", vae_name=wan.VAES["i2v"])
-    made = g.add("WanCoreImageToVideo", model=m, vae=vae, **wan.prompts(g), width=512, height=512, frames=81,
-                 fit="exact", batch_size=1, start_image=wan.photograph(g))  # fmt: skip
+    made = g.add(
+        "WanCoreImageToVideo",
+        model=m,
+        vae=vae,
+        **wan.prompts(g),
+        width=512,
+        height=512,
+        frames=81,
+        fit="exact",
+        batch_size=1,
+        start_image=wan.photograph(g),
+    )
     g.add("PreviewAny", source=made.at(2))
     pressed = []
 
@@ -137,8 +170,18 @@ def test_comfyui_speaks_of_no_memory_leak(client: Client, server: Server) -> Non
         g = Graph()
         m = wan.load(g, wan.DENSE)
         model = g.add("WanCoreToModel", model=m, shift=shift)
-        sampled = g.add("KSampler", model=model, seed=1, steps=1, cfg=2.0, **wan.prompts(g), denoise=1.0,
-                        latent_image=wan.empty(g, m, **SMALL), sampler_name="euler", scheduler="simple")  # fmt: skip
+        sampled = g.add(
+            "KSampler",
+            model=model,
+            seed=1,
+            steps=1,
+            cfg=2.0,
+            **wan.prompts(g),
+            denoise=1.0,
+            latent_image=wan.empty(g, m, **SMALL),
+            sampler_name="euler",
+            scheduler="simple",
+        )
         wan.save_latent(g, sampled, "no_leak")
         run = client.run(g.nodes)
         assert run.ok, run.error

@@ -30,14 +30,34 @@ def loras(server: Server) -> Path:
 
 
 def lora(g: Graph, m: Out, **inputs: object) -> Out:
-    given = {"lora_name": "test_pair_high_noise.safetensors", "strength_high": 0.7, "strength_low": 0.7,
-             "low_name": "auto", "first_step": 0, "last_step": 10000}  # fmt: skip
+    given = {
+        "lora_name": "test_pair_high_noise.safetensors",
+        "strength_high": 0.7,
+        "strength_low": 0.7,
+        "low_name": "auto",
+        "first_step": 0,
+        "last_step": 10000,
+    }
     return g.add("WanCoreLora", model=m, **given | inputs)
 
 
 def ours(g: Graph, m: Out, latent: Out, sides: dict[str, Out], **settings: object) -> Out:
-    return wan.sample(g, m, sides, latent, **{"seed": SEED, "steps": STEPS, "shift": SHIFT, "cfg_high": 1.0,
-                      "cfg_low": 1.0, "solver": "euler", "schedule": "simple"} | settings)  # fmt: skip
+    return wan.sample(
+        g,
+        m,
+        sides,
+        latent,
+        **{
+            "seed": SEED,
+            "steps": STEPS,
+            "shift": SHIFT,
+            "cfg_high": 1.0,
+            "cfg_low": 1.0,
+            "solver": "euler",
+            "schedule": "simple",
+        }
+        | settings,
+    )
 
 
 def results(client: Client, server: Server, g: Graph, **latents: Out) -> list[Tensor]:
@@ -56,11 +76,22 @@ def test_one_expert_equals_comfyuis_own_loader(client: Client, server: Server, l
     latent, sides = wan.empty(g, plain), wan.prompts(g)
     mine = ours(g, lora(g, plain), latent, sides)
     unet = g.add("UNETLoader", unet_name=wan.expert("t2v", level), weight_dtype="default")
-    model = g.add("LoraLoaderModelOnly", model=unet, lora_name=f"test_pair_{level}_noise.safetensors",
-                  strength_model=0.7)  # fmt: skip
+    model = g.add(
+        "LoraLoaderModelOnly", model=unet, lora_name=f"test_pair_{level}_noise.safetensors", strength_model=0.7
+    )
     model = g.add("ModelSamplingSD3", model=model, shift=SHIFT)
-    native = g.add("KSampler", model=model, seed=SEED, steps=STEPS, cfg=1.0, **sides, latent_image=latent,
-                   sampler_name="euler", scheduler="simple", denoise=1.0)  # fmt: skip
+    native = g.add(
+        "KSampler",
+        model=model,
+        seed=SEED,
+        steps=STEPS,
+        cfg=1.0,
+        **sides,
+        latent_image=latent,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
     without = ours(g, plain, latent, sides)
     made = results(client, server, g, mine=mine, native=native, without=without)
     assert (made[0] - made[1]).abs().max() <= 1e-4 * made[1].abs().max()
@@ -72,8 +103,12 @@ def test_a_pair_is_found_placed_and_told(client: Client, server: Server, loras: 
     g = Graph()
     both = wan.model(g, "t2v", mode="step", boundary=1)
     node = lora(g, both, lora_name="test_pair_low_noise.safetensors")
-    high, low = (lora(g, wan.load(g, wan.expert("t2v", level)), lora_name=f"test_pair_{level}_noise.safetensors",
-                      low_name="none") for level in ("high", "low"))  # fmt: skip
+    high, low = (
+        lora(
+            g, wan.load(g, wan.expert("t2v", level)), lora_name=f"test_pair_{level}_noise.safetensors", low_name="none"
+        )
+        for level in ("high", "low")
+    )
     joined = g.add("WanCoreExpertSwitch", high=high, low=low, mode="step", boundary=1)
     latent, sides = wan.empty(g, both), wan.prompts(g)
     late = ours(g, lora(g, both, first_step=1), latent, sides)
@@ -113,8 +148,18 @@ def test_native_samplers_see_it_at_its_steps(client: Client, server: Server, lor
     late = lora(g, both, first_step=1)
     latent, sides = wan.empty(g, both), wan.prompts(g)
     model = g.add("WanCoreToModel", model=late, shift=SHIFT)
-    native = g.add("KSampler", model=model, seed=SEED, steps=STEPS, cfg=1.0, **sides, latent_image=latent,
-                   sampler_name="euler", scheduler="simple", denoise=1.0)  # fmt: skip
+    native = g.add(
+        "KSampler",
+        model=model,
+        seed=SEED,
+        steps=STEPS,
+        cfg=1.0,
+        **sides,
+        latent_image=latent,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
     always = ours(g, lora(g, both), latent, sides)
     mine, native, always = results(client, server, g, mine=ours(g, late, latent, sides), native=native, always=always)
     assert (mine - native).abs().max() <= 1e-4 * native.abs().max()

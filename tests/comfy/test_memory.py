@@ -20,9 +20,12 @@ def outcomes(comfyui_path: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     "case",
     [
-        "listed_once_and_truthfully", "gives_way_part_by_part", "gives_way_wholly",
-        "native_models_are_asked_to_leave", "an_unknown_manager_is_reported_once",
+        "listed_once_and_truthfully",
+        "gives_way_part_by_part",
+        "gives_way_wholly",
+        "native_models_are_asked_to_leave",
+        "an_unknown_manager_is_reported_once",
     ],
-)  # fmt: skip
+)
 def test_memory_manager(outcomes: dict[str, str], case: str) -> None:
     assert outcomes[case] == "", outcomes[case]

@@ -27,14 +27,36 @@ def native_model(g: Graph, name: str) -> Out:
 
 
 def native_sample(g: Graph, name: str, sides: dict, latent: Out, *, denoise: float = 1.0) -> Out:
-    return g.add("KSampler", model=native_model(g, name), **sides, latent_image=latent, seed=7, steps=4, cfg=2.0,
-                 sampler_name="euler", scheduler="simple", denoise=denoise)  # fmt: skip
+    return g.add(
+        "KSampler",
+        model=native_model(g, name),
+        **sides,
+        latent_image=latent,
+        seed=7,
+        steps=4,
+        cfg=2.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=denoise,
+    )
 
 
 def native_advanced(g: Graph, name: str, sides: dict, latent: Out, start: int, end: int, *, add_noise: bool) -> Out:
-    return g.add("KSamplerAdvanced", model=native_model(g, name), **sides, latent_image=latent, noise_seed=7, steps=4,
-                 cfg=2.0, sampler_name="euler", scheduler="simple", start_at_step=start, end_at_step=end,
-                 add_noise="enable" if add_noise else "disable", return_with_leftover_noise="enable")  # fmt: skip
+    return g.add(
+        "KSamplerAdvanced",
+        model=native_model(g, name),
+        **sides,
+        latent_image=latent,
+        noise_seed=7,
+        steps=4,
+        cfg=2.0,
+        sampler_name="euler",
+        scheduler="simple",
+        start_at_step=start,
+        end_at_step=end,
+        add_noise="enable" if add_noise else "disable",
+        return_with_leftover_noise="enable",
+    )
 
 
 def run_saving(client: Client, server: Server, g: Graph, **outputs: Out) -> dict[str, torch.Tensor]:
@@ -82,8 +104,9 @@ def test_our_image_to_video_feeds_ksampler(client: Client, server: Server) -> No
     g, name = Graph(), wan.expert("i2v", "low")
     m = wan.load(g, name)
     size = {"width": 64, "height": 32, "frames": 5, "fit": "area", "batch_size": 1}
-    sides, latent = conditioned(g, wan.prompts(g), "WanCoreImageToVideo", model=m, vae=wan.vae(g, "i2v"),
-                                start_image=wan.photograph(g), **size)  # fmt: skip
+    sides, latent = conditioned(
+        g, wan.prompts(g), "WanCoreImageToVideo", model=m, vae=wan.vae(g, "i2v"), start_image=wan.photograph(g), **size
+    )
     theirs = native_sample(g, name, sides, latent)
     ours = wan.sample(g, m, sides, latent, **RUN)
     assert_same(run_saving(client, server, g, fed_theirs=theirs, fed_ours=ours))
@@ -133,10 +156,14 @@ def test_a_run_may_be_split_at_any_step(client: Client, server: Server) -> None:
     theirs = native_advanced(g, name, sides, latent, 0, 2, add_noise=True)
     rest = {"start_step": 2, "add_noise": False}
     saved = run_saving(
-        client, server, g, split_whole=whole, split_ours=wan.sample(g, m, sides, ours, **RUN, **rest),
+        client,
+        server,
+        g,
+        split_whole=whole,
+        split_ours=wan.sample(g, m, sides, ours, **RUN, **rest),
         split_to_theirs=native_advanced(g, name, sides, ours, 2, 4, add_noise=False),
         split_from_theirs=wan.sample(g, m, sides, theirs, **RUN, **rest),
-    )  # fmt: skip
+    )
     assert_same(saved)
 
 
@@ -164,8 +191,11 @@ def test_text_encoders_agree(client: Client, server: Server) -> None:
 def test_vaes_agree_in_encoding(client: Client, server: Server) -> None:
     g = Graph()
     photo = scaled(g, wan.photograph(g))
-    pixels = g.add("ImageBatch", image1=g.add("RepeatImageBatch", image=photo, amount=2),
-                   image2=g.add("RepeatImageBatch", image=g.add("ImageInvert", image=photo), amount=3))  # fmt: skip
+    pixels = g.add(
+        "ImageBatch",
+        image1=g.add("RepeatImageBatch", image=photo, amount=2),
+        image2=g.add("RepeatImageBatch", image=g.add("ImageInvert", image=photo), amount=3),
+    )
     ours, theirs = wan.vae(g, "t2v"), g.add("VAELoader", vae_name=wan.VAES["t2v"])
     tiles = {"tile_size": 64, "overlap": 0, "temporal_size": 64, "temporal_overlap": 8}
     outputs = {
@@ -214,8 +244,19 @@ def test_native_vae_feeds_our_image_to_video(client: Client, server: Server) -> 
     sides, photo = wan.prompts(g), wan.photograph(g)
     runs = {}
     for name, v in (("native", g.add("VAELoader", vae_name=wan.VAES["i2v"])), ("own", wan.vae(g, "i2v"))):
-        fed, latent = conditioned(g, sides, "WanCoreImageToVideo", model=m, vae=v, width=64, height=32, frames=5,
-                                  fit="exact", batch_size=1, start_image=photo)  # fmt: skip
+        fed, latent = conditioned(
+            g,
+            sides,
+            "WanCoreImageToVideo",
+            model=m,
+            vae=v,
+            width=64,
+            height=32,
+            frames=5,
+            fit="exact",
+            batch_size=1,
+            start_image=photo,
+        )
         runs[f"i2v_{name}_vae"] = wan.sample(g, m, fed, latent, **RUN)
     assert_same(run_saving(client, server, g, **runs))
 
@@ -224,8 +265,13 @@ def test_latents_survive_a_file(client: Client, server: Server) -> None:
     """SaveLatent, LoadLatent, and on with the second half of the run."""
     g, name = Graph(), wan.expert("t2v", "low")
     sides, latent, m = wan.prompts(g), g.add("EmptyHunyuanLatentVideo", **SIZE), wan.load(g, name)
-    saved = run_saving(client, server, g, file_whole=wan.sample(g, m, sides, latent, **RUN),
-                       file_half=wan.sample(g, m, sides, latent, **RUN, end_step=2))  # fmt: skip
+    saved = run_saving(
+        client,
+        server,
+        g,
+        file_whole=wan.sample(g, m, sides, latent, **RUN),
+        file_half=wan.sample(g, m, sides, latent, **RUN, end_step=2),
+    )
     half = sorted((server.base / "output/latents").glob("file_half_*.latent"))[-1]
     (server.base / "input" / "half.latent").write_bytes(half.read_bytes())
     g = Graph()

@@ -42,8 +42,10 @@ def test_prompts_are_followed(client: Client) -> None:
         sides, latent = conditions(g, prompt), empty(g)
         save_frames(g, wan.decode(g, vae(g), ours(g, sides, latent)))
         seen.append((look_at(frames(client, client.run(g.nodes)), scene), scene))
-    hits = {word: sum(getattr(found, word) == getattr(scene, word) for found, scene in seen)
-            for word in ("colour", "ground", "motion", "shape")}  # fmt: skip
+    hits = {
+        word: sum(getattr(found, word) == getattr(scene, word) for found, scene in seen)
+        for word in ("colour", "ground", "motion", "shape")
+    }
     assert hits["colour"] >= 4 and hits["ground"] >= 4 and hits["motion"] >= 3 and hits["shape"] >= 3, (hits, seen)
 
 
@@ -58,8 +60,11 @@ def test_native_nodes_make_the_same_clip(client: Client) -> None:
     mine = frames(client, client.run(g.nodes))
 
     g = Graph()
-    decoded = g.add("VAEDecode", vae=g.add("VAELoader", vae_name="nano_vae16.safetensors"),
-                    samples=native(g, conditions(g, prompt), empty(g)))  # fmt: skip
+    decoded = g.add(
+        "VAEDecode",
+        vae=g.add("VAELoader", vae_name="nano_vae16.safetensors"),
+        samples=native(g, conditions(g, prompt), empty(g)),
+    )
     save_frames(g, decoded)
     theirs = frames(client, client.run(g.nodes))
     psnr = -10 * torch.log10(((mine - theirs) / 2).square().mean()).item()
@@ -67,9 +72,7 @@ def test_native_nodes_make_the_same_clip(client: Client) -> None:
     assert psnr >= 40
 
 
-def test_a_trained_lora_in_every_dialect_that_comfyui_reads(
-    client: Client, server: Server, night_lora: Path
-) -> None:
+def test_a_trained_lora_in_every_dialect_that_comfyui_reads(client: Client, server: Server, night_lora: Path) -> None:
     """ComfyUI's LoraLoaderModelOnly makes of each file the latent that our node makes of the trained one: to 1e-3."""
     models = server.base / "models"
     (models / "loras").mkdir(exist_ok=True)
@@ -84,8 +87,16 @@ def test_a_trained_lora_in_every_dialect_that_comfyui_reads(
     for dialect in IN_COMFYUI:
         write_as(dialect, night_lora, models / f"loras/night_{dialect}.safetensors")
         made[dialect] = native_lora(g, f"night_{dialect}.safetensors", sides, latent)
-    mine = g.add("WanCoreLora", model=plain, lora_name="night_A_B.safetensors", strength_high=1.0, strength_low=1.0,
-                 low_name="auto", first_step=0, last_step=10000)  # fmt: skip
+    mine = g.add(
+        "WanCoreLora",
+        model=plain,
+        lora_name="night_A_B.safetensors",
+        strength_high=1.0,
+        strength_low=1.0,
+        low_name="auto",
+        first_step=0,
+        last_step=10000,
+    )
     made["mine"] = wan.sample(g, mine, sides, latent, **settings)
     for name, sampled in made.items():
         wan.save_latent(g, sampled, f"night_{name}")
@@ -102,8 +113,18 @@ def native_lora(g: Graph, file: str, sides: dict[str, Out], latent: Out) -> Out:
     unet = g.add("UNETLoader", unet_name="nano_fp32.safetensors", weight_dtype="default")
     model = g.add("LoraLoaderModelOnly", model=unet, lora_name=file, strength_model=1.0)
     model = g.add("ModelSamplingSD3", model=model, shift=SHIFT)
-    return g.add("KSampler", model=model, seed=7, steps=4, cfg=1.0, **sides, latent_image=latent,
-                 sampler_name="euler", scheduler="simple", denoise=1.0)  # fmt: skip
+    return g.add(
+        "KSampler",
+        model=model,
+        seed=7,
+        steps=4,
+        cfg=1.0,
+        **sides,
+        latent_image=latent,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
 
 
 def switch_step() -> int:
@@ -121,8 +142,18 @@ def empty(g: Graph) -> Out:
 
 def ours(g: Graph, sides: dict[str, Out], latent: Out) -> Out:
     model = pair(g, mode="step", boundary=switch_step())
-    return wan.sample(g, model, sides, latent, steps=STEPS, shift=SHIFT, cfg_high=GUIDANCE, cfg_low=GUIDANCE,
-                      solver="euler", schedule="simple")  # fmt: skip
+    return wan.sample(
+        g,
+        model,
+        sides,
+        latent,
+        steps=STEPS,
+        shift=SHIFT,
+        cfg_high=GUIDANCE,
+        cfg_low=GUIDANCE,
+        solver="euler",
+        schedule="simple",
+    )
 
 
 def native(g: Graph, sides: dict[str, Out], latent: Out) -> Out:
@@ -130,9 +161,21 @@ def native(g: Graph, sides: dict[str, Out], latent: Out) -> Out:
     for name, (start, end, noise) in zip(EXPERTS, bounds, strict=True):
         model = g.add("UNETLoader", unet_name=name, weight_dtype="default")
         shifted = g.add("ModelSamplingSD3", model=model, shift=SHIFT)
-        latent = g.add("KSamplerAdvanced", model=shifted, add_noise=noise, noise_seed=7, steps=STEPS, cfg=GUIDANCE,
-                       sampler_name="euler", scheduler="simple", **sides, latent_image=latent, start_at_step=start,
-                       end_at_step=end, return_with_leftover_noise=noise)  # fmt: skip
+        latent = g.add(
+            "KSamplerAdvanced",
+            model=shifted,
+            add_noise=noise,
+            noise_seed=7,
+            steps=STEPS,
+            cfg=GUIDANCE,
+            sampler_name="euler",
+            scheduler="simple",
+            **sides,
+            latent_image=latent,
+            start_at_step=start,
+            end_at_step=end,
+            return_with_leftover_noise=noise,
+        )
     return latent
 
 

@@ -17,13 +17,24 @@ PLAIN = {"denoise": 1.0, "sampler_name": "euler", "scheduler": "simple"}
 
 
 def ours(g: Graph, m: Out, sides: dict[str, Out], latent: Out, **settings: object) -> Out:
-    return wan.sample(g, m, sides, latent, seed=SEED, steps=STEPS, shift=SHIFT, cfg_high=3.0, cfg_low=3.0,
-                      **{"solver": "euler", "schedule": "simple"} | settings)  # fmt: skip
+    return wan.sample(
+        g,
+        m,
+        sides,
+        latent,
+        seed=SEED,
+        steps=STEPS,
+        shift=SHIFT,
+        cfg_high=3.0,
+        cfg_low=3.0,
+        **{"solver": "euler", "schedule": "simple"} | settings,
+    )
 
 
 def theirs(g: Graph, model: Out, sides: dict[str, Out], latent: Out, **settings: object) -> Out:
-    return g.add("KSampler", model=model, seed=SEED, steps=STEPS, cfg=3.0, **sides, latent_image=latent,
-                 **PLAIN | settings)  # fmt: skip
+    return g.add(
+        "KSampler", model=model, seed=SEED, steps=STEPS, cfg=3.0, **sides, latent_image=latent, **PLAIN | settings
+    )
 
 
 def to_model(g: Graph, m: Out) -> Out:
@@ -54,8 +65,14 @@ def test_ksampler_equals_our_sampler(client: Client, server: Server, mode: dict)
     g = Graph()
     m, sides = wan.model(g, "t2v", **mode), wan.prompts(g)
     latent = wan.empty(g, m)
-    made = run_both(client, server, g, f"tomodel_{mode['mode']}", ours(g, m, sides, latent),
-                    theirs(g, to_model(g, m), sides, latent))  # fmt: skip
+    made = run_both(
+        client,
+        server,
+        g,
+        f"tomodel_{mode['mode']}",
+        ours(g, m, sides, latent),
+        theirs(g, to_model(g, m), sides, latent),
+    )
     assert_close(*made)
 
 
@@ -64,11 +81,22 @@ def test_images_reach_the_model(client: Client, server: Server, task: str) -> No
     """Through our conditioning node, and the same through a native sampler."""
     g = Graph()
     m, v = wan.model(g, task), wan.vae(g, task)
-    start = g.add("WanCoreImageToVideo", model=m, vae=v, **wan.prompts(g), width=64, height=64, frames=5, fit="exact",
-                  batch_size=1, start_image=wan.photograph(g))  # fmt: skip
+    start = g.add(
+        "WanCoreImageToVideo",
+        model=m,
+        vae=v,
+        **wan.prompts(g),
+        width=64,
+        height=64,
+        frames=5,
+        fit="exact",
+        batch_size=1,
+        start_image=wan.photograph(g),
+    )
     sides, latent = {"positive": start, "negative": start.at(1)}, start.at(2)
-    made = run_both(client, server, g, f"tomodel_{task}", ours(g, m, sides, latent),
-                    theirs(g, to_model(g, m), sides, latent))  # fmt: skip
+    made = run_both(
+        client, server, g, f"tomodel_{task}", ours(g, m, sides, latent), theirs(g, to_model(g, m), sides, latent)
+    )
     assert_close(*made)
 
 
@@ -79,10 +107,21 @@ def test_two_native_loaders_and_samplers_do_the_same(client: Client, server: Ser
     latent = wan.empty(g, m)
     halves = {"high": (latent, 0, 3, "enable"), "low": (None, 3, 10000, "disable")}
     for noise, (given, start, end, add) in halves.items():
-        latent = g.add("KSamplerAdvanced", model=native(g, wan.expert("t2v", noise)), **sides,
-                       latent_image=given or latent, noise_seed=SEED, steps=STEPS, cfg=3.0, sampler_name="euler",
-                       scheduler="simple", start_at_step=start, end_at_step=end, add_noise=add,
-                       return_with_leftover_noise="enable" if noise == "high" else "disable")  # fmt: skip
+        latent = g.add(
+            "KSamplerAdvanced",
+            model=native(g, wan.expert("t2v", noise)),
+            **sides,
+            latent_image=given or latent,
+            noise_seed=SEED,
+            steps=STEPS,
+            cfg=3.0,
+            sampler_name="euler",
+            scheduler="simple",
+            start_at_step=start,
+            end_at_step=end,
+            add_noise=add,
+            return_with_leftover_noise="enable" if noise == "high" else "disable",
+        )
     start = wan.empty(g, m)
     one = theirs(g, to_model(g, m), sides, start)
     wan.save_latent(g, one, "tomodel_one")
@@ -99,8 +138,14 @@ def test_native_conditioning_nodes(client: Client, server: Server, node: str) ->
     """Our MODEL and ComfyUI's own of the same file are told the same, and answer the same."""
     g, task = Graph(), CONDITIONED[node]
     name = wan.DENSE if task == "ti2v" else wan.expert(task, "low")
-    given = {"vae": wan.vae(g, task), "start_image": wan.photograph(g), "width": 64, "height": 32, "length": 9,
-             "batch_size": 1}  # fmt: skip
+    given = {
+        "vae": wan.vae(g, task),
+        "start_image": wan.photograph(g),
+        "width": 64,
+        "height": 32,
+        "length": 9,
+        "batch_size": 1,
+    }
     if "Last" in node:
         given["end_image"] = g.add("ImageInvert", image=given["start_image"])
     sides = wan.prompts(g)
@@ -109,8 +154,14 @@ def test_native_conditioning_nodes(client: Client, server: Server, node: str) ->
         sides, latent = {"positive": start, "negative": start.at(1)}, start.at(2)
     else:
         latent = g.add(node, **given)
-    made = run_both(client, server, g, f"tomodel_{node}", theirs(g, to_model(g, wan.load(g, name)), sides, latent),
-                    theirs(g, native(g, name), sides, latent))  # fmt: skip
+    made = run_both(
+        client,
+        server,
+        g,
+        f"tomodel_{node}",
+        theirs(g, to_model(g, wan.load(g, name)), sides, latent),
+        theirs(g, native(g, name), sides, latent),
+    )
     assert_same(*made)
 
 
@@ -131,16 +182,29 @@ def test_custom_sampling(client: Client, server: Server, kind: str) -> None:
     inputs = {
         "BasicGuider": {"conditioning": sides["positive"]},
         "CFGGuider": sides | {"cfg": 3.0},
-        "DualCFGGuider": {"cond1": sides["positive"], "cond2": third, "negative": sides["negative"], "cfg_conds": 3.0,
-                          "cfg_cond2_negative": 2.0, "style": "regular"},
-    }  # fmt: skip
+        "DualCFGGuider": {
+            "cond1": sides["positive"],
+            "cond2": third,
+            "negative": sides["negative"],
+            "cfg_conds": 3.0,
+            "cfg_cond2_negative": 2.0,
+            "style": "regular",
+        },
+    }
     latent, made = wan.empty(g, m), []
     for model in (to_model(g, m), native(g, name)):
         sigmas = g.add("BasicScheduler", model=model, scheduler="beta", steps=STEPS, denoise=1.0)
         guider = g.add(kind, model=model, **inputs[kind])
-        made.append(g.add("SamplerCustomAdvanced", noise=g.add("RandomNoise", noise_seed=SEED), guider=guider,
-                          sampler=g.add("KSamplerSelect", sampler_name="dpmpp_2m"), sigmas=sigmas,
-                          latent_image=latent))  # fmt: skip
+        made.append(
+            g.add(
+                "SamplerCustomAdvanced",
+                noise=g.add("RandomNoise", noise_seed=SEED),
+                guider=guider,
+                sampler=g.add("KSamplerSelect", sampler_name="dpmpp_2m"),
+                sigmas=sigmas,
+                latent_image=latent,
+            )
+        )
     assert_same(*run_both(client, server, g, f"tomodel_{kind}", *made))
 
 
@@ -160,11 +224,18 @@ def test_patches_of_sampling_do_what_they_do_to_native_models(client: Client, se
     g, name = Graph(), wan.expert("t2v", "low")
     m, sides, settings = wan.load(g, name), wan.prompts(g), defaults(client, node) | PATCHES[node]
     latent = wan.empty(g, m, 32, 32, 33)
-    mine, plain = (theirs(g, model, sides, latent) for model in
-                   (g.add(node, model=to_model(g, m), **settings), to_model(g, m)))  # fmt: skip
+    mine, plain = (
+        theirs(g, model, sides, latent) for model in (g.add(node, model=to_model(g, m), **settings), to_model(g, m))
+    )
     wan.save_latent(g, plain, "tomodel_unpatched")
-    made = run_both(client, server, g, f"tomodel_{node.replace(' ', '')}", mine,
-                    theirs(g, g.add(node, model=native(g, name), **settings), sides, latent))  # fmt: skip
+    made = run_both(
+        client,
+        server,
+        g,
+        f"tomodel_{node.replace(' ', '')}",
+        mine,
+        theirs(g, g.add(node, model=native(g, name), **settings), sides, latent),
+    )
     assert_same(*made)
     changed = (made[0] - wan.read_latent(server, "tomodel_unpatched")).abs().max()
     assert changed > 10 * (made[0] - made[1]).abs().max()
@@ -183,12 +254,19 @@ def defaults(client: Client, node: str) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize(("node", "settings", "named"), [
-    ("SkipLayerGuidanceDiT", {"double_layers": "1", "start_percent": 0.0, "end_percent": 1.0}, "skip-layer guidance"),
-    ("SkipLayerGuidanceDiTSimple", {"double_layers": "1"}, "skip-layer guidance"),
-    ("ScaleROPE", {"scale_x": 2.0}, "positions"),
-    ("TorchCompileModel", {}, "torch.compile"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("node", "settings", "named"),
+    [
+        (
+            "SkipLayerGuidanceDiT",
+            {"double_layers": "1", "start_percent": 0.0, "end_percent": 1.0},
+            "skip-layer guidance",
+        ),
+        ("SkipLayerGuidanceDiTSimple", {"double_layers": "1"}, "skip-layer guidance"),
+        ("ScaleROPE", {"scale_x": 2.0}, "positions"),
+        ("TorchCompileModel", {}, "torch.compile"),
+    ],
+)
 def test_patches_of_the_network_are_refused(client: Client, node: str, settings: dict, named: str) -> None:
     g = Graph()
     m = wan.load(g, wan.expert("t2v", "low"))
@@ -201,8 +279,16 @@ def test_patches_of_the_network_are_refused(client: Client, node: str, settings:
 def test_conditions_of_other_models_are_refused(client: Client) -> None:
     g = Graph()
     m, sides = wan.load(g, wan.expert("t2v", "low")), wan.prompts(g)
-    start = g.add("WanPhantomSubjectToVideo", **sides, vae=wan.vae(g, "t2v"), width=64, height=32, length=5,
-                  batch_size=1, images=wan.photograph(g))  # fmt: skip
+    start = g.add(
+        "WanPhantomSubjectToVideo",
+        **sides,
+        vae=wan.vae(g, "t2v"),
+        width=64,
+        height=32,
+        length=5,
+        batch_size=1,
+        images=wan.photograph(g),
+    )
     sides = {"positive": start, "negative": start.at(1)}
     wan.save_latent(g, theirs(g, to_model(g, m), sides, start.at(3)), "tomodel_phantom")
     run = client.run(g.nodes)
@@ -219,10 +305,17 @@ def test_patches_and_caches_of_comfyui_work(client: Client, server: Server) -> N
     assert_close(*made)
     g = Graph()
     m, sides = wan.model(g, "t2v"), wan.prompts(g)
-    cached = g.add("EasyCache", model=to_model(g, m), reuse_threshold=3.0, start_percent=0.1, end_percent=0.95,
-                   verbose=False)  # fmt: skip
-    _, skipped = run_both(client, server, g, "tomodel_cache", ours(g, m, sides, wan.empty(g, m)),
-                          theirs(g, cached, sides, wan.empty(g, m)))  # fmt: skip
+    cached = g.add(
+        "EasyCache", model=to_model(g, m), reuse_threshold=3.0, start_percent=0.1, end_percent=0.95, verbose=False
+    )
+    _, skipped = run_both(
+        client,
+        server,
+        g,
+        "tomodel_cache",
+        ours(g, m, sides, wan.empty(g, m)),
+        theirs(g, cached, sides, wan.empty(g, m)),
+    )
     assert torch.isfinite(skipped).all() and (skipped - made[0]).abs().max() > 1e-4
 
 
@@ -237,8 +330,9 @@ def _with_lora(g: Graph, ours: Out, native: Out, sides: dict[str, Out], latent: 
 
 def _with_hook(g: Graph, ours: Out, native: Out, sides: dict[str, Out], latent: Out) -> Out:
     hook = g.add("CreateHookLoraModelOnly", lora_name="nothing.safetensors", strength_model=1.0)
-    hooked = g.add("ConditioningSetProperties", cond_NEW=sides["positive"], strength=1.0, set_cond_area="default",
-                   hooks=hook)  # fmt: skip
+    hooked = g.add(
+        "ConditioningSetProperties", cond_NEW=sides["positive"], strength=1.0, set_cond_area="default", hooks=hook
+    )
     return theirs(g, ours, sides | {"positive": hooked}, latent)
 
 

@@ -21,9 +21,11 @@ def outcomes(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.mark.parametrize(
     "case",
     [
-        "a_memory_limit_is_kept_for_one_prompt_at_a_time", "room_is_asked_for_the_weights_until_they_are_there",
-        "with_a_memory_limit_the_plan_makes_room", "what_other_nodes_reach_for_in_vain_is_told",
+        "a_memory_limit_is_kept_for_one_prompt_at_a_time",
+        "room_is_asked_for_the_weights_until_they_are_there",
+        "with_a_memory_limit_the_plan_makes_room",
+        "what_other_nodes_reach_for_in_vain_is_told",
     ],
-)  # fmt: skip
+)
 def test_native_model(outcomes: dict[str, str], case: str) -> None:
     assert outcomes[case] == "", outcomes[case]

@@ -47,14 +47,28 @@ def test_pairs_of_native_own_and_mixed_models_are_equal(client: Client, server: 
     files = [wan.expert("t2v", noise) for noise in ("high", "low")]
     own, theirs = [wan.load(g, file) for file in files], [native(g, file) for file in files]
     sides, latent = wan.prompts(g), wan.empty(g, own[0], **SIZE)
-    pairs = {"own": switch(g, *own), "native": switch(g, *theirs), "mixed": switch(g, theirs[0], own[1]),
-             "other_mixed": switch(g, own[0], theirs[1])}  # fmt: skip
+    pairs = {
+        "own": switch(g, *own),
+        "native": switch(g, *theirs),
+        "mixed": switch(g, theirs[0], own[1]),
+        "other_mixed": switch(g, own[0], theirs[1]),
+    }
     made = {name: wan.sample(g, m, sides, latent, **RUN) for name, m in pairs.items()}
     plain = {"solver": "euler", "schedule": "simple", "cfg_high": 2.0, "cfg_low": 2.0}
     made["euler"] = wan.sample(g, pairs["own"], sides, latent, **RUN | plain)
     back = g.add("WanCoreToModel", model=pairs["native"], shift=5.0)
-    made["back"] = g.add("KSampler", model=back, seed=3, steps=4, cfg=2.0, **sides, latent_image=latent,
-                         sampler_name="euler", scheduler="simple", denoise=1.0)  # fmt: skip
+    made["back"] = g.add(
+        "KSampler",
+        model=back,
+        seed=3,
+        steps=4,
+        cfg=2.0,
+        **sides,
+        latent_image=latent,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
     *four, euler, back = results(client, server, g, **made)
     assert_same(*four)
     assert_same(euler, back)
@@ -92,14 +106,24 @@ def test_loras_of_comfyui_stay_in_effect(client: Client, server: Server) -> None
     save_file(DIALECTS_OF_LORA["kohya"].make(weights)[0], folder / "test_reverse.safetensors")
     g = Graph()
     lora, own = "test_reverse.safetensors", wan.load(g, file)
-    changed = g.add("WanCoreLora", model=own, lora_name=lora, strength_high=0.7, strength_low=0.7, low_name="none",
-                    first_step=0, last_step=10000)  # fmt: skip
+    changed = g.add(
+        "WanCoreLora",
+        model=own,
+        lora_name=lora,
+        strength_high=0.7,
+        strength_low=0.7,
+        low_name="none",
+        first_step=0,
+        last_step=10000,
+    )
     sides, latent = wan.prompts(g), wan.empty(g, own, **SIZE)
     loaded = g.add("UNETLoader", unet_name=file, weight_dtype="default")
     patched = g.add("LoraLoaderModelOnly", model=loaded, lora_name=lora, strength_model=0.7)
-    pairs = {"lora_own": switch(g, changed, wan.load(g, copy.name)),
-             "lora_native": switch(g, *(g.add("WanCoreFromModel", model=m) for m in (patched, loaded))),
-             "lora_without": own}  # fmt: skip
+    pairs = {
+        "lora_own": switch(g, changed, wan.load(g, copy.name)),
+        "lora_native": switch(g, *(g.add("WanCoreFromModel", model=m) for m in (patched, loaded))),
+        "lora_without": own,
+    }
     ours, theirs, without = results(
         client, server, g, **{name: wan.sample(g, m, sides, latent, **RUN) for name, m in pairs.items()}
     )
@@ -113,8 +137,16 @@ def swapped(g: Graph, m: Out) -> Out:
 
 
 def with_lora(g: Graph, m: Out) -> Out:
-    return g.add("WanCoreLora", model=m, lora_name="test_reverse.safetensors", strength_high=1.0, strength_low=1.0,
-                 low_name="none", first_step=0, last_step=10000)  # fmt: skip
+    return g.add(
+        "WanCoreLora",
+        model=m,
+        lora_name="test_reverse.safetensors",
+        strength_high=1.0,
+        strength_low=1.0,
+        low_name="none",
+        first_step=0,
+        last_step=10000,
+    )
 
 
 @pytest.mark.parametrize(("node", "instead"), [(swapped, "--lowvram"), (with_lora, "LoraLoaderModelOnly")])
@@ -164,15 +196,21 @@ def test_models_of_other_kinds_are_named(client: Client, server: Server) -> None
     wider = torch.zeros(256, 96, 1, 2, 2)
     first = {k: v for k, v in weights.items() if k.startswith("blocks.0.")}
     vace = {f"vace_{k}": v.clone() for k, v in first.items()}
-    vace |= {f"vace_blocks.0.{side}_proj.{part}": torch.zeros((256, 256) if part == "weight" else 256)
-             for side in ("before", "after") for part in ("weight", "bias")}  # fmt: skip
+    vace |= {
+        f"vace_blocks.0.{side}_proj.{part}": torch.zeros((256, 256) if part == "weight" else 256)
+        for side in ("before", "after")
+        for part in ("weight", "bias")
+    }
     vace |= {"vace_patch_embedding.weight": wider, "vace_patch_embedding.bias": torch.zeros(256)}
     save_file(weights | vace, file.with_name("test_vace.safetensors"))
     for name, expected in (("test_vace.safetensors", "WAN21_Vace"), (None, "connect the WAN_MODEL before")):
         g = Graph()
         own = wan.load(g, file.name)
-        model = (g.add("UNETLoader", unet_name=name, weight_dtype="default") if name else
-                 g.add("WanCoreToModel", model=own, shift=5.0))  # fmt: skip
+        model = (
+            g.add("UNETLoader", unet_name=name, weight_dtype="default")
+            if name
+            else g.add("WanCoreToModel", model=own, shift=5.0)
+        )
         m = g.add("WanCoreFromModel", model=model)
         wan.save_latent(g, wan.empty(g, m, **SIZE), "reverse_kind")
         run = client.run(g.nodes)

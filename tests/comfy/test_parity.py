@@ -26,8 +26,7 @@ STEPS, SHIFT, SEED = 3, 5.0, 11
 
 
 @pytest.mark.parametrize(
-    ("task", "solver", "image"),
-    [("t2v-A14B", "dpm++", False), ("i2v-A14B", "unipc", True), ("ti2v-5B", "unipc", True)],
+    ("task", "solver", "image"), [("t2v-A14B", "dpm++", False), ("i2v-A14B", "unipc", True), ("ti2v-5B", "unipc", True)]
 )
 def test_same_latent(client: Client, server: Server, tmp_path: Path, task: str, solver: str, image: bool) -> None:
     picture = server.base / "input/example.png" if image else None
@@ -35,16 +34,29 @@ def test_same_latent(client: Client, server: Server, tmp_path: Path, task: str, 
 
     g, short = Graph(), task.partition("-")[0]
     m, v, encoder = wan.model(g, short), wan.vae(g, short), wan.clip(g)
-    sides = {"positive": g.add("CLIPTextEncode", clip=encoder, text=PROMPT),
-             "negative": g.add("CLIPTextEncode", clip=encoder, text=NEGATIVE_PROMPT)}  # fmt: skip
+    sides = {
+        "positive": g.add("CLIPTextEncode", clip=encoder, text=PROMPT),
+        "negative": g.add("CLIPTextEncode", clip=encoder, text=NEGATIVE_PROMPT),
+    }
     if image:
-        start = g.add("WanCoreImageToVideo", model=m, vae=v, **sides, width=64, height=64, frames=5, fit="area",
-                      batch_size=1, start_image=wan.photograph(g))  # fmt: skip
+        start = g.add(
+            "WanCoreImageToVideo",
+            model=m,
+            vae=v,
+            **sides,
+            width=64,
+            height=64,
+            frames=5,
+            fit="area",
+            batch_size=1,
+            start_image=wan.photograph(g),
+        )
         sides, latent = {"positive": start, "negative": start.at(1)}, start.at(2)
     else:
         latent = wan.empty(g, m, 64, 64, 5)
-    sampled = wan.sample(g, m, sides, latent, seed=SEED, steps=STEPS, shift=SHIFT, solver=solver, cfg_low=2.0,
-                         cfg_high=3.0)  # fmt: skip
+    sampled = wan.sample(
+        g, m, sides, latent, seed=SEED, steps=STEPS, shift=SHIFT, solver=solver, cfg_low=2.0, cfg_high=3.0
+    )
     wan.save_latent(g, sampled, f"parity_{short}")
     run = client.run(g.nodes)
     assert run.ok, run.error
@@ -58,16 +70,47 @@ def test_same_latent(client: Client, server: Server, tmp_path: Path, task: str, 
 
 def command_line(
     models: Path, folder: Path, task: str, solver: str, image: Path | None, end_image: Path | None = None
-) -> Path:  # fmt: skip
+) -> Path:
     out = folder / "out.safetensors"
     guidance = "2.0,3.0" if task.endswith("A14B") else "2.0"
-    arguments = ["--task", task, "--ckpt_dir", models, "--size", "64*64", "--frame_num", 5, "--prompt", PROMPT,
-                 "--base_seed", SEED, "--sample_solver", solver, "--sample_steps", STEPS, "--sample_shift", SHIFT,
-                 "--sample_guide_scale", guidance, "--dtype", "float32", "--device", "cpu",
-                 "--save_file", folder / "out.mp4", "--save_tensors", out]  # fmt: skip
+    arguments = [
+        "--task",
+        task,
+        "--ckpt_dir",
+        models,
+        "--size",
+        "64*64",
+        "--frame_num",
+        5,
+        "--prompt",
+        PROMPT,
+        "--base_seed",
+        SEED,
+        "--sample_solver",
+        solver,
+        "--sample_steps",
+        STEPS,
+        "--sample_shift",
+        SHIFT,
+        "--sample_guide_scale",
+        guidance,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--save_file",
+        folder / "out.mp4",
+        "--save_tensors",
+        out,
+    ]
     arguments += ["--image", image] if image else []
     arguments += ["--end_image", end_image] if end_image else []
-    done = subprocess.run([sys.executable, "-m", "wan_core", "generate", *map(str, arguments)], cwd=ROOT,
-                          env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "wan_core", "generate", *map(str, arguments)],
+        cwd=ROOT,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return out

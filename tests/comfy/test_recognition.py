@@ -55,8 +55,11 @@ def test_a_checkpoint_that_comfyui_saved_has_a_part_for_each_loader(client: Clie
     with safe_open(server.base / "models/checkpoints" / whole, "pt") as file:
         roots = {key.split(".")[0] for key in file.keys()}  # noqa: SIM118
     assert {"model", "vae", "text_encoders"} <= roots
-    for node, name in (("WanCoreLoadModel", "model_name"), ("WanCoreLoadTextEncoder", "text_encoder_name"),
-                       ("WanCoreLoadVAE", "vae_name")):  # fmt: skip
+    for node, name in (
+        ("WanCoreLoadModel", "model_name"),
+        ("WanCoreLoadTextEncoder", "text_encoder_name"),
+        ("WanCoreLoadVAE", "vae_name"),
+    ):
         assert options(client, node, name)[-1] == whole
     found = sampled(client, server, whole, whole, whole)
     expected = sampled(client, server, wan.DENSE, wan.TEXT_ENCODER, wan.VAES["ti2v"])

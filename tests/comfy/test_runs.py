@@ -18,8 +18,18 @@ def full_graph(task: str, *, image: bool, seed: int = 7, fps: float = 16.0) -> t
         latent = wan.empty(g, m, *SIZE, frames=9)
     else:
         shot = {"start_image": wan.photograph(g)} if image else {}
-        start = g.add("WanCoreImageToVideo", model=m, vae=v, **sides, width=SIZE[0], height=SIZE[1], frames=9,
-                      fit="exact", batch_size=1, **shot)  # fmt: skip
+        start = g.add(
+            "WanCoreImageToVideo",
+            model=m,
+            vae=v,
+            **sides,
+            width=SIZE[0],
+            height=SIZE[1],
+            frames=9,
+            fit="exact",
+            batch_size=1,
+            **shot,
+        )
         sides, latent = {"positive": start, "negative": start.at(1)}, start.at(2)
     sampled = wan.sample(g, m, sides, latent, seed=seed)
     wan.save_video(g, wan.decode(g, v, sampled), fps)

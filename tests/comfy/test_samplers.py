@@ -30,11 +30,19 @@ def to_model(g: Graph, task: str = "t2v") -> tuple[Out, Out]:
     return m, g.add("WanCoreToModel", model=m, shift=5.0)
 
 
-def sampled(g: Graph, model: Out, latent: Out, sampler: str = "euler", scheduler: str = "simple",
-            **settings: object) -> Out:  # fmt: skip
+def sampled(
+    g: Graph, model: Out, latent: Out, sampler: str = "euler", scheduler: str = "simple", **settings: object
+) -> Out:
     plain = {"seed": 3, "steps": STEPS, "cfg": 2.0, "denoise": 1.0}
-    return g.add("KSampler", model=model, **wan.prompts(g), latent_image=latent, sampler_name=sampler,
-                 scheduler=scheduler, **plain | settings)  # fmt: skip
+    return g.add(
+        "KSampler",
+        model=model,
+        **wan.prompts(g),
+        latent_image=latent,
+        sampler_name=sampler,
+        scheduler=scheduler,
+        **plain | settings,
+    )
 
 
 @pytest.mark.usefixtures("nano_files")
@@ -46,8 +54,18 @@ def test_samplers_and_schedulers_give_numbers(client: Client, server: Server, sc
     model = g.add("WanCoreToModel", model=m, shift=5.0)
     latent, sides = wan.empty(g, m, 64, 64, 5), nano.conditions(g, "A red circle moves up over the ocean.")
     for name in SAMPLERS:
-        made = g.add("KSampler", model=model, **sides, latent_image=latent, sampler_name=name, scheduler=scheduler,
-                     seed=3, steps=STEPS, cfg=2.0, denoise=1.0)  # fmt: skip
+        made = g.add(
+            "KSampler",
+            model=model,
+            **sides,
+            latent_image=latent,
+            sampler_name=name,
+            scheduler=scheduler,
+            seed=3,
+            steps=STEPS,
+            cfg=2.0,
+            denoise=1.0,
+        )
         wan.save_latent(g, made, latent_name(scheduler, name))
     run = client.run(g.nodes)
     assert run.ok, run.error

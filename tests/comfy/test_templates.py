@@ -24,8 +24,12 @@ from tests.comfy.templates import Api
 
 SIZE, FRAMES, STEPS = (64, 64), 5, 4
 SUBGRAPHED = "03_video_wan2_2_14B_i2v_subgraphed"  # packages of ComfyUI 0.33 have only an i2v that is so itself
-PAIRS = ("video_wan2_2_14B_t2v", "video_wan2_2_14B_i2v", "video_wan2_2_14B_flf2v",
-         *([SUBGRAPHED] if templates.exists(SUBGRAPHED) else []))  # fmt: skip
+PAIRS = (
+    "video_wan2_2_14B_t2v",
+    "video_wan2_2_14B_i2v",
+    "video_wan2_2_14B_flf2v",
+    *([SUBGRAPHED] if templates.exists(SUBGRAPHED) else []),
+)
 DENSE = "video_wan2_2_5B_ti2v"
 WITH_EASYCACHE = "video_hunyuan_video_1.5_720p_t2v"  # ComfyUI has no template of Wan2.2 with it; its node is taken
 
@@ -52,8 +56,10 @@ def small(graph: Api) -> Api:
             inputs |= {"width": SIZE[0], "height": SIZE[1], "length": FRAMES}
         if "start_at_step" in inputs:
             scale = STEPS / inputs["steps"]
-            inputs |= {"start_at_step": int(inputs["start_at_step"] * scale),
-                       "end_at_step": min(STEPS, int(inputs["end_at_step"] * scale))}  # fmt: skip
+            inputs |= {
+                "start_at_step": int(inputs["start_at_step"] * scale),
+                "end_at_step": min(STEPS, int(inputs["end_at_step"] * scale)),
+            }
         if "steps" in inputs:
             inputs["steps"] = STEPS
         if node["class_type"] == "LoadImage":
@@ -88,15 +94,26 @@ def our_loader(graph: Api, made: dict[str, str]) -> str:
     """Load Wan Model, and Wan LoRA if the template has a LoRA, in the place of ComfyUI's; returns the last node."""
     loader, lora = made["UNETLoader"], made.get("LoraLoaderModelOnly")
     name = graph[loader]["inputs"]["unet_name"]
-    graph[loader] = {"class_type": "WanCoreLoadModel",
-                     "inputs": {"model_name": name, "dtype": "float32", "attention": "auto"}}  # fmt: skip
+    graph[loader] = {
+        "class_type": "WanCoreLoadModel",
+        "inputs": {"model_name": name, "dtype": "float32", "attention": "auto"},
+    }
     if not lora:
         return loader
     given = graph[lora]["inputs"]
     strength = given["strength_model"]
-    graph[lora] = {"class_type": "WanCoreLora", "inputs": {
-        "model": [loader, 0], "lora_name": given["lora_name"], "strength_high": strength, "strength_low": strength,
-        "low_name": given["lora_name"], "first_step": 0, "last_step": 10000}}  # fmt: skip
+    graph[lora] = {
+        "class_type": "WanCoreLora",
+        "inputs": {
+            "model": [loader, 0],
+            "lora_name": given["lora_name"],
+            "strength_high": strength,
+            "strength_low": strength,
+            "low_name": given["lora_name"],
+            "first_step": 0,
+            "last_step": 10000,
+        },
+    }
     return lora
 
 
@@ -112,9 +129,15 @@ def join(graph: Api, load: Callable[[Api, dict[str, str]], str]) -> tuple[str, s
     first, second = stages(graph)
     chains = [chain(graph, sampler) for sampler in (first, second)]
     high, low = (load(graph, made) for made in chains)
-    graph["switch"] = {"class_type": "WanCoreExpertSwitch", "inputs": {
-        "high": [high, 0], "low": [low, 0], "mode": "step",
-        "boundary": graph[second]["inputs"]["start_at_step"]}}  # fmt: skip
+    graph["switch"] = {
+        "class_type": "WanCoreExpertSwitch",
+        "inputs": {
+            "high": [high, 0],
+            "low": [low, 0],
+            "mode": "step",
+            "boundary": graph[second]["inputs"]["start_at_step"],
+        },
+    }
     del graph[chains[1]["ModelSamplingSD3"]]
     return "switch", chains[0]["ModelSamplingSD3"]
 
@@ -141,8 +164,13 @@ def with_ksampler(graph: Api) -> None:
     graph["one"] = {"class_type": "WanCoreToModel", "inputs": {"model": [switch, 0], "shift": 1.0}}
     graph[shifted]["inputs"]["model"] = ["one", 0]
     same = kept(inputs, "positive", "negative", "latent_image", "steps", "cfg", "sampler_name", "scheduler")
-    one_sampler(graph, {"class_type": "KSampler", "inputs": {
-        **same, "model": [shifted, 0], "seed": inputs["noise_seed"], "denoise": 1.0}})  # fmt: skip
+    one_sampler(
+        graph,
+        {
+            "class_type": "KSampler",
+            "inputs": {**same, "model": [shifted, 0], "seed": inputs["noise_seed"], "denoise": 1.0},
+        },
+    )
 
 
 def with_our_sampler(graph: Api, load: Callable[[Api, dict[str, str]], str] = our_loader) -> None:
@@ -154,11 +182,24 @@ def with_our_sampler(graph: Api, load: Callable[[Api, dict[str, str]], str] = ou
 
 def our_sampler(inputs: dict[str, Any], model: list, shift: float, seed: int) -> dict[str, Any]:
     solver = {"uni_pc": "unipc"}.get(inputs["sampler_name"], inputs["sampler_name"])
-    return {"class_type": "WanCoreSampler", "inputs": {
-        **kept(inputs, "positive", "negative", "steps"), "latent": inputs["latent_image"], "model": model,
-        "seed": seed, "cfg_high": inputs["cfg"], "cfg_low": inputs["cfg"], "shift": shift, "solver": solver,
-        "schedule": inputs["scheduler"], "denoise": 1.0, "start_step": 0, "end_step": 10000,
-        "add_noise": True}}  # fmt: skip
+    return {
+        "class_type": "WanCoreSampler",
+        "inputs": {
+            **kept(inputs, "positive", "negative", "steps"),
+            "latent": inputs["latent_image"],
+            "model": model,
+            "seed": seed,
+            "cfg_high": inputs["cfg"],
+            "cfg_low": inputs["cfg"],
+            "shift": shift,
+            "solver": solver,
+            "schedule": inputs["scheduler"],
+            "denoise": 1.0,
+            "start_step": 0,
+            "end_step": 10000,
+            "add_noise": True,
+        },
+    }
 
 
 def with_their_loaders(graph: Api) -> None:
@@ -174,8 +215,10 @@ REPLACED = {"KSampler": with_ksampler, "Wan Sampler": with_our_sampler, "native 
 def run(client: Client, server: Server, graph: Api, name: str, fps: int) -> torch.Tensor:
     """The latent before it is decoded; the video is there, and as it should be."""
     (decode,) = of_type(graph, "VAEDecode")
-    graph["latent"] = {"class_type": "SaveLatent", "inputs": {
-        "samples": graph[decode]["inputs"]["samples"], "filename_prefix": f"latents/{name}"}}  # fmt: skip
+    graph["latent"] = {
+        "class_type": "SaveLatent",
+        "inputs": {"samples": graph[decode]["inputs"]["samples"], "filename_prefix": f"latents/{name}"},
+    }
     done = client.run(graph)
     assert done.ok, done.error
     assert wan.read_video(client, done) == Video(FRAMES, *SIZE, fps)
@@ -221,8 +264,10 @@ def test_dense(client: Client, server: Server, image: bool, cached: bool) -> Non
         (sampler,) = of_type(graph, "KSampler")
         made = chain(graph, sampler)
         if which == "ours":
-            graph["one"] = {"class_type": "WanCoreToModel",
-                            "inputs": {"model": [our_loader(graph, made), 0], "shift": 1.0}}  # fmt: skip
+            graph["one"] = {
+                "class_type": "WanCoreToModel",
+                "inputs": {"model": [our_loader(graph, made), 0], "shift": 1.0},
+            }
             graph[made["ModelSamplingSD3"]]["inputs"]["model"] = ["one", 0]
         if cached:
             graph["cache"] = easycache(client)

@@ -22,8 +22,8 @@ from tests.comfy.graphs import Graph
 KEY = "<b>\u202e\ufeff.lora_up.weight"  # letters from right to left, and one that nobody sees
 SHOWN_KEY = "<b>\\u202e\\ufeff.lora_up.weight"
 REFUSED_KEY = "<b>\ud800\x1b[31m\x07.lora_up.weight"  # half a pair, a terminal's red, a bell
-NAME = b"bytes \xff \x1b[32m <i> \".safetensors"  # not UTF-8
-SHOWN_NAME = "bytes \\xff \\x1b[32m <i> \".safetensors"
+NAME = b'bytes \xff \x1b[32m <i> ".safetensors'  # not UTF-8
+SHOWN_NAME = 'bytes \\xff \\x1b[32m <i> ".safetensors'
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,9 @@ def lora(server: Server) -> Iterator[str]:
         rows, columns = file.get_slice("blocks.0.self_attn.q.weight").get_shape()
     file = named(folder)
     path = "diffusion_model.blocks.0.self_attn.q"
-    file.write_bytes(safetensors({f"{path}.lora_down.weight": (2, columns), f"{path}.lora_up.weight": (rows, 2),
-                                  KEY: (1,)}))  # fmt: skip
+    file.write_bytes(
+        safetensors({f"{path}.lora_down.weight": (2, columns), f"{path}.lora_up.weight": (rows, 2), KEY: (1,)})
+    )
     yield file.name
     file.unlink()
 
@@ -58,8 +59,16 @@ def safetensors(shapes: dict[str, tuple[int, ...]]) -> bytes:
 def test_a_name_and_a_key_outside_utf8(client: Client, server: Server, lora: str) -> None:
     g = Graph()
     both = wan.model(g, "t2v")
-    node = g.add("WanCoreLora", model=both, lora_name=lora, strength_high=1.0, strength_low=1.0, low_name="auto",
-                 first_step=0, last_step=10000)  # fmt: skip
+    node = g.add(
+        "WanCoreLora",
+        model=both,
+        lora_name=lora,
+        strength_high=1.0,
+        strength_low=1.0,
+        low_name="auto",
+        first_step=0,
+        last_step=10000,
+    )
     wan.save_latent(g, wan.sample(g, node, wan.prompts(g), wan.empty(g, both), steps=1), "texts")
     run = client.run(g.nodes)
     assert run.ok, run.error
@@ -79,8 +88,16 @@ def test_a_key_that_no_model_has_is_refused_in_words(client: Client, server: Ser
     try:
         g = Graph()
         both = wan.model(g, "t2v")
-        node = g.add("WanCoreLora", model=both, lora_name=file.name, strength_high=1.0, strength_low=1.0,
-                     low_name="auto", first_step=0, last_step=10000)  # fmt: skip
+        node = g.add(
+            "WanCoreLora",
+            model=both,
+            lora_name=file.name,
+            strength_high=1.0,
+            strength_low=1.0,
+            low_name="auto",
+            first_step=0,
+            last_step=10000,
+        )
         wan.save_latent(g, wan.sample(g, node, wan.prompts(g), wan.empty(g, both), steps=1), "texts")
         with pytest.raises(PromptRejected) as refused:
             client.run(g.nodes)

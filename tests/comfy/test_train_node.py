@@ -56,12 +56,30 @@ def write_table(folder: Path, *rows: list[str]) -> None:
 
 def train(g: Graph, dataset: str, name: str, model: Out | None = None, **settings: object) -> Out:
     defaults = {
-        "dataset": dataset, "expert": "auto", "width": SIZE[0], "height": SIZE[1], "frames": 5, "steps": 4,
-        "learning_rate": 0.01, "rank": 2, "alpha": 0.0, "targets": "q,k,v,o,ffn.0,ffn.2", "batch_size": 1, "seed": 1,
-        "checkpointing": "on", "skip_bad_clips": False, "save_name": name, "resume": True,
-    }  # fmt: skip
-    return g.add("WanCoreTrainLora", model=model or wan.load(g, LOW), vae=wan.vae(g, "t2v"), clip=wan.clip(g),
-                 **defaults | settings)  # fmt: skip
+        "dataset": dataset,
+        "expert": "auto",
+        "width": SIZE[0],
+        "height": SIZE[1],
+        "frames": 5,
+        "steps": 4,
+        "learning_rate": 0.01,
+        "rank": 2,
+        "alpha": 0.0,
+        "targets": "q,k,v,o,ffn.0,ffn.2",
+        "batch_size": 1,
+        "seed": 1,
+        "checkpointing": "on",
+        "skip_bad_clips": False,
+        "save_name": name,
+        "resume": True,
+    }
+    return g.add(
+        "WanCoreTrainLora",
+        model=model or wan.load(g, LOW),
+        vae=wan.vae(g, "t2v"),
+        clip=wan.clip(g),
+        **defaults | settings,
+    )
 
 
 def lora_of(server: Server, name: str) -> Path:
@@ -75,8 +93,18 @@ def native_video(g: Graph, lora: str | None) -> Out:
         model = g.add("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)
     sides = wan.prompts(g, g.add("CLIPLoader", clip_name=wan.TEXT_ENCODER, type="wan", device="default"))
     latent = g.add("EmptyHunyuanLatentVideo", width=64, height=64, length=5, batch_size=1)
-    sampled = g.add("KSampler", model=model, **sides, latent_image=latent, seed=1, steps=2, cfg=1.0,
-                    sampler_name="euler", scheduler="simple", denoise=1.0)  # fmt: skip
+    sampled = g.add(
+        "KSampler",
+        model=model,
+        **sides,
+        latent_image=latent,
+        seed=1,
+        steps=2,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
     return wan.save_latent(g, sampled, "native_lora" if lora else "native_plain")
 
 
@@ -135,10 +163,29 @@ def test_models_that_see_through_clip(client: Client, server: Server, dataset: s
     model = g.add("UNETLoader", unet_name=file, weight_dtype="default")
     model = g.add("LoraLoaderModelOnly", model=model, lora_name=f"looks/{task}.safetensors", strength_model=1.0)
     sides = wan.prompts(g, g.add("CLIPLoader", clip_name=wan.TEXT_ENCODER, type="wan", device="default"))
-    start = g.add("WanImageToVideo", vae=wan.vae(g, "t2v"), width=64, height=64, length=5, batch_size=1,
-                  start_image=wan.photograph(g), **sides)  # fmt: skip
-    sampled = g.add("KSampler", model=model, positive=start, negative=start.at(1), latent_image=start.at(2), seed=1,
-                    steps=1, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0)  # fmt: skip
+    start = g.add(
+        "WanImageToVideo",
+        vae=wan.vae(g, "t2v"),
+        width=64,
+        height=64,
+        length=5,
+        batch_size=1,
+        start_image=wan.photograph(g),
+        **sides,
+    )
+    sampled = g.add(
+        "KSampler",
+        model=model,
+        positive=start,
+        negative=start.at(1),
+        latent_image=start.at(2),
+        seed=1,
+        steps=1,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
     wan.save_latent(g, sampled, f"trained_{task}")
     assert client.run(g.nodes).ok
     said = server.log.read_text()[before:]
@@ -217,7 +264,9 @@ def test_every_variant_trains_on_its_own_noise(
     with safe_open(lora_of(server, task), "pt") as file:
         assert (file.metadata()["noise_from"], file.metadata()["noise_to"]) == noise
         assert {key.split(".", 3)[3].rpartition(".lora")[0] for key in file.keys() if "lora_A" in key} == {  # noqa: SIM118
-            "self_attn.q", "ffn.0"}  # fmt: skip
+            "self_attn.q",
+            "ffn.0",
+        }
         assert file.get_tensor("diffusion_model.blocks.0.ffn.0.alpha") == 1
 
 
@@ -247,8 +296,13 @@ def quantised(server: Server) -> Iterator[str]:
     folder = server.base / "models/diffusion_models"
     weights = load_file(folder / LOW)
     name = "wan2.2_t2v_low_noise_fp8.safetensors"
-    save_file({key: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 and "blocks" in key else tensor
-               for key, tensor in weights.items()}, folder / name)  # fmt: skip
+    save_file(
+        {
+            key: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 and "blocks" in key else tensor
+            for key, tensor in weights.items()
+        },
+        folder / name,
+    )
     yield name
     (folder / name).unlink()
 
@@ -278,8 +332,11 @@ def test_what_does_not_fit_is_told_before_anything_is_read(client: Client, serve
         ({"save_name": "mine"}, ["mine.safetensors exists", "choose another save_name"]),
     ):
         g = Graph()
-        models = {"pair": lambda g=g: wan.model(g, "t2v"), "ti2v": lambda g=g: wan.load(g, wan.DENSE),
-                  "nameless": lambda g=g: wan.load(g, nameless)}
+        models = {
+            "pair": lambda g=g: wan.model(g, "t2v"),
+            "ti2v": lambda g=g: wan.load(g, wan.DENSE),
+            "nameless": lambda g=g: wan.load(g, nameless),
+        }
         model = models.get(change.pop("model", ""))
         native = change.pop("vae", None)
         node = train(g, dataset, "bad", model() if model else None)

@@ -58,8 +58,10 @@ def images(g: Graph, task: str) -> dict[str, Out]:
 
 def our_start(g: Graph, m: Out, task: str, clip: dict[str, Out], **values: object) -> tuple[dict[str, Out], Out]:
     size = {"width": 64, "height": 64, "frames": 5, "fit": "area", "batch_size": 1}
-    start = g.add("WanCoreImageToVideo", **{"model": m, "vae": wan.vae(g, "i2v"), **wan.prompts(g), **size,
-                                            **images(g, task), **clip} | values)  # fmt: skip
+    start = g.add(
+        "WanCoreImageToVideo",
+        **{"model": m, "vae": wan.vae(g, "i2v"), **wan.prompts(g), **size, **images(g, task), **clip} | values,
+    )
     return {"positive": start, "negative": start.at(1)}, start.at(2)
 
 
@@ -77,13 +79,28 @@ def their_start(g: Graph, task: str, clip: Out | None, **more: object) -> tuple[
 
 
 def sample(g: Graph, m: Out, sides: dict[str, Out], latent: Out, **settings: object) -> Out:
-    return wan.sample(g, m, sides, latent, **{"seed": SEED, "steps": STEPS, "shift": SHIFT, "cfg_low": CFG,
-                                              "cfg_high": CFG} | settings)  # fmt: skip
+    return wan.sample(
+        g,
+        m,
+        sides,
+        latent,
+        **{"seed": SEED, "steps": STEPS, "shift": SHIFT, "cfg_low": CFG, "cfg_high": CFG} | settings,
+    )
 
 
 def ksampler(g: Graph, model: Out, sides: dict[str, Out], latent: Out) -> Out:
-    return g.add("KSampler", model=model, seed=SEED, steps=STEPS, cfg=CFG, **sides, latent_image=latent, denoise=1.0,
-                 sampler_name="euler", scheduler="simple")  # fmt: skip
+    return g.add(
+        "KSampler",
+        model=model,
+        seed=SEED,
+        steps=STEPS,
+        cfg=CFG,
+        **sides,
+        latent_image=latent,
+        denoise=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+    )
 
 
 def run(client: Client, server: Server, g: Graph, **latents: Out) -> tuple[Run, list[torch.Tensor]]:
@@ -115,8 +132,10 @@ def test_nodes_equal_the_command_line(client: Client, server: Server, tmp_path: 
     ours = load_file(file)["latent"]
     g, negative = Graph(), VARIANTS[task].negative
     m, encoder = wan.load(g, model_file(task)), wan.clip(g)
-    texts = {side: g.add("CLIPTextEncode", clip=encoder, text=text) for side, text in
-             (("positive", PROMPT), ("negative", negative))}  # fmt: skip
+    texts = {
+        side: g.add("CLIPTextEncode", clip=encoder, text=text)
+        for side, text in (("positive", PROMPT), ("negative", negative))
+    }
     sides, latent = our_start(g, m, task, {"clip_vision": our_clip(g)}, **texts)
     sampled = sample(g, m, sides, latent)
     done, (raw,) = run(client, server, g, parity=sampled)
@@ -136,8 +155,12 @@ def test_comfyuis_nodes_feed_wan_sampler(client: Client, server: Server, task: s
     native = g.add("WanCoreFromModel", model=g.add("UNETLoader", unet_name=name, weight_dtype="default"))
     sides, latent = their_start(g, task, their_clip(g))
     bare = their_start(g, task, None)
-    made = {"own": sample(g, m, sides, latent), "native": sample(g, native, sides, latent),
-            "bare": sample(g, m, *bare), "bare_native": sample(g, native, *bare)}  # fmt: skip
+    made = {
+        "own": sample(g, m, sides, latent),
+        "native": sample(g, native, sides, latent),
+        "bare": sample(g, m, *bare),
+        "bare_native": sample(g, native, *bare),
+    }
     done, (own, theirs, without, theirs_without) = run(client, server, g, **made)
     assert difference(own, theirs) <= 1e-3
     assert difference(without, theirs_without) <= 1e-3, "without CLIP both hear an empty picture"
@@ -159,9 +182,14 @@ def test_comfyuis_samplers_run_it(client: Client, server: Server, task: str) -> 
     theirs = g.add("ModelSamplingSD3", model=loaded, shift=SHIFT)
     sides, latent = their_start(g, task, our_clip(g))
     plain = {"solver": "euler", "schedule": "simple"}
-    _, (mine, native, sampler) = run(client, server, g, tomodel=ksampler(g, ours, sides, latent),
-                                     tomodel_native=ksampler(g, theirs, sides, latent),
-                                     tomodel_sampler=sample(g, m, sides, latent, **plain))  # fmt: skip
+    _, (mine, native, sampler) = run(
+        client,
+        server,
+        g,
+        tomodel=ksampler(g, ours, sides, latent),
+        tomodel_native=ksampler(g, theirs, sides, latent),
+        tomodel_sampler=sample(g, m, sides, latent, **plain),
+    )
     assert difference(mine, native) <= 1e-3
     assert difference(mine, sampler) <= 1e-4
 
@@ -207,9 +235,10 @@ def test_sides_may_differ(client: Client, server: Server) -> None:
     bare, _ = their_start(g, task, None)
     moved, _ = their_start(g, task, our_clip(g), start_image=g.add("LoadImage", image=END))
     mixes = {
-        "both": both, "positive_only": both | {"negative": bare["negative"]},
+        "both": both,
+        "positive_only": both | {"negative": bare["negative"]},
         "other_image": both | {"negative": moved["negative"]},
-    }  # fmt: skip
+    }
     made = {name: sample(g, m, sides, latent) for name, sides in mixes.items()}
     alone = sample(g, m, mixes["positive_only"], latent, cfg_low=1.0, cfg_high=1.0)
     done, (one, two, three, _) = run(client, server, g, **made, alone=alone)
@@ -229,8 +258,17 @@ def test_tracks_of_ati_reach_the_model(client: Client, server: Server) -> None:
     seen = look(g, our_clip(g), wan.photograph(g))
     made = {}
     for kind, tracks in (("tracks", track), ("no_tracks", "[]")):
-        start = g.add("WanTrackToVideo", **wan.prompts(g), vae=wan.vae(g, "i2v"), tracks=tracks, **NATIVE, topk=2,
-                      temperature=220.0, start_image=wan.photograph(g), clip_vision_output=seen)  # fmt: skip
+        start = g.add(
+            "WanTrackToVideo",
+            **wan.prompts(g),
+            vae=wan.vae(g, "i2v"),
+            tracks=tracks,
+            **NATIVE,
+            topk=2,
+            temperature=220.0,
+            start_image=wan.photograph(g),
+            clip_vision_output=seen,
+        )
         sides = {"positive": start, "negative": start.at(1)}
         made[kind] = sample(g, m, sides, start.at(2))
         if tracks == track:
@@ -258,8 +296,11 @@ def test_a_batch_of_videos_and_of_pictures(client: Client, server: Server) -> No
     one_sides, one = their_start(g, task, clip)
     batch_sides, batch = their_start(g, task, clip, batch_size=2)
     many_sides, many = their_start(g, task, None, clip_vision_output=look(g, clip, two))
-    made = {"one": sample(g, m, one_sides, one), "batch": sample(g, m, batch_sides, batch),
-            "many": sample(g, m, many_sides, many)}  # fmt: skip
+    made = {
+        "one": sample(g, m, one_sides, one),
+        "batch": sample(g, m, batch_sides, batch),
+        "many": sample(g, m, many_sides, many),
+    }
     done, (alone, pair, of_many) = run(client, server, g, **made)
     assert difference(pair[:1], alone) <= 1e-4 and difference(of_many, alone) <= 1e-4
     assert "CLIP saw 2 pictures" in text_of(done, made["many"]) and text_of(done, made["batch"]) == ""
@@ -291,10 +332,16 @@ def test_what_was_assumed_of_a_file_is_said(client: Client, unnamed: str) -> Non
     assert text_of(done, chosen) == text_of(done, expert) == ""
 
 
-@pytest.mark.parametrize(("variant", "expected"), [
-    ("flf2v-14B", "Wan2.1 I2V-14B (i2v-14B)"), ("t2v-14B", "Wan2.1 I2V-14B (i2v-14B)"),
-    ("wan3", "auto"), (5, "choices"), ("\ud83d", "half of a character"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        ("flf2v-14B", "Wan2.1 I2V-14B (i2v-14B)"),
+        ("t2v-14B", "Wan2.1 I2V-14B (i2v-14B)"),
+        ("wan3", "auto"),
+        (5, "choices"),
+        ("\ud83d", "half of a character"),
+    ],
+)
 def test_a_variant_that_the_file_is_not_is_refused_when_queued(client: Client, variant: object, expected: str) -> None:
     g = Graph()
     m = wan.load(g, model_file("i2v-14B"), variant=variant)
@@ -325,22 +372,41 @@ def _twice(g: Graph, m: Out) -> tuple[dict[str, Out], Out]:
 
 def _too_many(g: Graph, m: Out) -> tuple[dict[str, Out], Out]:
     clip, image = our_clip(g), wan.photograph(g)
-    start = g.add("WanFirstLastFrameToVideo", **wan.prompts(g), vae=wan.vae(g, "i2v"), **NATIVE, start_image=image,
-                  clip_vision_start_image=look(g, clip, image), clip_vision_end_image=look(g, clip, image))  # fmt: skip
-    again = g.add("WanFirstLastFrameToVideo", positive=start, negative=start.at(1), vae=wan.vae(g, "i2v"), **NATIVE,
-                  start_image=image, clip_vision_start_image=look(g, clip, image))  # fmt: skip
+    start = g.add(
+        "WanFirstLastFrameToVideo",
+        **wan.prompts(g),
+        vae=wan.vae(g, "i2v"),
+        **NATIVE,
+        start_image=image,
+        clip_vision_start_image=look(g, clip, image),
+        clip_vision_end_image=look(g, clip, image),
+    )
+    again = g.add(
+        "WanFirstLastFrameToVideo",
+        positive=start,
+        negative=start.at(1),
+        vae=wan.vae(g, "i2v"),
+        **NATIVE,
+        start_image=image,
+        clip_vision_start_image=look(g, clip, image),
+    )
     return {"positive": again, "negative": again.at(1)}, again.at(2)
 
 
 REFUSED = {
-    "no end image": ("flf2v-14B", "connect start_image and end_image",
-                     lambda g, m: our_start(g, m, "i2v-14B", {"clip_vision": our_clip(g)})),
-    "no image": ("i2v-14B", "animates an image",
-                 lambda g, m: our_start(g, m, "i2v-14B", {}, start_image=None)),
+    "no end image": (
+        "flf2v-14B",
+        "connect start_image and end_image",
+        lambda g, m: our_start(g, m, "i2v-14B", {"clip_vision": our_clip(g)}),
+    ),
+    "no image": ("i2v-14B", "animates an image", lambda g, m: our_start(g, m, "i2v-14B", {}, start_image=None)),
     "both ways": ("i2v-14B", "choose one", _twice),
-    "no CLIP in the model": ("i2v-A14B", "disconnect clip_vision",
-                             lambda g, m: our_start(g, m, "i2v-14B", {"clip_vision": our_clip(g)})),
-}  # fmt: skip
+    "no CLIP in the model": (
+        "i2v-A14B",
+        "disconnect clip_vision",
+        lambda g, m: our_start(g, m, "i2v-14B", {"clip_vision": our_clip(g)}),
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -374,9 +440,18 @@ def test_clip_tokens_of_no_use_are_said(client: Client) -> None:
 def test_nodes_that_want_more_of_clip_are_told_what_to_use(client: Client) -> None:
     """SVD's node looks at a picture's one embedding."""
     g = Graph()
-    asked = g.add("SVD_img2vid_Conditioning", clip_vision=our_clip(g), init_image=wan.photograph(g),
-                  vae=wan.vae(g, "t2v"), width=64, height=64, video_frames=5, motion_bucket_id=127, fps=6,
-                  augmentation_level=0.0)  # fmt: skip
+    asked = g.add(
+        "SVD_img2vid_Conditioning",
+        clip_vision=our_clip(g),
+        init_image=wan.photograph(g),
+        vae=wan.vae(g, "t2v"),
+        width=64,
+        height=64,
+        video_frames=5,
+        motion_bucket_id=127,
+        fps=6,
+        augmentation_level=0.0,
+    )
     g.add("PreviewAny", source=asked)
     done = client.run(g.nodes)
     assert not done.ok and "image_embeds" in done.error and "ComfyUI's Load CLIP Vision" in done.error

@@ -66,16 +66,27 @@ def without_titles(graph: dict[str, Any]) -> dict[str, Any]:
 def with_inputs_of(twin: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
     """``made`` without the inputs that ComfyUI's own nodes have gained since."""
     ours = {id for id, node in made.items() if node["class_type"].startswith("WanCore")}
-    return {id: node if id in ours else node | {"inputs": {
-        name: value for name, value in node["inputs"].items() if name in twin[id]["inputs"]}}
-        for id, node in made.items()}  # fmt: skip
+    return {
+        id: node
+        if id in ours
+        else node | {"inputs": {name: value for name, value in node["inputs"].items() if name in twin[id]["inputs"]}}
+        for id, node in made.items()
+    }
 
 
 @pytest.mark.parametrize(
     ("task", "kind", "image"),
-    [("t2v-A14B", "", False), ("i2v-A14B", "", True), ("ti2v-5B", "", True), ("ti2v-5B", "", False),
-     ("i2v-14B", "", True), ("flf2v-14B", "", True), ("t2v-A14B", " fast", False), ("i2v-A14B", " fast", True)],
-)  # fmt: skip
+    [
+        ("t2v-A14B", "", False),
+        ("i2v-A14B", "", True),
+        ("ti2v-5B", "", True),
+        ("ti2v-5B", "", False),
+        ("i2v-14B", "", True),
+        ("flf2v-14B", "", True),
+        ("t2v-A14B", " fast", False),
+        ("i2v-A14B", " fast", True),
+    ],
+)
 def test_api_twin_runs(client: Client, task: str, kind: str, image: bool) -> None:
     """At a small size; the fps are the file's. TI2V also without its image, when it goes by the text alone."""
     graph = read(f"workflows/api/{TABLES[kind][task][0]}.json")

@@ -40,8 +40,13 @@ def in_comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
     serves all tests: ComfyUI's modules take many seconds to import.
     """
     folder, numbers = tmp_path_factory.mktemp("comfyui"), count()
-    worker = subprocess.Popen([sys.executable, "-c", _WORKER], cwd=Path(os.environ["COMFYUI_PATH"]), text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    worker = subprocess.Popen(
+        [sys.executable, "-c", _WORKER],
+        cwd=Path(os.environ["COMFYUI_PATH"]),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
     def run(code: str, **inputs: object) -> dict:
         task = folder / f"{next(numbers)}.pt"

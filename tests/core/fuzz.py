@@ -81,8 +81,13 @@ class Table:
         rows = [{"container": container, "damage": damage, **counts} for container, damage, counts in self.rows()]
         slowest = max(one.seconds for one in self.results)
         outcomes = Counter(one.outcome for one in self.results)
-        found = {"files": len(self.results), "seed": self.seed, "outcomes": outcomes,
-                 "slowest_seconds": round(slowest, 2), "rows": rows}  # fmt: skip
+        found = {
+            "files": len(self.results),
+            "seed": self.seed,
+            "outcomes": outcomes,
+            "slowest_seconds": round(slowest, 2),
+            "rows": rows,
+        }
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

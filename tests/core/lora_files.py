@@ -11,8 +11,18 @@ from torch import Tensor
 from wan_core.layouts.dit import DIALECTS
 
 RANK, ALPHA, STRENGTH = 4, 6.0, 0.7
-LAYERS = ("self_attn.q", "self_attn.o", "cross_attn.k", "cross_attn.v", "ffn.0", "ffn.2",
-          "cross_attn.k_img", "cross_attn.v_img", "img_emb.proj.1", "img_emb.proj.3")  # fmt: skip
+LAYERS = (
+    "self_attn.q",
+    "self_attn.o",
+    "cross_attn.k",
+    "cross_attn.v",
+    "ffn.0",
+    "ffn.2",
+    "cross_attn.k_img",
+    "cross_attn.v_img",
+    "img_emb.proj.1",
+    "img_emb.proj.3",
+)
 Weights = Mapping[str, Tensor]
 Made = tuple[dict[str, Tensor], dict[str, Tensor]]  # the file's tensors; the weights it should give
 
@@ -25,8 +35,9 @@ def draw(*shape: int, size: float = 1.0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).float() * size
 
 
-def low_rank(weights: Weights, name: Callable[[str], str], down: str, up: str, *, alpha: bool,
-             extra: tuple[str, ...] = ()) -> Made:  # fmt: skip
+def low_rank(
+    weights: Weights, name: Callable[[str], str], down: str, up: str, *, alpha: bool, extra: tuple[str, ...] = ()
+) -> Made:
     file, merged = {}, dict(weights)
     for path in (*paths(weights), *extra):
         weight = weights[f"{path}.weight"]

@@ -57,8 +57,9 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]  # path -> down [rank, in], up [out,
 
 def named(name: Callable[[str], str], down: str, up: str, *, alpha: bool = False) -> Callable[[Pairs], dict]:
     def make(pairs: Pairs) -> dict[str, Tensor]:
-        file = {name(path) + role: part for path, both in pairs.items()
-                for role, part in zip((down, up), both, strict=True)}  # fmt: skip
+        file = {
+            name(path) + role: part for path, both in pairs.items() for role, part in zip((down, up), both, strict=True)
+        }
         return file | ({f"{name(path)}.alpha": torch.tensor(float(RANK)) for path in pairs} if alpha else {})
 
     return make
@@ -83,8 +84,12 @@ def as_kronecker(pairs: Pairs) -> dict[str, Tensor]:
     """The first factor is the number one."""
     file = {}
     for path, (down, up) in pairs.items():
-        file |= {f"{flat(path)}.lokr_w1": torch.ones(1, 1), f"{flat(path)}.lokr_w2_a": up,
-                 f"{flat(path)}.lokr_w2_b": down, f"{flat(path)}.alpha": torch.tensor(float(RANK))}  # fmt: skip
+        file |= {
+            f"{flat(path)}.lokr_w1": torch.ones(1, 1),
+            f"{flat(path)}.lokr_w2_a": up,
+            f"{flat(path)}.lokr_w2_b": down,
+            f"{flat(path)}.alpha": torch.tensor(float(RANK)),
+        }
     return file
 
 

@@ -85,15 +85,21 @@ def test_a_transformer(tmp_path: Path, weights: dict[str, Tensor], stored: torch
 def test_a_transformer_in_the_reader_thread(tmp_path: Path, weights: dict[str, Tensor], monkeypatch):
     monkeypatch.setitem(offload.BACKENDS, "cpu", HostBackend)
     stored = {key: value.bfloat16() for key, value in weights.items()}
-    everywhere(tmp_path / "dit", stored, lambda file: build_dit(read_dit(file), dtype="float32", swap_blocks=2,
-                                                               prefetch=1)(*inputs()))  # fmt: skip
+    everywhere(
+        tmp_path / "dit",
+        stored,
+        lambda file: build_dit(read_dit(file), dtype="float32", swap_blocks=2, prefetch=1)(*inputs()),
+    )
 
 
 @pytest.mark.parametrize("swap_blocks", [0, 3])
 def test_a_transformer_in_half_precision(tmp_path: Path, weights: dict[str, Tensor], swap_blocks: int):
     stored = {key: value.bfloat16() for key, value in weights.items()}
-    everywhere(tmp_path / "dit", stored, lambda file: build_dit(read_dit(file), dtype="bfloat16",
-                                                               swap_blocks=swap_blocks)(*inputs()))  # fmt: skip
+    everywhere(
+        tmp_path / "dit",
+        stored,
+        lambda file: build_dit(read_dit(file), dtype="bfloat16", swap_blocks=swap_blocks)(*inputs()),
+    )
 
 
 @pytest.mark.parametrize("swap_blocks", [0, 2])
@@ -134,8 +140,11 @@ def test_a_text_encoder(tmp_path: Path, tiny: Path, stored: torch.dtype):
     content = load_file(file)
     spiece = content.pop("spiece_model").numpy().tobytes()
     made = {key: value.to(stored) for key, value in content.items()}
-    everywhere(tmp_path / "text", made, lambda file: load_text_encoder(file, tokenizer=spiece, dtype="float32")
-               (["a cat", "two dogs at the sea"]))  # fmt: skip
+    everywhere(
+        tmp_path / "text",
+        made,
+        lambda file: load_text_encoder(file, tokenizer=spiece, dtype="float32")(["a cat", "two dogs at the sea"]),
+    )
 
 
 def places(file: Path) -> dict[str, tuple[int, int]]:
@@ -146,16 +155,25 @@ def places(file: Path) -> dict[str, tuple[int, int]]:
     header.pop("__metadata__", None)
     spans = sorted(entry["data_offsets"] for entry in header.values())
     assert [0] + [end for _, end in spans] == [start for start, _ in spans] + [file.stat().st_size - 8 - length]
-    return {key: (8 + length + one["data_offsets"][0], one["data_offsets"][1] - one["data_offsets"][0])
-            for key, one in header.items()}  # fmt: skip
+    return {
+        key: (8 + length + one["data_offsets"][0], one["data_offsets"][1] - one["data_offsets"][0])
+        for key, one in header.items()
+    }
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt", "a": "ü" * 7}])
 def test_what_is_written_is_aligned(tmp_path: Path, metadata: dict | None):
     """Each tensor as far as the sizes allow: the format knows no gaps."""
-    made = {"odd": torch.arange(3.0), "bytes": torch.arange(5, dtype=torch.uint8), "scalar": torch.tensor(1.5),
-            "none": torch.zeros(0, 4), "half": torch.randn(3, 5).half(), "matrix": torch.randn(16, 24),
-            "turned": torch.randn(8, 16).T, "double": torch.randn(7).double()}  # fmt: skip
+    made = {
+        "odd": torch.arange(3.0),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "scalar": torch.tensor(1.5),
+        "none": torch.zeros(0, 4),
+        "half": torch.randn(3, 5).half(),
+        "matrix": torch.randn(16, 24),
+        "turned": torch.randn(8, 16).T,
+        "double": torch.randn(7).double(),
+    }
     save_tensors(made, tmp_path / "made.safetensors", metadata)
     found = places(tmp_path / "made.safetensors")
     assert list(load_file(tmp_path / "made.safetensors").keys()) and found.keys() == made.keys()

@@ -18,9 +18,12 @@ REFERENCE = {"ref_conv.weight": (5120, 16, 2, 2)}
 
 def shapes(into: int, out: int, dim: int = 5120, **extra: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return {
-        "patch_embedding.weight": (dim, into, 1, 2, 2), "head.head.weight": (out * 4, dim),
-        "head.modulation": (1, 2, dim), "blocks.0.self_attn.q.weight": (dim, dim), **extra,
-    }  # fmt: skip
+        "patch_embedding.weight": (dim, into, 1, 2, 2),
+        "head.head.weight": (out * 4, dim),
+        "head.modulation": (1, 2, dim),
+        "blocks.0.self_attn.q.weight": (dim, dim),
+        **extra,
+    }
 
 
 ROWS = {

@@ -25,7 +25,7 @@ def test_quick_dit_benchmark(comfyui_path: Path, tmp_path: Path) -> None:
     environment = _environment(comfyui_path)
     done = subprocess.run([*command, "--out", out], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (name, part), = json.loads(out.read_text())["parts"].items()
+    ((name, part),) = json.loads(out.read_text())["parts"].items()
     assert name == "dit forward"
     assert list(part["contenders"]) == [OURS, PREPARED, DIFFUSERS, COMFYUI]
     for contender, row in part["contenders"].items():

@@ -67,8 +67,12 @@ def write_diffusers(vae: VideoVAE, folder: Path) -> Path:
     return folder
 
 
-WRITERS = {"official": write_official, "comfyui": write_comfyui, "prefixed": write_prefixed,
-           "diffusers": write_diffusers}  # fmt: skip
+WRITERS = {
+    "official": write_official,
+    "comfyui": write_comfyui,
+    "prefixed": write_prefixed,
+    "diffusers": write_diffusers,
+}
 
 
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS.keys())
@@ -110,8 +114,18 @@ def test_renaming_is_reversible(dialect: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("change", [{}, {"encoder_dim": 4}, {"decoder_dim": 24}, {"multipliers": (1, 2, 2, 4)},
-                                    {"multipliers": (2, 4, 4, 4)}, {"blocks": 1}, {"blocks": 3}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"encoder_dim": 4},
+        {"decoder_dim": 24},
+        {"multipliers": (1, 2, 2, 4)},
+        {"multipliers": (2, 4, 4, 4)},
+        {"blocks": 1},
+        {"blocks": 3},
+    ],
+)
 def test_dimensions_come_from_the_shapes(kind: str, change: dict):
     config = replace(SMALL[kind], **change)
     shapes = {key: tuple(value.shape) for key, value in make_vae(config).state_dict().items()}

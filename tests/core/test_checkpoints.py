@@ -180,9 +180,11 @@ def test_a_folder_without_a_checkpoint(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("part", "message"),
-    [("vae/wan_2.1_vae.safetensors", "it is a Wan VAE. Load it with Load Wan VAE"),
-     ("text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "it is a umT5 text encoder")],
-)  # fmt: skip
+    [
+        ("vae/wan_2.1_vae.safetensors", "it is a Wan VAE. Load it with Load Wan VAE"),
+        ("text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "it is a umT5 text encoder"),
+    ],
+)
 def test_another_part_of_the_model_is_named(folders, part: str, message: str):
     with pytest.raises(WanError, match=message):
         read_dit(folders["t2v-A14B", "comfyui"] / part)

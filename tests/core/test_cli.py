@@ -71,8 +71,20 @@ def test_offloading_and_the_official_flags_change_nothing(checkpoint: Path, tmp_
     plain, flagged = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     common = ("--ckpt_dir", checkpoint, "--base_seed", 3, "--save_file", tmp_path / "x.mp4")
     assert generate(*common, "--save_tensors", plain) == 0
-    assert generate(*common, "--save_tensors", flagged, "--offload_model", "True", "--convert_model_dtype", "--t5_cpu",
-                    "--ulysses_size", 1) == 0  # fmt: skip
+    assert (
+        generate(
+            *common,
+            "--save_tensors",
+            flagged,
+            "--offload_model",
+            "True",
+            "--convert_model_dtype",
+            "--t5_cpu",
+            "--ulysses_size",
+            1,
+        )
+        == 0
+    )
     assert torch.equal(load_file(plain)["video"], load_file(flagged)["video"])
 
 
@@ -169,8 +181,10 @@ def test_durations_of_animations_add_up(tmp_path: Path):
         assert len(times) == 48 and sum(times) == 3000
 
 
-@pytest.mark.parametrize(("ending", "size"), [(".mp4", (34, 48)), (".mkv", (34, 48)), (".webm", (33, 47)),
-                                              (".gif", (33, 47)), (".png", (33, 47))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ending", "size"),
+    [(".mp4", (34, 48)), (".mkv", (34, 48)), (".webm", (33, 47)), (".gif", (33, 47)), (".png", (33, 47))],
+)
 def test_odd_sides(tmp_path: Path, ending: str, size: tuple[int, int]):
     """H.264 repeats the last row and column; the other formats hold odd sides."""
     written = save_video(torch.zeros(3, 5, 33, 47).split([1, 4], dim=1), tmp_path / f"x{ending}", 16)
@@ -213,8 +227,20 @@ def test_foreign_files_are_not_replaced(checkpoint: Path, tmp_path: Path, capsys
 def test_what_a_run_reads_is_never_replaced(checkpoint: Path, tmp_path: Path, capsys):
     Image.new("RGB", (64, 32), "red").save(tmp_path / "cat.png")
     before = (tmp_path / "cat.png").read_bytes()
-    assert generate("--ckpt_dir", checkpoint, "--image", tmp_path / "cat.png", "--save_file", tmp_path / "cat.png",
-                    "--frame_num", 1, "--overwrite") == 2  # fmt: skip
+    assert (
+        generate(
+            "--ckpt_dir",
+            checkpoint,
+            "--image",
+            tmp_path / "cat.png",
+            "--save_file",
+            tmp_path / "cat.png",
+            "--frame_num",
+            1,
+            "--overwrite",
+        )
+        == 2
+    )
     assert "what this run reads" in capsys.readouterr().err and (tmp_path / "cat.png").read_bytes() == before
 
 
@@ -228,7 +254,8 @@ def test_a_late_failure_keeps_the_latent(checkpoint: Path, tmp_path: Path, capsy
 
     def fails(*_: object, **__: object) -> None:
         raise {"cancel": KeyboardInterrupt, "disk": OSError(errno.ENOSPC, "No space left on device")}.get(
-            failure, RuntimeError("Cannot change height after codec is open"))  # fmt: skip
+            failure, RuntimeError("Cannot change height after codec is open")
+        )
 
     with monkeypatch.context() as patch:
         broken = "pipeline.Engine.vae" if failure == "decoder" else "media.video._FrameWriter.write"
@@ -266,9 +293,25 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(checkpoint: Path, tmp_
         "import resource, sys; from wan_core.__main__ import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.exit(main(sys.argv[1:]))"
     )
-    words = ["generate", "--task", "ti2v-5B", "--ckpt_dir", checkpoint, "--size", "192*192", "--frame_num", 9,
-             "--sample_steps", 1, "--prompt", "x", "--save_file", tmp_path / "x.mp4", "--save_tensors",
-             tmp_path / "t.safetensors"]  # fmt: skip
+    words = [
+        "generate",
+        "--task",
+        "ti2v-5B",
+        "--ckpt_dir",
+        checkpoint,
+        "--size",
+        "192*192",
+        "--frame_num",
+        9,
+        "--sample_steps",
+        1,
+        "--prompt",
+        "x",
+        "--save_file",
+        tmp_path / "x.mp4",
+        "--save_tensors",
+        tmp_path / "t.safetensors",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -288,8 +331,14 @@ def test_comfyuis_latents_are_decoded(checkpoint: Path, tmp_path: Path):
     raw = denormalise(latent[None], "wan2.2").contiguous()
     save_file({"latent_tensor": raw, "latent_format_version_0": torch.tensor([])}, tmp_path / "theirs.latent")
     for name in ("ours.safetensors", "theirs.latent"):
-        words = ["decode", tmp_path / name, "--vae", checkpoint / "Wan2.2_VAE.pth", "--save_tensors",
-                 tmp_path / f"{name}.out"]  # fmt: skip
+        words = [
+            "decode",
+            tmp_path / name,
+            "--vae",
+            checkpoint / "Wan2.2_VAE.pth",
+            "--save_tensors",
+            tmp_path / f"{name}.out",
+        ]
         assert main([str(word) for word in words]) == 0
     ours, theirs = (load_file(tmp_path / f"{name}.out")["video"] for name in ("ours.safetensors", "theirs.latent"))
     assert (ours - theirs).abs().max() < 1e-4
@@ -326,18 +375,42 @@ def test_what_cannot_be_decoded(checkpoint: Path, tmp_path: Path, capsys, conten
 @pytest.mark.parametrize(
     "arguments",
     [
-        *([flag, value] for flag in ("--frame_num", "--sample_steps", "--base_seed", "--vae_tile", "--swap_blocks",
-                                     "--prefetch")
-          for value in ("nan", "1.5", "", "9" * 30, "９x")),
-        *([flag, value] for flag in ("--frame_num", "--sample_steps", "--vae_tile", "--swap_blocks", "--prefetch")
-          for value in ("-1", "9223372036854775808")),
-        *([flag, value] for flag in ("--sample_shift", "--vram_limit", "--sample_guide_scale")
-          for value in ("nan", "inf", "-inf", "1e999", "", "many", "1,2,3")),
+        *(
+            [flag, value]
+            for flag in ("--frame_num", "--sample_steps", "--base_seed", "--vae_tile", "--swap_blocks", "--prefetch")
+            for value in ("nan", "1.5", "", "9" * 30, "９x")
+        ),
+        *(
+            [flag, value]
+            for flag in ("--frame_num", "--sample_steps", "--vae_tile", "--swap_blocks", "--prefetch")
+            for value in ("-1", "9223372036854775808")
+        ),
+        *(
+            [flag, value]
+            for flag in ("--sample_shift", "--vram_limit", "--sample_guide_scale")
+            for value in ("nan", "inf", "-inf", "1e999", "", "many", "1,2,3")
+        ),
         *([flag, "0"] for flag in ("--frame_num", "--sample_steps", "--sample_shift", "--vram_limit", "--vae_tile")),
-        *(["--size", value] for value in ("0*0", "-64*-32", "64", "64*32*1", "axb", "nan*nan", "", "1e3*1e3",
-                                          "99999999999*32", "16384*16384")),
-        *([flag, value] for flag in ("--save_file", "--save_tensors", "--image", "--ckpt_dir", "--lora")
-          for value in ("", " ", "\ud800.mp4", "a" * 300 + ".mp4", "/no/such/folder/x.mp4", "/dev/null", "/")),
+        *(
+            ["--size", value]
+            for value in (
+                "0*0",
+                "-64*-32",
+                "64",
+                "64*32*1",
+                "axb",
+                "nan*nan",
+                "",
+                "1e3*1e3",
+                "99999999999*32",
+                "16384*16384",
+            )
+        ),
+        *(
+            [flag, value]
+            for flag in ("--save_file", "--save_tensors", "--image", "--ckpt_dir", "--lora")
+            for value in ("", " ", "\ud800.mp4", "a" * 300 + ".mp4", "/no/such/folder/x.mp4", "/dev/null", "/")
+        ),
         *(["--save_file", value] for value in ("x", "x.", ".mp4x", "x.txt", "x.exe", "/proc/x.mp4")),
         *(["--device", value] for value in ("", "cuda", "cuda:99", "cuda:x", "meta", "cpu:x", "\ud800", "9" * 30)),
         *(["--dtype", value] for value in ("", "float12", "int64", "\ud800")),
@@ -353,7 +426,7 @@ def test_what_cannot_be_decoded(checkpoint: Path, tmp_path: Path, capsys, conten
         ["surplus"],
     ],
     ids=ascii,
-)  # fmt: skip
+)
 def test_whatever_is_typed_is_answered_in_words(checkpoint: Path, tmp_path: Path, capsys, monkeypatch, arguments):
     """Before anything is loaded, with exit code 2 and one line; nothing is left in the folder."""
     monkeypatch.chdir(tmp_path)
@@ -399,13 +472,28 @@ def test_a_fault_of_ours_is_told_in_words_and_its_traceback_kept(checkpoint: Pat
 
 def test_a_closed_pipe_does_not_end_the_work(checkpoint: Path, tmp_path: Path):
     """As in `python -m wan_core generate … | true`, and with no stdout and stderr at all."""
-    words = ["generate", "--task", "ti2v-5B", "--ckpt_dir", checkpoint, "--size", "64*32", "--frame_num", 1,
-             "--sample_steps", 1, "--prompt", "x", "--save_file"]  # fmt: skip
+    words = [
+        "generate",
+        "--task",
+        "ti2v-5B",
+        "--ckpt_dir",
+        checkpoint,
+        "--size",
+        "64*32",
+        "--frame_num",
+        1,
+        "--sample_steps",
+        1,
+        "--prompt",
+        "x",
+        "--save_file",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = shlex.join([sys.executable, "-m", "wan_core", *map(str, words)])
     for name, end in (("pipe", "| true; exit ${PIPESTATUS[0]}"), ("none", ">&- 2>&-"), ("full", "> /dev/full")):
-        done = subprocess.run(["bash", "-c", f"{command} {tmp_path / name}.png {end}"], env=environment,
-                              capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {tmp_path / name}.png {end}"], env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr, done.stderr
         assert (tmp_path / f"{name}.png").exists()
 

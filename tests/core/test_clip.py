@@ -15,8 +15,16 @@ from wan_core.errors import WanError
 from wan_core.loading.clip import read_clip
 from wan_core.models.clip.vit import MEAN, STD, prepare
 
-SIZES = {"hidden_size": 160, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 2,
-         "image_size": 56, "patch_size": 14, "hidden_act": "gelu", "projection_dim": 32}  # fmt: skip
+SIZES = {
+    "hidden_size": 160,
+    "intermediate_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "projection_dim": 32,
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +45,22 @@ def weights(reference) -> dict[str, torch.Tensor]:
 
 def official(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """transformers' weights under the official names, with the text half that is to be ignored."""
-    inside = {"layer_norm1": "norm1", "layer_norm2": "norm2", "self_attn.out_proj": "attn.proj", "mlp.fc1": "mlp.0",
-              "mlp.fc2": "mlp.2"}  # fmt: skip
+    inside = {
+        "layer_norm1": "norm1",
+        "layer_norm2": "norm2",
+        "self_attn.out_proj": "attn.proj",
+        "mlp.fc1": "mlp.0",
+        "mlp.fc2": "mlp.2",
+    }
     head = "vision_model."
     made = {
         "visual.cls_embedding": weights[f"{head}embeddings.class_embedding"].view(1, 1, -1),
         "visual.pos_embedding": weights[f"{head}embeddings.position_embedding.weight"][None],
         "visual.patch_embedding.weight": weights[f"{head}embeddings.patch_embedding.weight"],
-        "visual.head": torch.zeros(160, 32), "textual.token_embedding.weight": torch.zeros(8, 4),
+        "visual.head": torch.zeros(160, 32),
+        "textual.token_embedding.weight": torch.zeros(8, 4),
         "log_scale": torch.zeros([]),
-    }  # fmt: skip
+    }
     for end in ("weight", "bias"):
         made[f"visual.pre_norm.{end}"] = weights[f"{head}pre_layrnorm.{end}"]
         made[f"visual.post_norm.{end}"] = weights[f"{head}post_layernorm.{end}"]
@@ -66,8 +80,11 @@ def files(weights: dict[str, torch.Tensor], folder: Path) -> dict[str, Path]:
     (folder / "image_encoder").mkdir()
     save_file(weights, folder / "image_encoder/model.safetensors")
     (folder / "image_encoder/config.json").write_text(json.dumps(SIZES))
-    return {"comfyui": folder / "clip_vision_h.safetensors", "official": folder / "models_clip.pth",
-            "diffusers": folder / "image_encoder"}  # fmt: skip
+    return {
+        "comfyui": folder / "clip_vision_h.safetensors",
+        "official": folder / "models_clip.pth",
+        "diffusers": folder / "image_encoder",
+    }
 
 
 @pytest.mark.parametrize("layout", ["comfyui", "official", "diffusers"])

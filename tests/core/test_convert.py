@@ -39,9 +39,21 @@ PARTS = (".data", ".scale", ".tiles", ".whole")  # of a packed matrix
 FOLDERS = ("official", "diffusers")
 
 # Relative root mean square error of the worst matrix of random normal weights, measured, plus a tenth.
-WORST = {"fp8_scaled": 0.030, "int8": 0.0083, "mxfp8": 0.030, "nvfp4": 0.11, "gguf:Q8_0": 0.0060, "gguf:Q5_1": 0.043,
-         "gguf:Q5_0": 0.048, "gguf:Q4_1": 0.087, "gguf:Q4_0": 0.096, "gguf:F16": 0.0003, "gguf:BF16": 0.0019,
-         "bf16": 0.0026, "fp16": 0.0004}  # fmt: skip
+WORST = {
+    "fp8_scaled": 0.030,
+    "int8": 0.0083,
+    "mxfp8": 0.030,
+    "nvfp4": 0.11,
+    "gguf:Q8_0": 0.0060,
+    "gguf:Q5_1": 0.043,
+    "gguf:Q5_0": 0.048,
+    "gguf:Q4_1": 0.087,
+    "gguf:Q4_0": 0.096,
+    "gguf:F16": 0.0003,
+    "gguf:BF16": 0.0019,
+    "bf16": 0.0026,
+    "fp16": 0.0004,
+}
 EXACT = ("fp32", "official", "comfyui", "diffusers")
 
 
@@ -188,8 +200,10 @@ def test_the_layers_of_the_picture_in_every_layout(pictured: dict[str, Path], tm
     assert torch.equal(embedder.ff.net[0].proj.weight, exact["img_emb.proj.1.weight"])
     assert (embedder.pos_embed is None) == (task == "i2v-14B")
     pictures, generator = (1, 2)[task == "flf2v-14B"], torch.Generator().manual_seed(0)
-    x, text, seen = (torch.randn(shape, generator=generator) for shape in
-                     ((1, 36, 2, 4, 6), (1, 512, SIZES.text_dim), (1, 257 * pictures, 1280)))  # fmt: skip
+    x, text, seen = (
+        torch.randn(shape, generator=generator)
+        for shape in ((1, 36, 2, 4, 6), (1, 512, SIZES.text_dim), (1, 257 * pictures, 1280))
+    )
     ours = wan_core.load_dit(pictured[task])(x, torch.tensor([500.0]), text, inputs=(ClipTokens(seen),))
     answer = theirs(x, torch.tensor([500.0]), text, encoder_hidden_states_image=seen.view(pictures, 257, 1280)).sample
     assert (answer - ours).abs().max() <= 2e-5 * ours.abs().max()

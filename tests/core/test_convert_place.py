@@ -109,9 +109,19 @@ def pipe(target: Path, ours: Path) -> None:
     os.mkfifo(target)
 
 
-FOREIGN = (foreign_file, foreign_safetensors, foreign_folder, folder_of_single_files, folder_with_a_note,
-           folder_with_an_edited_config, folder_with_a_link, link_to_a_file, link_to_ours, dangling_link,
-           pipe)  # fmt: skip
+FOREIGN = (
+    foreign_file,
+    foreign_safetensors,
+    foreign_folder,
+    folder_of_single_files,
+    folder_with_a_note,
+    folder_with_an_edited_config,
+    folder_with_a_link,
+    link_to_a_file,
+    link_to_ours,
+    dangling_link,
+    pipe,
+)
 
 
 @pytest.mark.parametrize("to", NAMES)
@@ -176,12 +186,21 @@ def test_the_source_is_no_target(dit: Path, tmp_path: Path):
     index = tmp_path / "folder/diffusion_pytorch_model.safetensors.index.json"
     shard = next((tmp_path / "folder").glob("*.safetensors"))
     before = contents(tmp_path)
-    pairs = [(source, source), (source, tmp_path / "hard.safetensors"), (source, tmp_path / "." / "source.safetensors"),
-             (tmp_path / "folder", tmp_path / "folder"), (tmp_path / "folder", shard),
-             (index, tmp_path / "folder"), (index, tmp_path / "folder/made.safetensors"),
-             (shard, tmp_path / "folder"), (tmp_path / "folder", tmp_path / "folder/deep/made"),
-             (tmp_path / "linked", tmp_path / "folder/made"), (tmp_path / "folder", tmp_path / "linked/made"),
-             (source, tmp_path), (source, Path(tmp_path.anchor))]  # fmt: skip
+    pairs = [
+        (source, source),
+        (source, tmp_path / "hard.safetensors"),
+        (source, tmp_path / "." / "source.safetensors"),
+        (tmp_path / "folder", tmp_path / "folder"),
+        (tmp_path / "folder", shard),
+        (index, tmp_path / "folder"),
+        (index, tmp_path / "folder/made.safetensors"),
+        (shard, tmp_path / "folder"),
+        (tmp_path / "folder", tmp_path / "folder/deep/made"),
+        (tmp_path / "linked", tmp_path / "folder/made"),
+        (tmp_path / "folder", tmp_path / "linked/made"),
+        (source, tmp_path),
+        (source, Path(tmp_path.anchor)),
+    ]
     for given, target in pairs:
         with pytest.raises(WanError):
             convert(given, target, "bf16", overwrite=True)
@@ -212,8 +231,11 @@ def test_foreign_part_files_stay(dit: Path, tmp_path: Path, to: str):
     (second / "thesis.txt").write_text("chapter two")
     before = contents(tmp_path)
     convert(dit, target, to)
-    assert {key: value for key, value in contents(tmp_path).items() if not key.startswith(target.name + "/")
-            and key != target.name} == before  # fmt: skip
+    assert {
+        key: value
+        for key, value in contents(tmp_path).items()
+        if not key.startswith(target.name + "/") and key != target.name
+    } == before
 
 
 KILLED = """

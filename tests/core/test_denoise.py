@@ -77,8 +77,14 @@ def test_a_batch_is_its_videos_one_by_one():
     toy = Toy()
     both = run(Experts.dense(toy, 3.0))
     for i in range(2):
-        alone, _ = denoise(normal(0)[i : i + 1], Experts.dense(toy, 3.0), schedule("unipc", 6, 12), "unipc",
-                           Condition(POSITIVE.text[:1]), Condition(NEGATIVE.text[:1]))  # fmt: skip
+        alone, _ = denoise(
+            normal(0)[i : i + 1],
+            Experts.dense(toy, 3.0),
+            schedule("unipc", 6, 12),
+            "unipc",
+            Condition(POSITIVE.text[:1]),
+            Condition(NEGATIVE.text[:1]),
+        )
         torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -106,7 +112,10 @@ def test_reports_tell_the_story_of_each_step():
     experts = pair(Toy(), Toy(), switch=Switch("step", 3))
     final, _ = denoise(normal(0), experts, along, "unipc", POSITIVE, NEGATIVE, start=2, end=5, on_step=reports.append)
     assert [(r.index, r.done, r.total, r.expert) for r in reports] == [
-        (2, 1, 3, "high"), (3, 2, 3, "low"), (4, 3, 3, "low")]  # fmt: skip
+        (2, 1, 3, "high"),
+        (3, 2, 3, "low"),
+        (4, 3, 3, "low"),
+    ]
     assert [r.sigma for r in reports] == along.sigmas[3:6].tolist()
     assert reports[-1].x is final
     assert reports[0].x0.shape == SHAPE
@@ -164,8 +173,9 @@ def test_given_frames_stay_clean_as_in_the_official_loop(frames: int):
     given, toy = first_frame_given(frames), Toy()
     reports: list[StepReport] = []
     along = schedule("unipc", 6, 12)
-    made, _ = denoise(normal(0), Experts.dense(toy, 3.0), along, "euler", POSITIVE, NEGATIVE, given=given,
-                      on_step=reports.append)  # fmt: skip
+    made, _ = denoise(
+        normal(0), Experts.dense(toy, 3.0), along, "euler", POSITIVE, NEGATIVE, given=given, on_step=reports.append
+    )
     for x in [*(x for x, _, _ in toy.calls), *(r.x for r in reports), made]:
         assert torch.equal(x[:, :, :frames], given.latent[:, :, :frames])
     torch.testing.assert_close(made, official_ti2v(Toy(), given, 6, 3.0), rtol=1e-5, atol=1e-6)
@@ -178,8 +188,11 @@ def test_given_frames_are_told_timestep_zero(solver: str):
     assert torch.equal(made[:, :, 0], normal(7)[:, :, 0])
     for _, t, _ in toy.calls:
         assert t.shape == (2, 3)
-        assert (t[:, 0] == 0).all() and (t[:, 1:] == t[0, 1]).all() and t[0, 1] in schedule("auto", 6, 12,
-                                                                                          solver=solver).timesteps
+        assert (
+            (t[:, 0] == 0).all()
+            and (t[:, 1:] == t[0, 1]).all()
+            and t[0, 1] in schedule("auto", 6, 12, solver=solver).timesteps
+        )
 
 
 def test_nothing_given_is_the_plain_run():
@@ -269,10 +282,16 @@ def test_masks_mean_what_they_mean_in_comfyui(in_comfyui):
 # --- what is refused
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"start": 6}, "start step is 6.*6 steps.*0 to 5"), ({"start": 99}, "start step is 99"), ({"start": -1}, "-1"),
-    ({"start": 3, "end": 3}, "not after"), ({"start": 4, "end": 2}, "not after"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": 6}, "start step is 6.*6 steps.*0 to 5"),
+        ({"start": 99}, "start step is 99"),
+        ({"start": -1}, "-1"),
+        ({"start": 3, "end": 3}, "not after"),
+        ({"start": 4, "end": 2}, "not after"),
+    ],
+)
 def test_steps_outside_the_schedule_are_refused_before_the_model_is_asked(options: dict, message: str):
     toy = Toy()
     with pytest.raises(WanError, match=message):

@@ -126,8 +126,16 @@ def test_agrees_with_comfyui(in_comfyui, config: Architecture, kind: str, shape:
     """Latent sizes that are no multiple of the patch are padded and cropped as ComfyUI does."""
     model = make(config)
     x, t, context = inputs(config, *shape)
-    reference = in_comfyui(_COMFYUI, kind=kind, in_dim=config.in_channels, out_dim=config.out_channels,
-                           weights=model.state_dict(), x=x, t=t, context=context)["velocity"]  # fmt: skip
+    reference = in_comfyui(
+        _COMFYUI,
+        kind=kind,
+        in_dim=config.in_channels,
+        out_dim=config.out_channels,
+        weights=model.state_dict(),
+        x=x,
+        t=t,
+        context=context,
+    )["velocity"]
     assert_close(model(x, t, context), reference.float())
 
 
@@ -136,8 +144,9 @@ def test_frame_timesteps_agree_with_comfyui(in_comfyui):
     x, t, context = inputs(TI2V, 1, 3, 4, 4)
     t = t[:, None].repeat(1, 3)
     t[:, 0] = 0
-    reference = in_comfyui(_COMFYUI, kind="t2v", in_dim=48, out_dim=48, weights=model.state_dict(), x=x, t=t,
-                           context=context)["velocity"]  # fmt: skip
+    reference = in_comfyui(
+        _COMFYUI, kind="t2v", in_dim=48, out_dim=48, weights=model.state_dict(), x=x, t=t, context=context
+    )["velocity"]
     assert_close(model(x, t, context), reference.float())
 
 

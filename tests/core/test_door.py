@@ -110,8 +110,11 @@ DAMAGED = {
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_damaged_headers_are_refused_at_once(damage: str, tmp_path: Path):
     header = DAMAGED[damage]
-    places = [one["data_offsets"] for one in header.values() if isinstance(one, dict) and "data_offsets" in one] \
-        if isinstance(header, dict) else []  # fmt: skip
+    places = (
+        [one["data_offsets"] for one in header.values() if isinstance(one, dict) and "data_offsets" in one]
+        if isinstance(header, dict)
+        else []
+    )
     ends = [place[1] for place in places if isinstance(place, (list, tuple)) and len(place) == 2]
     file = header_file(tmp_path / "x.safetensors", header, bytes(max([8, *ends])))
     refused(file, "truncated or corrupt")
@@ -129,19 +132,29 @@ def test_announced_gigabytes_are_not_read(length: int, tmp_path: Path):
 
 def test_sound_headers_of_every_kind_are_read(tmp_path: Path):
     """No metadata, metadata null, tensors in another order than their data, tensors without numbers, unknown parts."""
-    header = {"__metadata__": None, "b": entry(places=[8, 16]), "a": {**entry(), "note": "x"},
-              "none": entry(shape=[0, 5], places=[16, 16]), "one": entry(shape=[], places=[16, 20])}  # fmt: skip
+    header = {
+        "__metadata__": None,
+        "b": entry(places=[8, 16]),
+        "a": {**entry(), "note": "x"},
+        "none": entry(shape=[0, 5], places=[16, 16]),
+        "one": entry(shape=[], places=[16, 20]),
+    }
     data = struct.pack("<5f", 1, 2, 3, 4, 5)
     checkpoint = open_checkpoint(header_file(tmp_path / "x.safetensors", header, data))
     assert {key: checkpoint.tensor(key).tolist() for key in header if key != "__metadata__"} == {
-        "b": [3, 4], "a": [1, 2], "none": [], "one": 5}  # fmt: skip
+        "b": [3, 4],
+        "a": [1, 2],
+        "none": [],
+        "one": 5,
+    }
 
 
 def test_every_type_of_the_format_is_known(tmp_path: Path):
     """Read where PyTorch has it, as the library reads it; else named, and never called corrupt."""
     for name, storage in STORAGES.items():
-        file = header_file(tmp_path / f"{name}.safetensors", {"x": entry(name, [8], [0, storage.bits])},
-                           bytes([0] * storage.bits))  # fmt: skip
+        file = header_file(
+            tmp_path / f"{name}.safetensors", {"x": entry(name, [8], [0, storage.bits])}, bytes([0] * storage.bits)
+        )
         checkpoint = open_checkpoint(file)
         assert checkpoint.shapes == {"x": (8,)} and checkpoint.stored_bytes("x") == storage.bits
         if storage.dtype is None:
@@ -201,12 +214,18 @@ def test_so_do_those_of_gguf(name: str, tiny: TinyModels, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"<!DOCTYPE html>secret", "web page"), (b"\n <HTML>secret", "web page"), (b"<?xml secret?>", "XML"),
-     (b"version https://git-lfs.github.com/spec/v1\noid sha256:secret", "Git LFS pointer"),
-     (b'{"secret": 1}' * 9, "JSON"), (b"root:x:0:0:secret:/root:/bin/sh\n", "a text"),
-     (b"\x89PNG\r\n\x1a\nsecret", "picture"),
-     (b"\x1f\x8bsecret12345", "packed archive"), (b"\x00\x01secret\xff\xff", "unknown kind")],
-)  # fmt: skip
+    [
+        (b"<!DOCTYPE html>secret", "web page"),
+        (b"\n <HTML>secret", "web page"),
+        (b"<?xml secret?>", "XML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:secret", "Git LFS pointer"),
+        (b'{"secret": 1}' * 9, "JSON"),
+        (b"root:x:0:0:secret:/root:/bin/sh\n", "a text"),
+        (b"\x89PNG\r\n\x1a\nsecret", "picture"),
+        (b"\x1f\x8bsecret12345", "packed archive"),
+        (b"\x00\x01secret\xff\xff", "unknown kind"),
+    ],
+)
 @pytest.mark.parametrize("ending", [".pth", ".gguf", ""])
 def test_other_files_are_named_without_quoting_them(content: bytes, said: str, ending: str, tmp_path: Path):
     (tmp_path / f"x{ending}").write_bytes(content)
@@ -276,9 +295,19 @@ def test_indexes_as_windows_writes_them(encoding: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "name", ["/etc/passwd", "../a.safetensors", "..\\a.safetensors", "x/../../a.safetensors", "C:\\a.safetensors",
-             "C:a", "\\\\host\\a", "//host/a", "."]
-)  # fmt: skip
+    "name",
+    [
+        "/etc/passwd",
+        "../a.safetensors",
+        "..\\a.safetensors",
+        "x/../../a.safetensors",
+        "C:\\a.safetensors",
+        "C:a",
+        "\\\\host\\a",
+        "//host/a",
+        ".",
+    ],
+)
 def test_an_index_stays_inside_its_folder(name: str, tmp_path: Path):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -288,11 +317,22 @@ def test_an_index_stays_inside_its_folder(name: str, tmp_path: Path):
     assert "passwd" not in message
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b"hunter2",
-                                     b"\xff\xfe\xff",
-                                     b'{"weight_map": {"a": ["x"]}}', b'{"weight_map": ' + b"[" * 300_000,
-                                     b'{"weight_map": {}}',
-                                     b'{"weight_map": {"a": "\\u0000"}}', b'{"weight_map": {"a": ""}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"{}",
+        b'{"weight_map": []}',
+        b'{"weight_map": {"a": 1}}',
+        b"hunter2",
+        b"\xff\xfe\xff",
+        b'{"weight_map": {"a": ["x"]}}',
+        b'{"weight_map": ' + b"[" * 300_000,
+        b'{"weight_map": {}}',
+        b'{"weight_map": {"a": "\\u0000"}}',
+        b'{"weight_map": {"a": ""}}',
+    ],
+)
 def test_damaged_indexes(content: bytes, tmp_path: Path):
     (tmp_path / "x.index.json").write_bytes(content)
     assert "hunter" not in refused(tmp_path, "is not a checkpoint index").replace(str(tmp_path), "")
@@ -437,8 +477,11 @@ def test_a_keys_number_does_not_decide_the_layers(number: str, tiny: TinyModels,
     save_file(tiny.text_weights | {f"blocks.{number}.norm1.weight": one}, tmp_path / "text.safetensors")
     with pytest.raises(WanError):
         read_text_encoder(tmp_path / "text.safetensors", tiny.spiece)
-    lora = {f"diffusion_model.blocks.{n}.self_attn.q.lora_{side}.weight": torch.zeros(shape)
-            for n in ("0", number) for side, shape in (("down", (4, 128)), ("up", (128, 4)))}  # fmt: skip
+    lora = {
+        f"diffusion_model.blocks.{n}.self_attn.q.lora_{side}.weight": torch.zeros(shape)
+        for n in ("0", number)
+        for side, shape in (("down", (4, 128)), ("up", (128, 4)))
+    }
     save_file(lora, tmp_path / "lora.safetensors")
     save_file(tiny.experts[0], tmp_path / "base.safetensors")
     found = read_lora(tmp_path / "lora.safetensors", read_dit(tmp_path / "base.safetensors"))

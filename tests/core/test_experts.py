@@ -24,9 +24,10 @@ def high_steps(experts: Experts, along) -> int:
 
 
 # Steps whose timestep is at or above the boundary, counted in the official schedulers' timesteps.
-@pytest.mark.parametrize(("task", "solver", "count"), [
-    ("t2v-A14B", "unipc", 26), ("t2v-A14B", "dpm++", 26), ("i2v-A14B", "unipc", 15), ("i2v-A14B", "dpm++", 15),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "solver", "count"),
+    [("t2v-A14B", "unipc", 26), ("t2v-A14B", "dpm++", 26), ("i2v-A14B", "unipc", 15), ("i2v-A14B", "dpm++", 15)],
+)
 def test_the_variant_s_own_boundary(task: str, solver: str, count: int):
     row = VARIANTS[task]
     assert high_steps(pair(row.boundary), schedule("auto", row.steps, row.shift, solver=solver)) == count
@@ -41,11 +42,20 @@ def test_the_boundary_itself_is_high_and_counts_in_told_timesteps():
     assert pair(0.8755).at(22, official).name == "low"
 
 
-@pytest.mark.parametrize(("switch", "count"), [
-    (Switch("timestep", 0.5), 6), (Switch("timestep", 0), 10), (Switch("timestep", 1), 1), (Switch("step", 0), 0),
-    (Switch("step", 3), 3), (Switch("step", 99), 10), (Switch("snr", 0), 0), (Switch("snr", 1), 5),
-    (Switch("snr", float("inf")), 10),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("switch", "count"),
+    [
+        (Switch("timestep", 0.5), 6),
+        (Switch("timestep", 0), 10),
+        (Switch("timestep", 1), 1),
+        (Switch("step", 0), 0),
+        (Switch("step", 3), 3),
+        (Switch("step", 99), 10),
+        (Switch("snr", 0), 0),
+        (Switch("snr", 1), 5),
+        (Switch("snr", float("inf")), 10),
+    ],
+)
 def test_explicit_switches(switch: Switch, count: int):
     """Even sigmas 1, 0.9 … 0.1: SNR = ((1 - sigma) / sigma)^2 reaches 1 at sigma 0.5, the sixth."""
     even = from_sigmas([1 - i / 10 for i in range(11)])
@@ -63,10 +73,17 @@ def test_a_dense_model_is_both():
     assert set(Experts.dense(None, 5.0).names(along)) == {"only"}
 
 
-@pytest.mark.parametrize(("mode", "value", "message"), [
-    ("timestep", None, "fraction"), ("timestep", 875, "0 to 1"), ("step", -1, "0 or more"),
-    ("step", 2.5, "step number"), ("snr", -1, "0 or more"), ("timestep", float("nan"), "fraction"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "value", "message"),
+    [
+        ("timestep", None, "fraction"),
+        ("timestep", 875, "0 to 1"),
+        ("step", -1, "0 or more"),
+        ("step", 2.5, "step number"),
+        ("snr", -1, "0 or more"),
+        ("timestep", float("nan"), "fraction"),
+    ],
+)
 def test_bad_values_are_refused(mode: str, value: float | None, message: str):
     with pytest.raises(WanError, match=message):
         Switch(mode, value)

@@ -37,8 +37,13 @@ def held(file: DiTFile, **changes: object) -> ExternalModel:
     """A network elsewhere that happens to be ours, called by an engine of its own."""
     elsewhere = Engine()
     recipe = ModelRecipe(file, dtype="float32")
-    made = ExternalModel(file.path.name, file.config, torch.float32, (file.path.name,),
-                   lambda device: elsewhere.experts(recipe, ONE, device).high.model)  # fmt: skip
+    made = ExternalModel(
+        file.path.name,
+        file.config,
+        torch.float32,
+        (file.path.name,),
+        lambda device: elsewhere.experts(recipe, ONE, device).high.model,
+    )
     return replace(made, **changes)
 
 
@@ -46,8 +51,18 @@ def sampled(recipe: ModelRecipe) -> tuple[torch.Tensor, Engine, list]:
     torch.manual_seed(0)
     x, text = torch.randn(SHAPE), Condition(torch.randn(1, 4, recipe.high.config.text_dim))
     engine, plans = Engine(), []
-    made = denoise_in_memory(engine, recipe, ONE, torch.device("cpu"), x, schedule("simple", 4, 5.0), "unipc", text,
-                             None, on_plan=plans.append)  # fmt: skip
+    made = denoise_in_memory(
+        engine,
+        recipe,
+        ONE,
+        torch.device("cpu"),
+        x,
+        schedule("simple", 4, 5.0),
+        "unipc",
+        text,
+        None,
+        on_plan=plans.append,
+    )
     return made, engine, plans
 
 

@@ -30,42 +30,66 @@ from wan_core.media.geometry import (
 )
 
 
-@pytest.mark.parametrize(("task", "size", "frames", "shape"), [
-    ("t2v-A14B", (1280, 720), 81, (16, 21, 90, 160)), ("i2v-A14B", (832, 480), 1, (16, 1, 60, 104)),
-    ("ti2v-5B", (1280, 704), 121, (48, 31, 44, 80)), ("ti2v-5B", (32, 64), 5, (48, 2, 4, 2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "size", "frames", "shape"),
+    [
+        ("t2v-A14B", (1280, 720), 81, (16, 21, 90, 160)),
+        ("i2v-A14B", (832, 480), 1, (16, 1, 60, 104)),
+        ("ti2v-5B", (1280, 704), 121, (48, 31, 44, 80)),
+        ("ti2v-5B", (32, 64), 5, (48, 2, 4, 2)),
+    ],
+)
 def test_latent_shape(task: str, size: tuple, frames: int, shape: tuple):
     row = VARIANTS[task]
     assert latent_shape(row, *size, frames) == latent_shape(VAES[row.vae], *size, frames) == shape
     assert pixel_frames(latent_frames(frames)) == frames
 
 
-@pytest.mark.parametrize(("task", "size", "frames", "message"), [
-    ("t2v-A14B", (832, 480), 80, "4n \\+ 1.*77 and 81"), ("t2v-A14B", (832, 480), 0, "nearest are 1"),
-    ("t2v-A14B", (832, 480), 2, "1 and 5"), ("t2v-A14B", (830, 487), 81, "multiples of 16.*832x480"),
-    ("ti2v-5B", (1280, 720), 121, "multiples of 32.*1280x736"), ("ti2v-5B", (0, 5), 121, "nearest is 32x32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "size", "frames", "message"),
+    [
+        ("t2v-A14B", (832, 480), 80, "4n \\+ 1.*77 and 81"),
+        ("t2v-A14B", (832, 480), 0, "nearest are 1"),
+        ("t2v-A14B", (832, 480), 2, "1 and 5"),
+        ("t2v-A14B", (830, 487), 81, "multiples of 16.*832x480"),
+        ("ti2v-5B", (1280, 720), 121, "multiples of 32.*1280x736"),
+        ("ti2v-5B", (0, 5), 121, "nearest is 32x32"),
+    ],
+)
 def test_bad_sizes_name_the_nearest_good_ones(task: str, size: tuple, frames: int, message: str):
     with pytest.raises(WanError, match=message):
         latent_shape(VARIANTS[task], *size, frames)
 
 
 # Area, image and the size that the official wan/image2video.py makes of them.
-@pytest.mark.parametrize(("area", "image", "size"), [
-    (1280 * 720, (1280, 720), (1280, 720)), (1280 * 720, (1920, 1080), (1280, 720)),
-    (832 * 480, (1024, 1024), (624, 624)), (1280 * 720, (1000, 1501), (768, 1168)),
-    (832 * 480, (333, 777), (400, 960)), (832 * 480, (3000, 517), (1520, 256)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("area", "image", "size"),
+    [
+        (1280 * 720, (1280, 720), (1280, 720)),
+        (1280 * 720, (1920, 1080), (1280, 720)),
+        (832 * 480, (1024, 1024), (624, 624)),
+        (1280 * 720, (1000, 1501), (768, 1168)),
+        (832 * 480, (333, 777), (400, 960)),
+        (832 * 480, (3000, 517), (1520, 256)),
+    ],
+)
 def test_i2v_size_is_the_official_one(area: int, image: tuple, size: tuple):
     assert i2v_size(area, *image) == size
 
 
 # The same of best_output_size with multiples of 32 in the official wan/utils/utils.py.
-@pytest.mark.parametrize(("area", "image", "size"), [
-    (1280 * 704, (1280, 720), (1248, 704)), (1280 * 704, (1024, 1024), (960, 928)),
-    (1280 * 704, (1000, 1501), (768, 1152)), (1280 * 704, (333, 777), (608, 1440)),
-    (1280 * 704, (3000, 517), (2272, 384)), (1280 * 704, (720, 1280), (704, 1248)), (320 * 512, (640, 427), (480, 320)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("area", "image", "size"),
+    [
+        (1280 * 704, (1280, 720), (1248, 704)),
+        (1280 * 704, (1024, 1024), (960, 928)),
+        (1280 * 704, (1000, 1501), (768, 1152)),
+        (1280 * 704, (333, 777), (608, 1440)),
+        (1280 * 704, (3000, 517), (2272, 384)),
+        (1280 * 704, (720, 1280), (704, 1248)),
+        (320 * 512, (640, 427), (480, 320)),
+    ],
+)
 def test_ti2v_size_is_the_official_one(area: int, image: tuple, size: tuple):
     assert ti2v_size(area, *image) == size
     assert size[0] * size[1] <= area

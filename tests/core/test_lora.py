@@ -159,8 +159,9 @@ def test_strengths_change_and_go_without_a_trace(base: Path, lora: Path, tmp_pat
         for merge in (False, True):
             for strengths in ((0.5, 0.2), (0.0, 0.2), (0.0, 0.0), (0.3, -1.0)):
                 adaptation.set(read, strengths, merge=merge)
-                expected = velocity(base, (lora, strengths[0]), (other, strengths[1]), merge=merge,
-                                    swap_blocks=swap_blocks)  # fmt: skip
+                expected = velocity(
+                    base, (lora, strengths[0]), (other, strengths[1]), merge=merge, swap_blocks=swap_blocks
+                )
                 assert torch.equal(dit(*inputs()), expected)
                 assert any(strengths) or torch.equal(dit(*inputs()), plain)
         adaptation.set([], [])
@@ -180,11 +181,14 @@ def test_setting_the_same_again_does_nothing(base: Path, lora: Path):
     assert dit.blocks[0].self_attn.q is layer and adaptation.revision == revision + 1
 
 
-@pytest.mark.parametrize("key, tensor, said", [
-    ("lora_unet_down_blocks_0_attn.lora_up.weight", torch.zeros(4, 4), "changes nothing"),
-    ("diffusion_model.blocks.0.ffn.0.lora_B.weight", torch.zeros(128, 4), "changes nothing"),  # without its A
-    ("diffusion_model.patch_embedding.diff", torch.zeros(128, 36, 1, 2, 2), "and 1 are of another shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, tensor, said",
+    [
+        ("lora_unet_down_blocks_0_attn.lora_up.weight", torch.zeros(4, 4), "changes nothing"),
+        ("diffusion_model.blocks.0.ffn.0.lora_B.weight", torch.zeros(128, 4), "changes nothing"),  # without its A
+        ("diffusion_model.patch_embedding.diff", torch.zeros(128, 36, 1, 2, 2), "and 1 are of another shape"),
+    ],
+)
 def test_a_file_that_changes_nothing_is_refused(base: Path, tmp_path: Path, key: str, tensor: Tensor, said: str):
     save_file({key: tensor}, tmp_path / "other.safetensors")
     with pytest.raises(WanError, match=said):
@@ -203,8 +207,13 @@ BROKEN = {
     "loha_no_rank": {"hada_w1_a": (128, 4), "hada_w1_b": (4, 128), "hada_w2_a": (128, 0), "hada_w2_b": (0, 128)},
     "loha_second": {"hada_w1_a": (128, 4), "hada_w1_b": (4, 128), "hada_w2_a": (64, 4), "hada_w2_b": (4, 128)},
     "loha_vector": {"hada_w1_a": (128, 4), "hada_w1_b": (4, 128), "hada_w2_a": (128,), "hada_w2_b": (4, 128)},
-    "loha_one_core": {"hada_w1_a": (4, 128), "hada_w1_b": (4, 128), "hada_w2_a": (4, 128), "hada_w2_b": (4, 128),
-                      "hada_t1": (4, 4, 1, 1)},
+    "loha_one_core": {
+        "hada_w1_a": (4, 128),
+        "hada_w1_b": (4, 128),
+        "hada_w2_a": (4, 128),
+        "hada_w2_b": (4, 128),
+        "hada_t1": (4, 4, 1, 1),
+    },
     "lokr_core": {"lokr_w1": (4, 4), "lokr_w2_a": (4, 32), "lokr_w2_b": (4, 32), "lokr_t2": (4, 5, 1, 1)},
     "lokr_core_of_none": {"lokr_w1": (4, 4), "lokr_w2": (32, 32), "lokr_t2": (4, 4, 1, 1)},
     "lokr_split": {"lokr_w1_a": (4, 2, 3), "lokr_w1_b": (2, 4), "lokr_w2": (32, 32)},
@@ -270,14 +279,20 @@ def test_a_convolutions_cores_and_channels(base: Path, tmp_path: Path):
     dora = length * (1 + draw(1, 16, 1, 1, 1, size=0.2))
     cases = [
         ({"lora_up.weight": a.T.contiguous(), "lora_mid.weight": core, "lora_down.weight": b}, cored),
-        ({"hada_w1_a": a, "hada_w1_b": b, "hada_t1": core, "hada_w2_a": a * 2, "hada_w2_b": w2, "hada_t2": core},
-         cored * torch.einsum("mnxyz,mr,nc->rcxyz", core, a * 2, w2)),
+        (
+            {"hada_w1_a": a, "hada_w1_b": b, "hada_t1": core, "hada_w2_a": a * 2, "hada_w2_b": w2, "hada_t2": core},
+            cored * torch.einsum("mnxyz,mr,nc->rcxyz", core, a * 2, w2),
+        ),
         ({"lokr_w1": factor, "lokr_w2": second}, kron),
-        ({"a1.weight": a1, "a2.weight": a2, "b1.weight": b1, "b2.weight": b2},
-         torch.einsum("rcxyz,cj,jk->rkxyz", weight, a1, a2) + torch.einsum("rj,jcxyz->rcxyz", b1, b2)),
-        ({"lora_up.weight": a.T.contiguous(), "lora_down.weight": down, "dora_scale": dora},
-         total * dora / length - weight),
-    ]  # fmt: skip
+        (
+            {"a1.weight": a1, "a2.weight": a2, "b1.weight": b1, "b2.weight": b2},
+            torch.einsum("rcxyz,cj,jk->rkxyz", weight, a1, a2) + torch.einsum("rj,jcxyz->rcxyz", b1, b2),
+        ),
+        (
+            {"lora_up.weight": a.T.contiguous(), "lora_down.weight": down, "dora_scale": dora},
+            total * dora / length - weight,
+        ),
+    ]
     for number, (parts, update) in enumerate(cases):
         file, merged = tmp_path / f"{number}.safetensors", tmp_path / f"{number}_merged.safetensors"
         save_file({f"{one}.{role}": part.clone() for role, part in parts.items()}, file)
@@ -306,9 +321,11 @@ def test_unknown_keys_and_other_channels_are_left_out_and_told(base: Path, lora:
     """A Wan2.1 I2V LoRA has an image branch, and a patch embedding for 36 channels."""
     from safetensors.torch import load_file
 
-    extra = {"diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight": torch.zeros(4, 128),
-             "diffusion_model.blocks.0.cross_attn.k_img.lora_B.weight": torch.zeros(128, 4),
-             "diffusion_model.patch_embedding.diff": torch.zeros(128, 36, 1, 2, 2)}  # fmt: skip
+    extra = {
+        "diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight": torch.zeros(4, 128),
+        "diffusion_model.blocks.0.cross_attn.k_img.lora_B.weight": torch.zeros(128, 4),
+        "diffusion_model.patch_embedding.diff": torch.zeros(128, 36, 1, 2, 2),
+    }
     tensors = {key: value for key, value in load_file(lora).items() if "patch" not in key}
     save_file(tensors | extra, tmp_path / "i2v.safetensors")
     read = read_lora(tmp_path / "i2v.safetensors", read_dit(base))
@@ -322,8 +339,16 @@ def test_a_file_of_both_experts_gives_each_its_own(base: Path, tmp_path: Path):
     """As diffusers names them; and a key that comes twice is told, not taken."""
     q = {"blocks.0.self_attn.q.weight": weights_of(base)["blocks.0.self_attn.q.weight"]}
     torch.manual_seed(6)
-    sides = [low_rank(q, lambda path, top=top: f"{top}.{DIFFUSERS.to_theirs(path)}", ".lora_A.weight",
-                      ".lora_B.weight", alpha=False)[0] for top in ("transformer", "transformer_2")]  # fmt: skip
+    sides = [
+        low_rank(
+            q,
+            lambda path, top=top: f"{top}.{DIFFUSERS.to_theirs(path)}",
+            ".lora_A.weight",
+            ".lora_B.weight",
+            alpha=False,
+        )[0]
+        for top in ("transformer", "transformer_2")
+    ]
     save_file(sides[0] | sides[1], tmp_path / "both.safetensors")
     for expert, side in zip(("high", "low"), sides, strict=True):
         read = read_lora(tmp_path / "both.safetensors", read_dit(base), expert)

@@ -34,8 +34,9 @@ def test_how_the_option_is_read(tmp_path: Path):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("t2v")
     write_tiny(folder / "model", "t2v-A14B", sizes=SIZES)
-    for seed, (level, weights) in enumerate(zip(("high", "low"), make_tiny("t2v-A14B", sizes=SIZES).experts,
-                                                strict=True)):  # fmt: skip
+    for seed, (level, weights) in enumerate(
+        zip(("high", "low"), make_tiny("t2v-A14B", sizes=SIZES).experts, strict=True)
+    ):
         torch.manual_seed(seed)
         save_file(DIALECTS_OF_LORA["kohya"].make(weights)[0], folder / f"style_{level}.safetensors")
     return folder
@@ -43,9 +44,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def latent(folder: Path, *arguments: object) -> torch.Tensor:
     out = folder / "out.safetensors"
-    fixed = ["--task", "t2v-A14B", "--ckpt_dir", folder / "model", "--size", "32*32", "--frame_num", 1,
-             "--sample_steps", 2, "--prompt", "a cat", "--base_seed", 1, "--sample_guide_scale", 1,
-             "--dtype", "float32", "--save_file", folder / "out.mp4", "--save_tensors", out]  # fmt: skip
+    fixed = [
+        "--task",
+        "t2v-A14B",
+        "--ckpt_dir",
+        folder / "model",
+        "--size",
+        "32*32",
+        "--frame_num",
+        1,
+        "--sample_steps",
+        2,
+        "--prompt",
+        "a cat",
+        "--base_seed",
+        1,
+        "--sample_guide_scale",
+        1,
+        "--dtype",
+        "float32",
+        "--save_file",
+        folder / "out.mp4",
+        "--save_tensors",
+        out,
+    ]
     assert main(["generate", *map(str, [*fixed, *arguments])]) == 0
     return load_file(out)["latent"]
 
@@ -61,6 +83,20 @@ def test_a_pair_by_one_file_equals_both_by_name(folder: Path):
 
 
 def test_a_missing_file_is_one_line(folder: Path, capsys: pytest.CaptureFixture):
-    assert main(["generate", "--task", "t2v-A14B", "--ckpt_dir", str(folder / "model"), "--lora", "nowhere.safetensors",
-                 "--save_file", str(folder / "x.mp4")]) == 2  # fmt: skip
+    assert (
+        main(
+            [
+                "generate",
+                "--task",
+                "t2v-A14B",
+                "--ckpt_dir",
+                str(folder / "model"),
+                "--lora",
+                "nowhere.safetensors",
+                "--save_file",
+                str(folder / "x.mp4"),
+            ]
+        )
+        == 2
+    )
     assert "No such file or folder: nowhere.safetensors" in capsys.readouterr().err

@@ -30,8 +30,10 @@ from wan_core.quant.linear import QuantLinear
 from wan_core.tools.tiny import _random_weights
 
 WIDTH = 64  # of a CLIP feature
-CONFIGS = {"i2v": replace(T2V, in_channels=36, features=(ClipTokensConfig(WIDTH),)),
-           "flf2v": replace(T2V, in_channels=36, features=(ClipTokensConfig(WIDTH, 514),))}  # fmt: skip
+CONFIGS = {
+    "i2v": replace(T2V, in_channels=36, features=(ClipTokensConfig(WIDTH),)),
+    "flf2v": replace(T2V, in_channels=36, features=(ClipTokensConfig(WIDTH, 514),)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         weights = _random_weights(WanDiT, config, torch.Generator().manual_seed(0))
         save_file(weights, folder / f"{name}.safetensors")
         if name == "i2v":
-            write_gguf(folder / "i2v.gguf", weights,
-                       lambda key, value: "Q8_0" if is_matrix(key, value) and key.startswith("blocks") else "F32")
+            write_gguf(
+                folder / "i2v.gguf",
+                weights,
+                lambda key, value: "Q8_0" if is_matrix(key, value) and key.startswith("blocks") else "F32",
+            )
     return {file.name.removesuffix(".safetensors"): file for file in folder.iterdir()}
 
 
@@ -67,8 +72,12 @@ def velocity(path: Path, *loras: tuple[Path, float], merge: bool = False, **opti
 WAYS = {"beside": {}, "merged": {"merge": True}, "streamed": {"swap_blocks": 3}}
 
 
-CASES = [*(("i2v", kind) for kind in DIALECTS_OF_LORA), ("flf2v", "kohya"), ("flf2v", "diffusers"),
-         ("flf2v", "differences")]  # fmt: skip
+CASES = [
+    *(("i2v", kind) for kind in DIALECTS_OF_LORA),
+    ("flf2v", "kohya"),
+    ("flf2v", "diffusers"),
+    ("flf2v", "differences"),
+]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -94,20 +103,30 @@ def test_every_dialect_equals_the_float32_merge(bases, tmp_path: Path, name: str
 
 NAMES = {
     "blocks.1.cross_attn.k_img": (
-        "diffusion_model.blocks.1.cross_attn.k_img", "lora_unet_blocks_1_cross_attn_k_img",
-        "lora_unet__blocks_1_cross_attn_k_img", "transformer.blocks.1.attn2.add_k_proj", "blocks.1.attn2.add_k_proj",
-        "lora_transformer_blocks_1_attn2_add_k_proj", "pipe.dit.blocks.1.cross_attn.k_img",
-        "base_model.model.blocks.1.cross_attn.k_img", "lycoris_blocks_1_attn2_add_k_proj",
+        "diffusion_model.blocks.1.cross_attn.k_img",
+        "lora_unet_blocks_1_cross_attn_k_img",
+        "lora_unet__blocks_1_cross_attn_k_img",
+        "transformer.blocks.1.attn2.add_k_proj",
+        "blocks.1.attn2.add_k_proj",
+        "lora_transformer_blocks_1_attn2_add_k_proj",
+        "pipe.dit.blocks.1.cross_attn.k_img",
+        "base_model.model.blocks.1.cross_attn.k_img",
+        "lycoris_blocks_1_attn2_add_k_proj",
     ),
     "blocks.1.cross_attn.v_img": ("lora_unet_blocks_1_cross_attn_v_img", "transformer.blocks.1.attn2.add_v_proj"),
     "img_emb.proj.1": (
-        "diffusion_model.img_emb.proj.1", "lora_unet_img_emb_proj_1", "lora_unet__img_emb_proj_1",
+        "diffusion_model.img_emb.proj.1",
+        "lora_unet_img_emb_proj_1",
+        "lora_unet__img_emb_proj_1",
         "transformer.condition_embedder.image_embedder.ff.net.0.proj",
         "lora_transformer_condition_embedder_image_embedder_ff_net_0_proj",
     ),
-    "img_emb.proj.3": ("diffusion_model.img_emb.proj.3", "lora_unet__img_emb_proj_3",
-                       "condition_embedder.image_embedder.ff.net.2"),
-}  # fmt: skip
+    "img_emb.proj.3": (
+        "diffusion_model.img_emb.proj.3",
+        "lora_unet__img_emb_proj_3",
+        "condition_embedder.image_embedder.ff.net.2",
+    ),
+}
 DIFFERENCES = {
     "diffusion_model.blocks.1.cross_attn.norm_k_img.diff": "blocks.1.cross_attn.norm_k_img.weight",
     "lora_unet_blocks_1_cross_attn_norm_k_img.w_norm": "blocks.1.cross_attn.norm_k_img.weight",
@@ -150,8 +169,11 @@ def test_on_quantised_weights(
     save_file(DIALECTS_OF_LORA[kind].make(weights_of(bases["i2v"]))[0], tmp_path / "lora.safetensors")
     file = read_dit(bases[name])
     packed = build_dit(file, dtype=dtype)
-    assert all(isinstance(getattr(block.cross_attn, part), QuantLinear)
-               for block in packed.blocks for part in ("k_img", "v_img"))  # fmt: skip
+    assert all(
+        isinstance(getattr(block.cross_attn, part), QuantLinear)
+        for block in packed.blocks
+        for part in ("k_img", "v_img")
+    )
     with torch.device("meta"):
         wanted = WanDiT(CONFIGS["i2v"]).state_dict()
     plain = {key: value.contiguous() for key, value in dequantised(packed).items() if key in wanted}

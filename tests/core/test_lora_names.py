@@ -34,9 +34,14 @@ def model(tmp_path_factory: pytest.TempPathFactory, weights: dict) -> Path:
 
 SPELLINGS = {
     "official": ("blocks.1.self_attn.q", "blocks.1.ffn.0", "blocks.1.cross_attn.k", "head.head", "text_embedding.0"),
-    "diffusers": ("blocks.1.attn1.to_q", "blocks.1.ffn.net.0.proj", "blocks.1.attn2.to_k", "proj_out",
-                  "condition_embedder.text_embedder.linear_1"),
-}  # fmt: skip
+    "diffusers": (
+        "blocks.1.attn1.to_q",
+        "blocks.1.ffn.net.0.proj",
+        "blocks.1.attn2.to_k",
+        "proj_out",
+        "condition_embedder.text_embedder.linear_1",
+    ),
+}
 AROUND = [
     "", "diffusion_model.", "model.diffusion_model.", "transformer.", "model.", "dit.", "pipe.dit.", "module.",
     "_orig_mod.", "base_model.model.", "base_model.model.module.", "module._orig_mod.", "_orig_mod.module.",
@@ -60,8 +65,14 @@ def found(keys: list[str], weights: dict) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("suffixes", [(".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight"),
-                                      (".lora_A.default.weight", ".lora_B.default.weight")])  # fmt: skip
+@pytest.mark.parametrize(
+    "suffixes",
+    [
+        (".lora_A.weight", ".lora_B.weight"),
+        (".lora_down.weight", ".lora_up.weight"),
+        (".lora_A.default.weight", ".lora_B.default.weight"),
+    ],
+)
 def test_what_wraps_a_model_or_a_layer_says_nothing(weights: dict, spelling: str, suffixes: tuple[str, str]):
     wanted = {f"{path}.weight": {"down", "up"} for path in SPELLINGS["official"]}
     for around in AROUND:
@@ -73,11 +84,23 @@ def test_what_wraps_a_model_or_a_layer_says_nothing(weights: dict, spelling: str
             assert found(keys, weights) == wanted
 
 
-@pytest.mark.parametrize("prefix", [
-    "lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_", "lora_unet__orig_mod_", "lora_unet_module_",
-    "lora_unet_diffusion_model_", "lora_unet_model_diffusion_model_", "lora_unet_base_model_model_", "lora_dit_",
-    "lycoris_transformer_", "lora_unet.",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "lora_unet_",
+        "lora_unet__",
+        "lora_transformer_",
+        "lycoris_",
+        "lora_unet__orig_mod_",
+        "lora_unet_module_",
+        "lora_unet_diffusion_model_",
+        "lora_unet_model_diffusion_model_",
+        "lora_unet_base_model_model_",
+        "lora_dit_",
+        "lycoris_transformer_",
+        "lora_unet.",
+    ],
+)
 def test_flat_names_too(weights: dict, prefix: str):
     for spelling in SPELLINGS.values():
         keys = [prefix + path.replace(".", "_") + ".lora_down.weight" for path in spelling]
@@ -88,11 +111,20 @@ def test_flat_names_too(weights: dict, prefix: str):
 
 def test_names_are_whole(weights: dict):
     """A model with the image branch: ``cross_attn_k`` begins like ``cross_attn_k_img``, block 1 like block 10."""
-    image = {"blocks.0.cross_attn.k_img.weight": 0, "blocks.0.cross_attn.v_img.weight": 0, "img_emb.proj.1.weight": 0,
-             "blocks.10.cross_attn.k_img.weight": 0, "blocks.10.cross_attn.k.weight": 0}  # fmt: skip
-    named = {"blocks_0_cross_attn_k": "blocks.0.cross_attn.k", "blocks_0_cross_attn_k_img": "blocks.0.cross_attn.k_img",
-             "blocks_10_cross_attn_k": "blocks.10.cross_attn.k", "img_emb_proj_1": "img_emb.proj.1",
-             "blocks_10_cross_attn_k_img": "blocks.10.cross_attn.k_img"}  # fmt: skip
+    image = {
+        "blocks.0.cross_attn.k_img.weight": 0,
+        "blocks.0.cross_attn.v_img.weight": 0,
+        "img_emb.proj.1.weight": 0,
+        "blocks.10.cross_attn.k_img.weight": 0,
+        "blocks.10.cross_attn.k.weight": 0,
+    }
+    named = {
+        "blocks_0_cross_attn_k": "blocks.0.cross_attn.k",
+        "blocks_0_cross_attn_k_img": "blocks.0.cross_attn.k_img",
+        "blocks_10_cross_attn_k": "blocks.10.cross_attn.k",
+        "img_emb_proj_1": "img_emb.proj.1",
+        "blocks_10_cross_attn_k_img": "blocks.10.cross_attn.k_img",
+    }
     for prefix in ("lora_unet_", "lora_unet__"):
         for flat, own in named.items():
             assert set(found([f"{prefix}{flat}.lora_down.weight"], weights | image)) == {f"{own}.weight"}
@@ -101,8 +133,18 @@ def test_names_are_whole(weights: dict):
 
 def test_other_models_blocks_are_not_ours(weights: dict):
     """A prefix that is no wrapper is a part of its own, whose blocks only sound like ours."""
-    for prefix in ("controlnet.", "face_adapter.", "text_encoder.", "motion_encoder.model.", "pipe.vace.", "audio.",
-                   "pipe.image_encoder.", "lora_te_", "lora_te1_", "lora_unet_controlnet_"):  # fmt: skip
+    for prefix in (
+        "controlnet.",
+        "face_adapter.",
+        "text_encoder.",
+        "motion_encoder.model.",
+        "pipe.vace.",
+        "audio.",
+        "pipe.image_encoder.",
+        "lora_te_",
+        "lora_te1_",
+        "lora_unet_controlnet_",
+    ):
         path = "blocks.1.self_attn.q" if prefix.endswith(".") else "blocks_1_self_attn_q"
         assert sort_keys([f"{prefix}{path}.lora_down.weight"], weights).targets == {}
 
@@ -118,10 +160,14 @@ def test_vace_parts_keep_their_own_blocks(weights: dict):
 def test_an_i2v_lora_on_t2v_says_what_it_leaves_out(model: Path, weights: dict, tmp_path: Path):
     torch.manual_seed(2)
     made = low_rank(weights, prefixed, ".lora_A.weight", ".lora_B.weight", alpha=False)[0]
-    image = {f"diffusion_model.{name}.lora_A.weight": torch.zeros(4, 128) for name in (
-        "blocks.0.cross_attn.k_img", "blocks.1.cross_attn.v_img", "img_emb.proj.1")}  # fmt: skip
-    others = {"diffusion_model.patch_embedding.diff": torch.zeros(128, 36, 1, 2, 2),
-              "diffusion_model.blocks.0.mystery.lora_A.weight": torch.zeros(4, 128)}  # fmt: skip
+    image = {
+        f"diffusion_model.{name}.lora_A.weight": torch.zeros(4, 128)
+        for name in ("blocks.0.cross_attn.k_img", "blocks.1.cross_attn.v_img", "img_emb.proj.1")
+    }
+    others = {
+        "diffusion_model.patch_embedding.diff": torch.zeros(128, 36, 1, 2, 2),
+        "diffusion_model.blocks.0.mystery.lora_A.weight": torch.zeros(4, 128),
+    }
     save_file(made | image | others, tmp_path / "i2v.safetensors")
     lora = read_lora(tmp_path / "i2v.safetensors", read_dit(model))
     report = lora.report()
@@ -132,8 +178,12 @@ def test_an_i2v_lora_on_t2v_says_what_it_leaves_out(model: Path, weights: dict, 
 
 
 def test_both_experts_in_one_file_by_other_names():
-    for first, second in (("transformer.", "transformer_2."), ("pipe.dit.", "pipe.dit2."),
-                          ("high_noise_model.", "low_noise_model."), ("module.dit.", "module.dit2.")):  # fmt: skip
+    for first, second in (
+        ("transformer.", "transformer_2."),
+        ("pipe.dit.", "pipe.dit2."),
+        ("high_noise_model.", "low_noise_model."),
+        ("module.dit.", "module.dit2."),
+    ):
         keys = [f"{first}a", f"{second}a", "b"]
         assert keys_of_expert(keys, "high") == [keys[0], "b"] and keys_of_expert(keys, "low") == [keys[1], "b"]
     assert keys_of_expert(["transformer.a", "b"], "low") == ["transformer.a", "b"]
@@ -142,10 +192,18 @@ def test_both_experts_in_one_file_by_other_names():
 
 def test_hostile_names_cost_nothing_and_break_nothing(model: Path, weights: dict, tmp_path: Path):
     """Numbers that no model has, names without an end, control characters: unknown, within seconds."""
-    keys = ["diffusion_model.blocks.99999999999999999999.self_attn.q.lora_A.weight", "." * 400, "", "\x00\u202e<b>",
-            "blocks.-1.self_attn.q.lora_A.weight", "lora_unet_" * 50, "lora_unet_" + "module_" * 70 + "x.alpha",
-            ".lora_A." * 200_000 + "x", "model." * 100_000 + "blocks.0.self_attn.q.lora_A.weight",
-            "blocks.٣.self_attn.q.lora_A.weight"]  # fmt: skip
+    keys = [
+        "diffusion_model.blocks.99999999999999999999.self_attn.q.lora_A.weight",
+        "." * 400,
+        "",
+        "\x00\u202e<b>",
+        "blocks.-1.self_attn.q.lora_A.weight",
+        "lora_unet_" * 50,
+        "lora_unet_" + "module_" * 70 + "x.alpha",
+        ".lora_A." * 200_000 + "x",
+        "model." * 100_000 + "blocks.0.self_attn.q.lora_A.weight",
+        "blocks.٣.self_attn.q.lora_A.weight",
+    ]
     begun = time.monotonic()
     assert sorted(sort_keys(keys, weights).unknown) == sorted(keys)
     assert sort_keys([f"x{number}.lora_A.weight" for number in range(100_000)], weights).targets == {}

@@ -21,22 +21,25 @@ from wan_core.sampling.experts import Switch
 from wan_core.tools.tiny import TinySizes, make_tiny
 
 
-@pytest.mark.parametrize("high, low", [
-    ("wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise", "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise"),
-    ("Wan2.2-T2V-HighNoise-style", "Wan2.2-T2V-LowNoise-style"),
-    ("style_T2V_HIGH_14B", "style_T2V_LOW_14B"),
-    ("StyleHighNoise", "StyleLowNoise"),
-    ("W22_HN_i2v", "W22_LN_i2v"),
-    ("dance-h", "dance-l"),
-    ("highnoise", "lownoise"),
-    ("Wan22_High", "wan22_low"),
-    ("high/lora", "low/lora"),
-    ("Style/high_noise_model", "Style/low_noise_model"),
-    ("wan_high/style_high", "wan_low/style_low"),
-    ("low_poly_high_noise", "low_poly_low_noise"),
-    ("styleI2vHIGH", "styleI2vLOW"),
-    ("W22_HIGHv2", "W22_LOWv2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "high, low",
+    [
+        ("wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise", "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise"),
+        ("Wan2.2-T2V-HighNoise-style", "Wan2.2-T2V-LowNoise-style"),
+        ("style_T2V_HIGH_14B", "style_T2V_LOW_14B"),
+        ("StyleHighNoise", "StyleLowNoise"),
+        ("W22_HN_i2v", "W22_LN_i2v"),
+        ("dance-h", "dance-l"),
+        ("highnoise", "lownoise"),
+        ("Wan22_High", "wan22_low"),
+        ("high/lora", "low/lora"),
+        ("Style/high_noise_model", "Style/low_noise_model"),
+        ("wan_high/style_high", "wan_low/style_low"),
+        ("low_poly_high_noise", "low_poly_low_noise"),
+        ("styleI2vHIGH", "styleI2vLOW"),
+        ("W22_HIGHv2", "W22_LOWv2"),
+    ],
+)
 def test_twins_are_found_by_name(tmp_path: Path, high: str, low: str):
     files = [tmp_path / f"{name}.safetensors" for name in (high, low)]
     for file in files:
@@ -54,17 +57,20 @@ def test_other_words_are_no_noise_levels(tmp_path: Path, name: str):
     assert find_twin(file) is None and level_of(file) is None
 
 
-@pytest.mark.parametrize("high, low", [
-    ("style_high-000010", "style_low-000012"),
-    ("style-000010_high", "style-000012_low"),
-    ("style_000002500_high_noise", "style_000003000_low_noise"),
-    ("styleHIGH_e20", "styleLOW_e18"),
-    ("style_high_epoch10", "style_low_epoch8"),
-    ("style_high_noise-step00001000", "style_low_noise-step00000800"),
-    ("style_high_10", "style_low_12"),
-    ("style_high", "style_low-000012"),
-    ("high/style-000010", "low/style-000012"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "high, low",
+    [
+        ("style_high-000010", "style_low-000012"),
+        ("style-000010_high", "style-000012_low"),
+        ("style_000002500_high_noise", "style_000003000_low_noise"),
+        ("styleHIGH_e20", "styleLOW_e18"),
+        ("style_high_epoch10", "style_low_epoch8"),
+        ("style_high_noise-step00001000", "style_low_noise-step00000800"),
+        ("style_high_10", "style_low_12"),
+        ("style_high", "style_low-000012"),
+        ("high/style-000010", "low/style-000012"),
+    ],
+)
 def test_epochs_may_differ_and_it_is_told(tmp_path: Path, high: str, low: str):
     files = [tmp_path / f"{name}.safetensors" for name in (high, low)]
     for file in files:
@@ -76,8 +82,15 @@ def test_epochs_may_differ_and_it_is_told(tmp_path: Path, high: str, low: str):
 
 
 def test_of_several_epochs_the_same_then_the_nearest_is_taken(tmp_path: Path):
-    names = ("style_high-000010", "style_low-000002", "style_low-000012", "style_low-000040", "other_low-000010",
-             "style_low_v2-000010", "style_high-000011")  # fmt: skip
+    names = (
+        "style_high-000010",
+        "style_low-000002",
+        "style_low-000012",
+        "style_low-000040",
+        "other_low-000010",
+        "style_low_v2-000010",
+        "style_high-000011",
+    )
     for name in names:
         save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     chosen = tmp_path / "style_high-000010.safetensors"
@@ -87,10 +100,16 @@ def test_of_several_epochs_the_same_then_the_nearest_is_taken(tmp_path: Path):
     assert "epoch" not in place(chosen, "auto").note
 
 
-@pytest.mark.parametrize("high, low", [
-    ("style_14B_high", "style_5B_low"), ("style_high_v1", "style_low_v2"), ("a_4steps_high", "a_8steps_low"),
-    ("style_high_rank64", "style_low_rank32"), ("wan2.1_high", "wan2.2_low"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "high, low",
+    [
+        ("style_14B_high", "style_5B_low"),
+        ("style_high_v1", "style_low_v2"),
+        ("a_4steps_high", "a_8steps_low"),
+        ("style_high_rank64", "style_low_rank32"),
+        ("wan2.1_high", "wan2.2_low"),
+    ],
+)
 def test_other_numbers_are_no_epochs(tmp_path: Path, high: str, low: str):
     for name in (high, low):
         save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
@@ -101,8 +120,11 @@ def odd_files(folder: Path) -> None:
     """What lies in folders: damaged, misnamed, closed and endless things, one that says strange things of itself."""
     said = {"noise_from": "0.9", "noise_to": "1.0"}
     save_file({"x": torch.zeros(1)}, folder / "odd1.safetensors", metadata={"wan_task": "t2v-A15B", **said})
-    save_file({"x": torch.zeros(1)}, folder / "odd2.safetensors", metadata={
-        "wan_task": "t2v-A14B", "noise_from": "nan", "noise_to": "much"})  # fmt: skip
+    save_file(
+        {"x": torch.zeros(1)},
+        folder / "odd2.safetensors",
+        metadata={"wan_task": "t2v-A14B", "noise_from": "nan", "noise_to": "much"},
+    )
     (folder / "odd3.safetensors").write_bytes(b"")
     (folder / "odd4.safetensors").write_bytes(b"\xff" * 64)
     nested = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
@@ -122,8 +144,9 @@ def odd_files(folder: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
 def test_odd_files_in_the_folder_harm_no_other(tmp_path: Path):
     odd_files(tmp_path)
-    files = {name: tmp_path / f"{name}.safetensors" for name in ("first", "second", "style_high-000010",
-                                                                 "style_low-000012")}  # fmt: skip
+    files = {
+        name: tmp_path / f"{name}.safetensors" for name in ("first", "second", "style_high-000010", "style_low-000012")
+    }
     for name, (start, end) in {"first": ("0.9", "1.0"), "second": ("0.0", "0.9")}.items():
         said = {"wan_task": "i2v-A14B", "noise_from": start, "noise_to": end}
         save_file({"x": torch.zeros(1)}, files[name], metadata=said)
@@ -184,8 +207,11 @@ def test_a_pair_on_a_pair_in_a_chain(folder: Path):
     model, report = with_lora(model, folder / "lora_low.safetensors", PerExpert(low=0.5, high=0.8))
     assert [(use.file.path.name, use.strength) for use in model.loras.high] == [("lora_high.safetensors", 0.8)]
     assert [(use.file.path.name, use.strength) for use in model.loras.low] == [("lora_low.safetensors", 0.5)]
-    for said in ("High-noise expert: strength 0.8, lora_high.safetensors: 18 of 18 keys matched",
-                 "Low-noise expert: strength 0.5, lora_low.safetensors", "twin"):  # fmt: skip
+    for said in (
+        "High-noise expert: strength 0.8, lora_high.safetensors: 18 of 18 keys matched",
+        "Low-noise expert: strength 0.5, lora_low.safetensors",
+        "twin",
+    ):
         assert said in report
     model, report = with_lora(model, folder / "lora_high.safetensors", PerExpert(low=0.0, high=1.0), first_step=2)
     assert [use.strength for use in model.loras.high] == [0.8, 1.0] and len(model.loras.low) == 1
@@ -200,8 +226,12 @@ def test_an_expert_on_its_own_takes_what_is_meant_for_it(folder: Path, side: int
 
 def test_which_expert_one_on_its_own_is_taken_for_is_told(folder: Path):
     """By its name, however it is written; one whose name says nothing is a dense model, and takes the file given."""
-    for name, level, file in (("t2vLOW", "low", "lora_low"), ("W22LowNoise", "low", "lora_low"),
-                              ("Wan2.2 merge", "high", "lora_high"), ("merged", None, "lora_high")):  # fmt: skip
+    for name, level, file in (
+        ("t2vLOW", "low", "lora_low"),
+        ("W22LowNoise", "low", "lora_low"),
+        ("Wan2.2 merge", "high", "lora_high"),
+        ("merged", None, "lora_high"),
+    ):
         model = folder / f"{name}.safetensors"
         model.write_bytes((folder / "model_low_noise.safetensors").read_bytes())
         made, report = with_lora(ModelRecipe(read_dit(model)), folder / "lora_high.safetensors", PerExpert(1, 1))
@@ -264,8 +294,18 @@ def test_a_lora_on_one_expert_alone_is_told(folder: Path):
     for few in ("lightx2v_a", "x_4steps_a", "x-lightning-b", "CausVid", "x_DMD2"):
         half = unbalanced(put(style, folder, f"{few}.safetensors", None))
         assert half and f"the LoRA {few}.safetensors" in half and "only style.safetensors" in half
-        assert unbalanced(put(half_of := put(style, folder, f"{few}.safetensors", f"{few}.safetensors"), folder,
-                              "style.safetensors", None)) is None and half_of  # fmt: skip
+        assert (
+            unbalanced(
+                put(
+                    half_of := put(style, folder, f"{few}.safetensors", f"{few}.safetensors"),
+                    folder,
+                    "style.safetensors",
+                    None,
+                )
+            )
+            is None
+            and half_of
+        )
 
 
 def test_an_expert_that_needs_few_steps_itself_needs_no_lora(folder: Path):
@@ -276,11 +316,22 @@ def test_an_expert_that_needs_few_steps_itself_needs_no_lora(folder: Path):
     assert unbalanced(put(both, folder, "style.safetensors", "style.safetensors", high=0.0))
 
 
-@pytest.mark.parametrize("name, few", [
-    ("Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank64", True), ("wan2.2_i2v_lightx2v_4steps_lora_v1_high", True),
-    ("Wan2.2-Lightning_T2V", True), ("FastWan_T2V", True), ("self-forcing-x", True), ("AccVid_I2V", True),
-    ("style_1000steps", False), ("style_step1000", False), ("style_10_step_500", False), ("highlight", False),
-    ("relaxing", False), ("dmdx", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, few",
+    [
+        ("Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank64", True),
+        ("wan2.2_i2v_lightx2v_4steps_lora_v1_high", True),
+        ("Wan2.2-Lightning_T2V", True),
+        ("FastWan_T2V", True),
+        ("self-forcing-x", True),
+        ("AccVid_I2V", True),
+        ("style_1000steps", False),
+        ("style_step1000", False),
+        ("style_10_step_500", False),
+        ("highlight", False),
+        ("relaxing", False),
+        ("dmdx", False),
+    ],
+)
 def test_which_names_speak_of_few_steps(name: str, few: bool):
     assert is_few_step(Path(f"{name}.safetensors")) is few

@@ -145,8 +145,15 @@ def recipe_of(files, *uses: LoraUse) -> ModelRecipe:
     return ModelRecipe(read_dit(files["base"]), dtype="float32", loras=Loras(high=uses))
 
 
-def run(engine: Engine, recipe: ModelRecipe, *, steps: int = 3, start: int = 0, x: Tensor | None = None,
-        end: int | None = None) -> Tensor:  # fmt: skip
+def run(
+    engine: Engine,
+    recipe: ModelRecipe,
+    *,
+    steps: int = 3,
+    start: int = 0,
+    x: Tensor | None = None,
+    end: int | None = None,
+) -> Tensor:
     noise, _, text = inputs()
     experts = engine.experts(recipe, PerExpert(1, 1), "cpu")
     plan = schedule("simple", steps, 5.0, solver="euler")
@@ -211,8 +218,13 @@ def test_what_adapters_hold_is_what_is_counted(files, kind: str):
     file = read_dit(files["base"])
     lora, dit = read_lora(files[kind], file), build_dit(file, dtype="fp8_e4m3fn")
     adaptation_of(dit, file).set([lora], [STRENGTH])
-    held = sum(buffer.nbytes for layer in dit.modules() if isinstance(layer, PatchedLinear)
-               for adapter in layer.adapters for buffer in adapter.buffers())  # fmt: skip
+    held = sum(
+        buffer.nbytes
+        for layer in dit.modules()
+        if isinstance(layer, PatchedLinear)
+        for adapter in layer.adapters
+        for buffer in adapter.buffers()
+    )
     beside = [key for key in lora.parts if packs(key)]
     told = sum(bytes_beside([LoraUse(lora, STRENGTH)], key, dit.dtype) for key in beside)
     assert held and held <= told <= held + 4 * len(beside)
@@ -242,8 +254,11 @@ def test_one_file_as_both_experts_has_each_sides_own(files):
 def test_the_halves_of_one_lora_file_change_with_the_expert(files, tmp_path: Path):
     """A file for both experts, on one model as both: its halves have the file's fingerprint in common."""
     made = load_file(files[KINDS[0]])
-    halves = {f"{top}.{key.removeprefix('diffusion_model.')}": value * scale
-              for top, scale in (("transformer", 1), ("transformer_2", -1)) for key, value in made.items()}  # fmt: skip
+    halves = {
+        f"{top}.{key.removeprefix('diffusion_model.')}": value * scale
+        for top, scale in (("transformer", 1), ("transformer_2", -1))
+        for key, value in made.items()
+    }
     save_file(halves, tmp_path / "both.safetensors")
     plain = recipe_of(files)
     model, _ = with_lora(pair(plain, plain, Switch("step", 1)), tmp_path / "both.safetensors", PerExpert(1, 1))

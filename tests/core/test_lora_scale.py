@@ -35,8 +35,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def write(model: Path, file: Path, metadata: Mapping[str, str], name: Callable[[str], str] = as_diffusers,
-          down: str = ".lora_A.weight", up: str = ".lora_B.weight") -> Path:  # fmt: skip
+def write(
+    model: Path,
+    file: Path,
+    metadata: Mapping[str, str],
+    name: Callable[[str], str] = as_diffusers,
+    down: str = ".lora_A.weight",
+    up: str = ".lora_B.weight",
+) -> Path:
     torch.manual_seed(1)
     save_file(low_rank(weights_of(model), name, down, up, alpha=False)[0], file, metadata=dict(metadata))
     return file
@@ -61,12 +67,21 @@ def as_peft_finds(patterns: Mapping[str, float], module: str, otherwise: float) 
 SETTINGS = {
     "alpha": {"r": RANK, "lora_alpha": 8},
     "stabilised": {"r": RANK, "lora_alpha": 8, "use_rslora": True},
-    "patterns": {"r": RANK, "lora_alpha": 6, "alpha_pattern": {
-        "to_k": 7, r"blocks\.[01]\.ffn\.net\.2": 1, "blocks.0.attn1.to_out.0": 12, "^blocks.1.attn2.to_v": 20,
-        r".*ffn.*proj": 3, r"blocks\.\d+\.attn1\.(to_q|to_v)": 5, "k": 99,
-    }},
+    "patterns": {
+        "r": RANK,
+        "lora_alpha": 6,
+        "alpha_pattern": {
+            "to_k": 7,
+            r"blocks\.[01]\.ffn\.net\.2": 1,
+            "blocks.0.attn1.to_out.0": 12,
+            "^blocks.1.attn2.to_v": 20,
+            r".*ffn.*proj": 3,
+            r"blocks\.\d+\.attn1\.(to_q|to_v)": 5,
+            "k": 99,
+        },
+    },
     "first_wins": {"r": RANK, "lora_alpha": 6, "alpha_pattern": {"attn1.to_q": 2, "blocks.0.attn1.to_q": 9}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
@@ -82,8 +97,10 @@ def test_pefts_settings_scale_each_module(model: Path, tmp_path: Path, settings:
     lora = read(model, write(model, file, metadata, prefixed if place == "renamed" else as_diffusers))
     root = 2.0 if settings.get("use_rslora") else RANK
     to_theirs = DIALECTS["diffusers"].to_theirs
-    expected = {path: as_peft_finds(settings.get("alpha_pattern", {}), to_theirs(path), settings["lora_alpha"]) / root
-                for path in paths(weights_of(model))}  # fmt: skip
+    expected = {
+        path: as_peft_finds(settings.get("alpha_pattern", {}), to_theirs(path), settings["lora_alpha"]) / root
+        for path in paths(weights_of(model))
+    }
     assert scales(lora) == pytest.approx(expected)
     source = "adapter_config.json" if place == "beside" else "header's lora_adapter_metadata"
     assert f"scaled as its {source} says: " in lora.report()
@@ -106,8 +123,14 @@ def test_it_reaches_the_result(model: Path, tmp_path: Path):
 
 
 def test_each_expert_has_its_own_settings(model: Path, tmp_path: Path):
-    said = {"transformer.r": RANK, "transformer.lora_alpha": 8, "transformer_2.r": RANK, "transformer_2.lora_alpha": 2,
-            "text_encoder.r": 8, "text_encoder.lora_alpha": 80}  # fmt: skip
+    said = {
+        "transformer.r": RANK,
+        "transformer.lora_alpha": 8,
+        "transformer_2.r": RANK,
+        "transformer_2.lora_alpha": 2,
+        "text_encoder.r": 8,
+        "text_encoder.lora_alpha": 80,
+    }
     file = write(model, tmp_path / "one.safetensors", {"lora_adapter_metadata": json.dumps(said)})
     made = load_file(file)
     second = {key.replace("transformer.", "transformer_2."): value.clone() for key, value in made.items()}
@@ -119,19 +142,22 @@ def test_each_expert_has_its_own_settings(model: Path, tmp_path: Path):
 KOHYA = (flat, ".lora_down.weight", ".lora_up.weight")
 
 
-@pytest.mark.parametrize("metadata, names, scale", [
-    ({"lora_alpha": "8", "r": "4"}, (as_diffusers,), 2.0),
-    ({"lora_alpha": "8.0"}, (prefixed,), 2.0),
-    ({"alpha": "2", "rank": "4"}, (prefixed,), 0.5),
-    ({"lora_alpha": "8", "r": "4", "use_rslora": "true"}, (as_diffusers,), 4.0),
-    ({"ss_network_alpha": "8", "ss_network_dim": "4"}, KOHYA, 2.0),
-    ({"ss_network_alpha": "2.0", "ss_network_dim": "4"}, (prefixed,), 0.5),
-    ({"ss_network_alpha": "0", "ss_network_dim": "4"}, KOHYA, 1.0),  # there it means the rank
-    ({"ss_network_alpha": "8", "ss_network_dim": "Dynamic"}, KOHYA, 2.0),
-    ({"lora_config": '{"r": 4, "lora_alpha": 16}'}, (prefixed,), 4.0),
-    ({"alpha": "0.3", "author": "somebody"}, (prefixed,), 1.0),  # may mean anything
-    ({}, (prefixed,), 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "metadata, names, scale",
+    [
+        ({"lora_alpha": "8", "r": "4"}, (as_diffusers,), 2.0),
+        ({"lora_alpha": "8.0"}, (prefixed,), 2.0),
+        ({"alpha": "2", "rank": "4"}, (prefixed,), 0.5),
+        ({"lora_alpha": "8", "r": "4", "use_rslora": "true"}, (as_diffusers,), 4.0),
+        ({"ss_network_alpha": "8", "ss_network_dim": "4"}, KOHYA, 2.0),
+        ({"ss_network_alpha": "2.0", "ss_network_dim": "4"}, (prefixed,), 0.5),
+        ({"ss_network_alpha": "0", "ss_network_dim": "4"}, KOHYA, 1.0),  # there it means the rank
+        ({"ss_network_alpha": "8", "ss_network_dim": "Dynamic"}, KOHYA, 2.0),
+        ({"lora_config": '{"r": 4, "lora_alpha": 16}'}, (prefixed,), 4.0),
+        ({"alpha": "0.3", "author": "somebody"}, (prefixed,), 1.0),  # may mean anything
+        ({}, (prefixed,), 1.0),
+    ],
+)
 def test_other_places_of_the_header(model: Path, tmp_path: Path, metadata: dict, names: tuple, scale: float):
     lora = read(model, write(model, tmp_path / "lora.safetensors", metadata, *names))
     assert set(scales(lora).values()) == {scale}
@@ -155,8 +181,9 @@ def test_the_tensors_alpha_wins(model: Path, tmp_path: Path):
     said = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 800})}
     save_file(made, tmp_path / "lora.safetensors", metadata=said)
     save_file(merged, tmp_path / "merged.safetensors")
-    assert close(velocity(model, (tmp_path / "lora.safetensors", STRENGTH)), velocity(tmp_path / "merged.safetensors"),
-                 1e-5)  # fmt: skip
+    assert close(
+        velocity(model, (tmp_path / "lora.safetensors", STRENGTH)), velocity(tmp_path / "merged.safetensors"), 1e-5
+    )
     assert "scaled as" not in read(model, tmp_path / "lora.safetensors").report()
 
 
@@ -169,8 +196,9 @@ def test_the_bias_of_the_second_matrix_has_its_scale(
     weights = weights_of(model)
     path, made, merged = "blocks.0.ffn.0", {}, dict(weights)
     a, b, bias = draw(RANK, 128, size=0.05), draw(256, RANK, size=0.3), draw(256, size=0.5)
-    made = {f"{as_diffusers(path)}.lora_{role}": part for role, part in (
-        ("A.weight", a), ("B.weight", b), ("B.bias", bias))}  # fmt: skip
+    made = {
+        f"{as_diffusers(path)}.lora_{role}": part for role, part in (("A.weight", a), ("B.weight", b), ("B.bias", bias))
+    }
     if alpha:
         made[f"{as_diffusers(path)}.alpha"] = torch.tensor(alpha)
     merged[f"{path}.weight"] = weights[f"{path}.weight"] + STRENGTH * scale * b @ a
@@ -203,15 +231,21 @@ def test_settings_beside_belong_to_pefts_own_file_only(model: Path, tmp_path: Pa
     assert set(scales(foreign).values()) == {1.0} and "another file's" in foreign.report()
 
 
-@pytest.mark.parametrize("metadata", [
-    {"lora_adapter_metadata": "{"}, {"lora_adapter_metadata": "[1]"}, {"lora_adapter_metadata": "[" * 100_000},
-    {"lora_adapter_metadata": '{"transformer.lora_alpha": NaN, "transformer.r": 4}'},
-    {"lora_adapter_metadata": '{"transformer.lora_alpha": 1e999, "transformer.r": 4}'},
-    {"lora_adapter_metadata": '{"transformer.lora_alpha": [8], "transformer.r": {}}'},
-    {"lora_adapter_metadata": '{"r": 4, "lora_alpha": 4, "alpha_pattern": ["to_q"]}'},
-    {"lora_adapter_metadata": '{"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_q": "much", "(a+)+b": 2, "(": 3}}'},
-    {"lora_alpha": "<b>much</b>", "r": "4"}, {"lora_alpha": "1" + "0" * 5000},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"lora_adapter_metadata": "{"},
+        {"lora_adapter_metadata": "[1]"},
+        {"lora_adapter_metadata": "[" * 100_000},
+        {"lora_adapter_metadata": '{"transformer.lora_alpha": NaN, "transformer.r": 4}'},
+        {"lora_adapter_metadata": '{"transformer.lora_alpha": 1e999, "transformer.r": 4}'},
+        {"lora_adapter_metadata": '{"transformer.lora_alpha": [8], "transformer.r": {}}'},
+        {"lora_adapter_metadata": '{"r": 4, "lora_alpha": 4, "alpha_pattern": ["to_q"]}'},
+        {"lora_adapter_metadata": '{"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_q": "much", "(a+)+b": 2, "(": 3}}'},
+        {"lora_alpha": "<b>much</b>", "r": "4"},
+        {"lora_alpha": "1" + "0" * 5000},
+    ],
+)
 def test_settings_that_are_none_are_told_and_left(model: Path, tmp_path: Path, metadata: dict):
     lora = read(model, write(model, tmp_path / "lora.safetensors", metadata))
     assert set(scales(lora).values()) == {1.0}
@@ -220,11 +254,23 @@ def test_settings_that_are_none_are_told_and_left(model: Path, tmp_path: Path, m
 
 def test_no_pattern_takes_long():
     """Expressions from a file that would try for ever are not tried; a hundred thousand rows are soon searched."""
-    evil = ["(a+)+$", "(a|a)" * 40 + "b",
-            "(.*)*b", "a{1,99}{1,99}", ".*" * 30 + "b", "((a*)*)*", r"(\w+\s?)*$", "(?=a)"]
+    evil = [
+        "(a+)+$",
+        "(a|a)" * 40 + "b",
+        "(.*)*b",
+        "a{1,99}{1,99}",
+        ".*" * 30 + "b",
+        "((a*)*)*",
+        r"(\w+\s?)*$",
+        "(?=a)",
+    ]
     begun = time.monotonic()
-    found = Patterns(dict.fromkeys(evil, 1.0) | {f"row{number}": 2.0 for number in range(100_000)}
-                     | {f".*x{number}.*y": 3.0 for number in range(10_000)} | {"to_q": 4.0})  # fmt: skip
+    found = Patterns(
+        dict.fromkeys(evil, 1.0)
+        | {f"row{number}": 2.0 for number in range(100_000)}
+        | {f".*x{number}.*y": 3.0 for number in range(10_000)}
+        | {"to_q": 4.0}
+    )
     assert not set(evil) & set(found)
     assert [found.find([f"blocks.{block}.attn1.to_q"], None) for block in range(400)] == [4.0] * 400
     assert time.monotonic() - begun < 10

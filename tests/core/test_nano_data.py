@@ -52,8 +52,10 @@ def test_training_never_sees_a_combination_of_the_test():
 
 
 def test_shapes_cover_about_the_same_area():
-    areas = [(clip(replace(PLAIN, shape=shape)) != clip(replace(PLAIN, shape=shape, x=9.0)))[:, 4].any(0).float().mean()
-             for shape in SHAPES]  # fmt: skip
+    areas = [
+        (clip(replace(PLAIN, shape=shape)) != clip(replace(PLAIN, shape=shape, x=9.0)))[:, 4].any(0).float().mean()
+        for shape in SHAPES
+    ]
     assert max(areas) / min(areas) < 1.25
 
 

@@ -58,7 +58,7 @@ class Texts:
 
     def __call__(
         self, x: Tensor, t: Tensor, texts: list[Tensor], on_block: object = None, inputs: tuple = ()
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         return self.dit(x, t, torch.stack([pad_text(text[None])[0] for text in texts]), inputs=inputs)
 
 

@@ -66,9 +66,28 @@ def picture(width: int, height: int) -> Image.Image:
 def test_same_latent_and_video(official, checkpoint, tmp_path: Path, name: str):
     task, size, frames, solver, image = RUNS[name]
     tensors = tmp_path / "out.safetensors"
-    arguments = ["--task", task, "--ckpt_dir", checkpoint(task), "--size", size, "--frame_num", frames,
-                 "--prompt", "a cat", "--base_seed", 1, "--sample_steps", 6, "--sample_solver", solver,
-                 "--save_file", tmp_path / "out.mp4", "--save_tensors", tensors]  # fmt: skip
+    arguments = [
+        "--task",
+        task,
+        "--ckpt_dir",
+        checkpoint(task),
+        "--size",
+        size,
+        "--frame_num",
+        frames,
+        "--prompt",
+        "a cat",
+        "--base_seed",
+        1,
+        "--sample_steps",
+        6,
+        "--sample_solver",
+        solver,
+        "--save_file",
+        tmp_path / "out.mp4",
+        "--save_tensors",
+        tensors,
+    ]
     if image:
         picture(*image).save(tmp_path / "image.png")
         arguments += ["--first_frame" if task.startswith("flf2v") else "--image", tmp_path / "image.png"]

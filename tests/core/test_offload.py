@@ -140,8 +140,13 @@ def test_buffers_are_moved_as_they_are_and_parameters_converted():
     load.read_into(slot)
     load.put(slot)
     dtypes = {key: value.dtype for key, value in layer.state_dict().items()}
-    assert dtypes == {"q.packed": torch.uint8, "q.scales": torch.float16, "q.bias": torch.float16,
-                      "norm.weight": torch.float32, "norm.bias": torch.float32}  # fmt: skip
+    assert dtypes == {
+        "q.packed": torch.uint8,
+        "q.scales": torch.float16,
+        "q.bias": torch.float16,
+        "norm.weight": torch.float32,
+        "norm.bias": torch.float32,
+    }
     assert all(torch.equal(value, before[key].to(value.dtype)) for key, value in layer.state_dict().items())
     assert isinstance(layer["q"].bias, nn.Parameter)
     assert all(item.offset % offload.ALIGNMENT == 0 for item in load.tensors)
@@ -177,9 +182,10 @@ class FakeClock:
     def _begin(self) -> None:
         ring = self.ring
         for who, may, ticket in (
-            ("read", ring.may_read(), ring.read), ("copy", ring.may_copy(), ring.copied),
+            ("read", ring.may_read(), ring.read),
+            ("copy", ring.may_copy(), ring.copied),
             ("compute", ring.may_compute(), ring.released),
-        ):  # fmt: skip
+        ):
             if may and who not in self.busy:
                 self.busy[who] = self.now + self._seconds(who, ticket), ticket
         self._check()
@@ -231,19 +237,19 @@ def test_a_slow_disk_sets_the_pace_and_depth_does_not_help():
 def test_resident_blocks_between_swapped_ones_hide_slower_copies():
     """Half of the blocks swapped: each copy has the time of two computations, because they are spread."""
     swapped = spread(20, 40)
-    clock = FakeClock(Ring(swapped, slots=2, stages=2), {"read": 0.5, "copy": 0.03, "compute": 0.28},
-                      between=lambda block: 0.28)  # fmt: skip
+    clock = FakeClock(
+        Ring(swapped, slots=2, stages=2), {"read": 0.5, "copy": 0.03, "compute": 0.28}, between=lambda block: 0.28
+    )
     assert clock.run(40) == pytest.approx(0.5 + 0.03 + 40 * 0.56)
 
 
 def test_a_deeper_ring_evens_out_hiccups():
     """A read that takes ten times as long as usual once per call is hidden by depth, not by one block of prefetch."""
+
     def total(slots: int) -> float:
         ring = Ring(range(40), slots=slots, stages=2)
         clock = FakeClock(ring, {"copy": 0.03, "compute": 0.28})
-        clock._seconds = lambda who, ticket: (
-            {"copy": 0.03, "compute": 0.28}.get(who, 1.0 if ticket % 40 == 20 else 0.1)
-        )
+        clock._seconds = lambda who, ticket: {"copy": 0.03, "compute": 0.28}.get(who, 1.0 if ticket % 40 == 20 else 0.1)
         return clock.run(80)
 
     resident = 80 * 0.28
@@ -268,6 +274,7 @@ def test_a_cancelled_call_is_followed_by_a_right_one(files: dict[str, Path]):
         def on_block(index: int) -> None:
             if index == wanted:
                 raise Cancelled
+
         return on_block
 
     dit = build_dit(read_dit(files["bfloat16"]), dtype="float32", swap_blocks=4, prefetch=2)

@@ -25,8 +25,9 @@ from wan_core.tools.tiny import TinySizes, write_tiny
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 LAYERS = 4
-REQUEST = Request("a cat", "", size=(64, 32), frames=5, steps=6, seed=3, schedule="diffusers",
-                  guidance=PerExpert(low=3.0, high=2.0))  # fmt: skip
+REQUEST = Request(
+    "a cat", "", size=(64, 32), frames=5, steps=6, seed=3, schedule="diffusers", guidance=PerExpert(low=3.0, high=2.0)
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,7 @@ def run(models: Models, engine: Engine | None = None, on_step=None, **swap) -> T
 @pytest.fixture
 def out_of_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[int]]]:
     """``out_of_memory(*calls)``: these calls of a transformer, counted from 0, fail in the middle of their blocks."""
+
     def arrange(*failing: int) -> list[int]:
         calls: list[int] = []
         forward = WanDiT.forward
@@ -201,10 +203,36 @@ def test_the_command_line_runs_swapped(folder: Path, tmp_path: Path):
     latents = []
     for name, options in (("resident", []), ("swapped", ["--swap_blocks", "3"]), ("limited", ["--vram_limit", "auto"])):
         out = tmp_path / f"{name}.safetensors"
-        made = main(["generate", "--task", "t2v-A14B", "--ckpt_dir", str(folder), "--size", "64*32", "--frame_num", "5",
-                     "--sample_steps", "2", "--base_seed", "1", "--prompt", "a cat", "--dtype", "float32", "--device",
-                     "cpu", "--save_file", str(tmp_path / f"{name}.mp4"), "--save_tensors", str(out), *options])
+        made = main(
+            [
+                "generate",
+                "--task",
+                "t2v-A14B",
+                "--ckpt_dir",
+                str(folder),
+                "--size",
+                "64*32",
+                "--frame_num",
+                "5",
+                "--sample_steps",
+                "2",
+                "--base_seed",
+                "1",
+                "--prompt",
+                "a cat",
+                "--dtype",
+                "float32",
+                "--device",
+                "cpu",
+                "--save_file",
+                str(tmp_path / f"{name}.mp4"),
+                "--save_tensors",
+                str(out),
+                *options,
+            ]
+        )
         assert made == 0
         from safetensors.torch import load_file
+
         latents.append(load_file(out)["latent"])
     assert all(torch.equal(latents[0], other) for other in latents[1:])

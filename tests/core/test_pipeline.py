@@ -73,8 +73,9 @@ def shape_of(latent: Tensor) -> dict:
 
 def test_t2v_with_two_experts_agrees_with_diffusers(folder):
     ours = run(folder("t2v-A14B"), "t2v-A14B", request(guidance=PerExpert(low=3.0, high=4.0))).latent
-    theirs = reference(WanPipeline, folder("t2v-A14B"), 12.0, guidance_scale=4.0, guidance_scale_2=3.0,
-                       **shape_of(ours))  # fmt: skip
+    theirs = reference(
+        WanPipeline, folder("t2v-A14B"), 12.0, guidance_scale=4.0, guidance_scale_2=3.0, **shape_of(ours)
+    )
     assert relative(ours, theirs[0]) < TOLERANCE
 
 
@@ -82,9 +83,14 @@ def test_i2v_with_two_experts_agrees_with_diffusers(folder, tmp_path: Path):
     picture(96, 64).save(tmp_path / "start.png")
     ours = run(folder("i2v-A14B"), "i2v-A14B", request(image=tmp_path / "start.png")).latent
     theirs = reference(
-        WanImageToVideoPipeline, folder("i2v-A14B"), 5.0, image=picture(96, 64), guidance_scale=3.5,
-        guidance_scale_2=3.5, **shape_of(ours),
-    )  # fmt: skip
+        WanImageToVideoPipeline,
+        folder("i2v-A14B"),
+        5.0,
+        image=picture(96, 64),
+        guidance_scale=3.5,
+        guidance_scale_2=3.5,
+        **shape_of(ours),
+    )
     assert relative(ours, theirs[0]) < TOLERANCE
 
 
@@ -97,8 +103,9 @@ def test_ti2v_without_an_image_agrees_with_diffusers(folder):
 def test_ti2v_with_an_image_agrees_with_diffusers(folder, tmp_path: Path):
     picture(96, 64).save(tmp_path / "start.png")
     ours = run(folder("ti2v-5B"), "ti2v-5B", request(image=tmp_path / "start.png")).latent
-    theirs = reference(WanImageToVideoPipeline, folder("ti2v-5B"), 5.0, image=picture(96, 64), guidance_scale=5.0,
-                       **shape_of(ours))  # fmt: skip
+    theirs = reference(
+        WanImageToVideoPipeline, folder("ti2v-5B"), 5.0, image=picture(96, 64), guidance_scale=5.0, **shape_of(ours)
+    )
     assert relative(ours, theirs[0]) < TOLERANCE
 
 

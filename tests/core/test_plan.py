@@ -44,8 +44,12 @@ def traced_block(config: Architecture, batch: int, tokens: int, dtype: torch.dty
             parameter.data = parameter.data.to(torch.float32 if keeps_float32(name) else dtype)
         rope = torch.empty(tokens, 1, config.dim // config.heads // 2, dtype=torch.complex64)
         seen = tuple(ClipTokens(torch.empty(batch, feature.positions or 257, 1280)) for feature in config.features)
-        text = TextStates(torch.empty(batch, TEXT_LENGTH, config.dim, dtype=dtype), 1, keep=False,
-                          branches=model.branches(seen, batch))  # fmt: skip
+        text = TextStates(
+            torch.empty(batch, TEXT_LENGTH, config.dim, dtype=dtype),
+            1,
+            keep=False,
+            branches=model.branches(seen, batch),
+        )
         timed = PerSegment(((0, tokens),), torch.empty(batch, 1, 6, config.dim))
 
         def call() -> Tensor:

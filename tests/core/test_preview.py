@@ -58,8 +58,9 @@ def test_tiny_decoder_is_comfyui_s(channels: int, patch: int, tmp_path: Path, in
             with torch.no_grad():
                 outputs[name] = model.decode(inputs["latent"][None])[0].movedim(1, 0)
         """,
-        weights=weights, latent=latent,
-    )  # fmt: skip
+        weights=weights,
+        latent=latent,
+    )
     decoder = load_tiny_decoder(tmp_path / "tiny.safetensors", channels)
     for name, doublings in (("all", 3), ("last", 1)):
         made = torch.stack(list(decoder.frames(latent, doublings)))

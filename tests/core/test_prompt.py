@@ -21,8 +21,20 @@ ASTRONAUTS = "画面中有两名穿着宇航服的人，他们正站在一片广
 
 def test_size_of_the_vocabulary():
     assert len(TERMS) >= 130
-    asked = {"light_source", "lighting_type", "time_of_day", "shot_size", "composition", "lens", "camera_angle",
-             "shot_type", "color_tone", "camera_movement", "style", "effect"}  # fmt: skip
+    asked = {
+        "light_source",
+        "lighting_type",
+        "time_of_day",
+        "shot_size",
+        "composition",
+        "lens",
+        "camera_angle",
+        "shot_type",
+        "color_tone",
+        "camera_movement",
+        "style",
+        "effect",
+    }
     assert asked <= set(GROUPS)
     assert all(len(group.terms) >= 3 for group in GROUPS.values())
 
@@ -59,17 +71,20 @@ def test_worded_in_english():
     )
 
 
-@pytest.mark.parametrize(("text", "language", "placement", "expected"), [
-    ("A cat walks", "en", "after", "A cat walks. Daytime, edge lighting."),
-    ("A cat walks.", "auto", "after", "A cat walks. Daytime, edge lighting."),
-    ("A cat walks!", "auto", "before", "Daytime, edge lighting. A cat walks!"),
-    ("A cat walks", "zh", "before", "白天，边缘光，A cat walks"),
-    ("一只猫在走", "auto", "after", "一只猫在走，白天，边缘光"),
-    ("一只猫在走。", "auto", "after", "一只猫在走。白天，边缘光。"),
-    ("一只猫在走", "en", "before", "Daytime, edge lighting. 一只猫在走"),
-    ("", "auto", "before", "Daytime, edge lighting"),
-    ("  ", "zh", "after", "白天，边缘光"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "language", "placement", "expected"),
+    [
+        ("A cat walks", "en", "after", "A cat walks. Daytime, edge lighting."),
+        ("A cat walks.", "auto", "after", "A cat walks. Daytime, edge lighting."),
+        ("A cat walks!", "auto", "before", "Daytime, edge lighting. A cat walks!"),
+        ("A cat walks", "zh", "before", "白天，边缘光，A cat walks"),
+        ("一只猫在走", "auto", "after", "一只猫在走，白天，边缘光"),
+        ("一只猫在走。", "auto", "after", "一只猫在走。白天，边缘光。"),
+        ("一只猫在走", "en", "before", "Daytime, edge lighting. 一只猫在走"),
+        ("", "auto", "before", "Daytime, edge lighting"),
+        ("  ", "zh", "after", "白天，边缘光"),
+    ],
+)
 def test_language_and_placement(text: str, language: str, placement: str, expected: str):
     assert compose(text, {"light_angle": "edge_lighting", "time_of_day": "daytime"}, language, placement) == expected
 
@@ -80,15 +95,18 @@ def test_no_terms_leave_the_text_unchanged(text: str):
     assert compose(text, {"style": None, "lens": NONE}, "zh", "after") == text
 
 
-@pytest.mark.parametrize(("text", "group", "term", "said"), [
-    ("A cat in EDGE LIGHTING", "light_angle", "edge_lighting", True),
-    ("一只猫，边缘光", "light_angle", "edge_lighting", True),
-    ("A medium close-up shot of a cat", "shot_size", "close_up_shot", False),
-    ("A medium close-up shot of a cat", "shot_size", "medium_close_up_shot", True),
-    ("极端全景，一只猫", "shot_size", "wide_shot", False),
-    ("a laptop lighting up", "light_angle", "top_lighting", False),
-    ("a noontime walk", "time_of_day", "noon", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "group", "term", "said"),
+    [
+        ("A cat in EDGE LIGHTING", "light_angle", "edge_lighting", True),
+        ("一只猫，边缘光", "light_angle", "edge_lighting", True),
+        ("A medium close-up shot of a cat", "shot_size", "close_up_shot", False),
+        ("A medium close-up shot of a cat", "shot_size", "medium_close_up_shot", True),
+        ("极端全景，一只猫", "shot_size", "wide_shot", False),
+        ("a laptop lighting up", "light_angle", "top_lighting", False),
+        ("a noontime walk", "time_of_day", "noon", False),
+    ],
+)
 def test_terms_already_in_the_text_are_not_repeated(text: str, group: str, term: str, said: bool):
     result = compose(text, {group: term})
     assert (result == text) is said
@@ -108,9 +126,14 @@ def test_menus_are_readable_and_parse_back(group: str):
 
 def test_menu_entries_are_saved_in_workflows():
     assert choices_for("light_angle") == [
-        "none", "Top lighting / 顶光", "Side lighting / 侧光", "Front lighting / 正面光", "Backlighting / 背光",
-        "Underlighting / 底光", "Edge lighting / 边缘光",
-    ]  # fmt: skip
+        "none",
+        "Top lighting / 顶光",
+        "Side lighting / 侧光",
+        "Front lighting / 正面光",
+        "Backlighting / 背光",
+        "Underlighting / 底光",
+        "Edge lighting / 边缘光",
+    ]
 
 
 def test_unknown_names_are_answered_with_near_ones():

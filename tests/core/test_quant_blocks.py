@@ -179,8 +179,10 @@ def test_scales_row_by_row_where_their_shape_says_so(tmp_path: Path, name: str):
     expected = meaning(name, made)
     rows = from_blocked(made["_scale"].view(torch.uint8), 160, 96 // (32 if name == "mxfp8" else 16))
     made["_scale"] = rows.contiguous().view(made["_scale"].dtype)
-    save_file({f"m.weight{end}": part for end, part in made.items()} | {"m.comfy_quant": mark_bytes({"format": name})},
-              tmp_path / "x.safetensors")  # fmt: skip
+    save_file(
+        {f"m.weight{end}": part for end, part in made.items()} | {"m.comfy_quant": mark_bytes({"format": name})},
+        tmp_path / "x.safetensors",
+    )
     assert torch.equal(open_checkpoint(tmp_path / "x.safetensors").tensor("m.weight"), expected)
 
 
@@ -218,8 +220,12 @@ def test_a_lora_works_in_the_dequantised_space(weights: Weights, tmp_path: Path,
         lora[f"diffusion_model.{layer}.lora_A.weight"] = torch.randn(4, into) / 16
         lora[f"diffusion_model.{layer}.lora_B.weight"] = torch.randn(out, 4) / 16
     loha = "diffusion_model.blocks.1.self_attn.k.hada_"
-    lora |= {f"{loha}w1_a": torch.randn(256, 4) / 8, f"{loha}w1_b": torch.randn(4, 256) / 8,
-             f"{loha}w2_a": torch.randn(256, 4) / 8, f"{loha}w2_b": torch.randn(4, 256) / 8}  # fmt: skip
+    lora |= {
+        f"{loha}w1_a": torch.randn(256, 4) / 8,
+        f"{loha}w1_b": torch.randn(4, 256) / 8,
+        f"{loha}w2_a": torch.randn(256, 4) / 8,
+        f"{loha}w2_b": torch.randn(4, 256) / 8,
+    }
     save_file(lora, tmp_path / "lora.safetensors")
     answers = []
     for path, blocks in ((tmp_path / "x.safetensors", swap), (tmp_path / "plain.safetensors", 0)):
@@ -243,10 +249,15 @@ def test_what_convert_writes_is_what_the_library_makes(weights: Weights, tmp_pat
         key: (value.dtype, value.shape) for key, value in theirs.items()
     }
     for key, value in ours.items():
-        assert value.numpy(force=True).tobytes() == theirs[key].numpy(force=True).tobytes() if (
-            value.dtype.itemsize > 1) else torch.equal(value.view(torch.uint8), theirs[key].view(torch.uint8)), key
-    marks = [json.loads(open_checkpoint(tmp_path / f"{one}.safetensors").metadata["_quantization_metadata"])["layers"]
-             for one in ("ours", "theirs")]  # fmt: skip
+        assert (
+            value.numpy(force=True).tobytes() == theirs[key].numpy(force=True).tobytes()
+            if (value.dtype.itemsize > 1)
+            else torch.equal(value.view(torch.uint8), theirs[key].view(torch.uint8))
+        ), key
+    marks = [
+        json.loads(open_checkpoint(tmp_path / f"{one}.safetensors").metadata["_quantization_metadata"])["layers"]
+        for one in ("ours", "theirs")
+    ]
     assert marks[0] == marks[1]
 
 
@@ -278,8 +289,9 @@ def test_a_text_encoder_with_its_table(tmp_path: Path, name: str):
         made[f"{key.removesuffix('.weight')}.comfy_quant"] = mark_bytes({"format": name})
     save_file(made, tmp_path / "made.safetensors")
     save_file(plain, tmp_path / "plain.safetensors")
-    ours, exact = (wan_core.load_text_encoder(tmp_path / f"{one}.safetensors", dtype=torch.float32)
-                   for one in ("made", "plain"))  # fmt: skip
+    ours, exact = (
+        wan_core.load_text_encoder(tmp_path / f"{one}.safetensors", dtype=torch.float32) for one in ("made", "plain")
+    )
     assert type(ours.encoder.token_embedding).__name__ == "QuantEmbedding"
     for prompt in ("a white cat", "暖色调 a b c"):
         expected = exact([prompt])
@@ -294,8 +306,11 @@ def test_int4_in_a_rotated_basis(weights: Weights, tmp_path: Path, group: int):
     data[:16] = torch.arange(16 * 128).view(16, 128).to(torch.uint8).view(torch.int8)  # every byte
     expected = dequantize_convrot_w4a4_weight(data, scale, group)
     made = {name: value.contiguous() for name, value in weights.items()}
-    made |= {key: data, f"{key}_scale": scale,
-             f"{layer}.comfy_quant": mark_bytes({"format": "convrot_w4a4", "convrot_groupsize": group})}  # fmt: skip
+    made |= {
+        key: data,
+        f"{key}_scale": scale,
+        f"{layer}.comfy_quant": mark_bytes({"format": "convrot_w4a4", "convrot_groupsize": group}),
+    }
     save_file(made, tmp_path / "x.safetensors")
     file = read_dit(tmp_path / "x.safetensors")
     model = build_dit(file, dtype=torch.float32)
@@ -325,7 +340,7 @@ def test_int4_in_a_rotated_basis(weights: Weights, tmp_path: Path, group: int):
         ("nvfp4", {".comfy_quant": None}, "looks like nvfp4, but no marking says how its numbers and scales"),
         ("nvfp4", {"_scale": None, "_scale_2": None, ".comfy_quant": None}, "ffn.0.weight as U8, without a marking"),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing_or_misshapen_is_named(weights: Weights, tmp_path: Path, name: str, change: dict, message: str):
     write(weights, tmp_path / "x.safetensors", name)
     made = load_file(tmp_path / "x.safetensors")

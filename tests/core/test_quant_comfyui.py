@@ -72,8 +72,7 @@ def assert_equals_comfyui(in_comfyui, path: Path, *, packed: int) -> None:
 
 @pytest.mark.parametrize("full_precision", [True, False])
 def test_fp8_scaled_in_the_old_marking(in_comfyui, weights, tmp_path: Path, full_precision: bool):
-    """Biases are numbers that fp8 can hold: ComfyUI up to 0.3.75 rounds those of such files to fp8, later ones do not.
-    """
+    """Biases are numbers that fp8 can hold: ComfyUI up to 0.3.75 rounds those of such files to fp8, later not."""
     biases = {key: value.to(torch.float8_e4m3fn).float() for key, value in weights.items() if key.endswith("bias")}
     made = fp8_scaled(weights | biases)
     made["scaled_fp8"] = torch.zeros(2 if full_precision else 0, dtype=torch.float8_e4m3fn)
@@ -101,13 +100,17 @@ def test_int8(weights, tmp_path: Path, rotation: int):
     """Packed by ComfyUI's library, read by us. Its rotation back may sum in another order: 1e-6 of the largest."""
     made, expected = dict(weights), {}
     for key in [key for key in weights if key.startswith("blocks.0.") and weights[key].ndim == 2]:
-        data, params = TensorWiseINT8Layout.quantize(weights[key], per_channel=True, convrot=bool(rotation),
-                                                     convrot_groupsize=rotation or 256)  # fmt: skip
+        data, params = TensorWiseINT8Layout.quantize(
+            weights[key], per_channel=True, convrot=bool(rotation), convrot_groupsize=rotation or 256
+        )
         expected[key] = QuantizedTensor(data, "TensorWiseINT8Layout", params).dequantize()
         options = {"convrot": True, "convrot_groupsize": rotation} if rotation else {}
         mark = json.dumps({"format": "int8_tensorwise", **options}).encode()
-        made |= {key: data, f"{key}_scale": params.scale,
-                 key.removesuffix("weight") + "comfy_quant": torch.tensor(list(mark), dtype=torch.uint8)}  # fmt: skip
+        made |= {
+            key: data,
+            f"{key}_scale": params.scale,
+            key.removesuffix("weight") + "comfy_quant": torch.tensor(list(mark), dtype=torch.uint8),
+        }
     save_file(made, tmp_path / "int8.safetensors")
     ours = matrices(wan_core.load_dit(tmp_path / "int8.safetensors", dtype=torch.float32))
     assert len(expected) == 10

@@ -171,9 +171,13 @@ def test_the_same_resident_and_swapped(weights: Weights, tmp_path: Path, name: s
 
 @pytest.mark.parametrize(
     ("name", "dtype", "says"),
-    [("fp8 scaled, old marking", "auto", "cpu has no fp8_e4m3fn arithmetic"), ("int8", None, "cpu has no int8 arith"),
-     ("GGUF Q8_0", "int8", "cpu has no int8 arithmetic"), ("GGUF Q8_0", "auto", None)],
-)  # fmt: skip
+    [
+        ("fp8 scaled, old marking", "auto", "cpu has no fp8_e4m3fn arithmetic"),
+        ("int8", None, "cpu has no int8 arith"),
+        ("GGUF Q8_0", "int8", "cpu has no int8 arithmetic"),
+        ("GGUF Q8_0", "auto", None),
+    ],
+)
 def test_a_device_without_the_arithmetic_dequantises_and_says_so(
     weights: Weights, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, dtype: str | None, says: str | None
 ):
@@ -270,8 +274,12 @@ def test_gradients_flow_through_a_packed_layer(weights: Weights, tmp_path: Path)
 
 
 def test_gguf_of_another_architecture(weights: Weights, tmp_path: Path):
-    write_gguf(tmp_path / "x.gguf", {"double_blocks.0.img_attn.proj.weight": torch.zeros(4, 32)}, lambda *_: "F16",
-               architecture="flux")  # fmt: skip
+    write_gguf(
+        tmp_path / "x.gguf",
+        {"double_blocks.0.img_attn.proj.weight": torch.zeros(4, 32)},
+        lambda *_: "F16",
+        architecture="flux",
+    )
     with pytest.raises(WanError, match="a GGUF file of the architecture 'flux'; expected wan or t5encoder"):
         read_dit(tmp_path / "x.gguf")
     write_gguf(tmp_path / "y.gguf", weights, lambda *_: "F32", architecture="flux")
@@ -301,8 +309,10 @@ def test_truncated_gguf(weights: Weights, tmp_path: Path, keep: float):
 
 @pytest.mark.parametrize(
     ("mark", "message"),
-    [({"format": "asym_w4a8_int8"}, "'asym_w4a8_int8', which this version does not read"),
-     ({"fmt": 1}, "does not name a format")],
+    [
+        ({"format": "asym_w4a8_int8"}, "'asym_w4a8_int8', which this version does not read"),
+        ({"fmt": 1}, "does not name a format"),
+    ],
 )
 def test_an_unknown_format_is_named(weights: Weights, tmp_path: Path, mark: dict, message: str):
     made = dict(fp8_scaled(weights))

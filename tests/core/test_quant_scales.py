@@ -26,8 +26,10 @@ FP8 = torch.float8_e4m3fn
 
 
 PARTS: dict[str, Callable] = {
-    "diffusion_models": wan_core.load_dit, "text_encoders": wan_core.load_text_encoder, "vae": wan_core.load_vae,
-}  # fmt: skip
+    "diffusion_models": wan_core.load_dit,
+    "text_encoders": wan_core.load_text_encoder,
+    "vae": wan_core.load_vae,
+}
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +85,9 @@ def test_every_tensor_of_a_model_may_have_a_scale(
     checkpoint = open_checkpoint(tmp_path / "x.safetensors")
     for key, value in expected.items():
         assert torch.equal(checkpoint.tensor(key).float(), value), key
-    save_file({key: expected.get(key, value) for key, value in made.items() if key in weights},
-              tmp_path / "plain.safetensors")  # fmt: skip
+    save_file(
+        {key: expected.get(key, value) for key, value in made.items() if key in weights}, tmp_path / "plain.safetensors"
+    )
     ours = PARTS[part](tmp_path / "x.safetensors", dtype=torch.float32)
     plain = PARTS[part](tmp_path / "plain.safetensors", dtype=torch.float32)
     modules = [one.encoder if part == "text_encoders" else one for one in (ours, plain)]
@@ -195,21 +198,62 @@ def test_a_thousand_random_files_are_read_or_refused(tmp_path: Path):
 
 
 def random_layer(rng: random.Random) -> Weights:
-    roles = ["weight_scale", "scale_weight", "weight_scale_2", "pre_quant_scale", "input_scale", "bias", "bias_scale",
-             "weight.scale", "comfy_quant", "odd_scale"]  # fmt: skip
+    roles = [
+        "weight_scale",
+        "scale_weight",
+        "weight_scale_2",
+        "pre_quant_scale",
+        "input_scale",
+        "bias",
+        "bias_scale",
+        "weight.scale",
+        "comfy_quant",
+        "odd_scale",
+    ]
     made = {f"l.{role}": random_tensor(rng) for role in ("weight", *rng.sample(roles, rng.randint(0, 5)))}
     if "l.comfy_quant" in made:
-        mark = {"format": rng.choice(["nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4", "float8_e4m3fn"]),
-                "convrot": rng.random() < 0.5, "convrot_groupsize": rng.choice([4, 16, "16", 0])}  # fmt: skip
+        mark = {
+            "format": rng.choice(["nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4", "float8_e4m3fn"]),
+            "convrot": rng.random() < 0.5,
+            "convrot_groupsize": rng.choice([4, 16, "16", 0]),
+        }
         made["l.comfy_quant"] = torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)
     return made | ({"scaled_fp8": torch.zeros(2)} if rng.random() < 0.3 else {})
 
 
 def random_tensor(rng: random.Random) -> Tensor:
-    dtype = rng.choice([torch.float32, torch.bfloat16, FP8, torch.float8_e5m2, torch.int8, torch.uint8,
-                        torch.float8_e8m0fnu, torch.int64, torch.bool, torch.uint16])  # fmt: skip
-    shape = rng.choice([(), (0,), (1,), (16,), (128, 4), (16, 16), (32, 32), (0, 16), (16, 0), (128, 64),
-                        (4, 2, 1, 2, 2), (1, 1), (128,), (512,)])  # fmt: skip
+    dtype = rng.choice(
+        [
+            torch.float32,
+            torch.bfloat16,
+            FP8,
+            torch.float8_e5m2,
+            torch.int8,
+            torch.uint8,
+            torch.float8_e8m0fnu,
+            torch.int64,
+            torch.bool,
+            torch.uint16,
+        ]
+    )
+    shape = rng.choice(
+        [
+            (),
+            (0,),
+            (1,),
+            (16,),
+            (128, 4),
+            (16, 16),
+            (32, 32),
+            (0, 16),
+            (16, 0),
+            (128, 64),
+            (4, 2, 1, 2, 2),
+            (1, 1),
+            (128,),
+            (512,),
+        ]
+    )
     return torch.zeros(shape, dtype=torch.uint8).view(dtype) if dtype.itemsize == 1 else torch.zeros(shape, dtype=dtype)
 
 
@@ -228,8 +272,11 @@ SIZES_OF_GROUPS = [0, -4, 3, 8, 512, 256, "x", None, [4], 1.5, True, 1 << 40, "9
 def test_impossible_rotations_are_refused(comfyui: Path, tmp_path: Path, size: object):
     mark = json.dumps({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size})
     weights = load_file(comfyui / "diffusion_models.safetensors")
-    weights |= {"blocks.0.ffn.0.weight": INT8, "blocks.0.ffn.0.weight_scale": torch.ones(1),
-                "blocks.0.ffn.0.comfy_quant": torch.tensor(list(mark.encode()), dtype=torch.uint8)}  # fmt: skip
+    weights |= {
+        "blocks.0.ffn.0.weight": INT8,
+        "blocks.0.ffn.0.weight_scale": torch.ones(1),
+        "blocks.0.ffn.0.comfy_quant": torch.tensor(list(mark.encode()), dtype=torch.uint8),
+    }
     save_file(weights, tmp_path / "x.safetensors")
     with pytest.raises(WanError, match="rotated groups|cannot be turned in groups"):
         open_checkpoint(tmp_path / "x.safetensors")
@@ -242,7 +289,10 @@ def test_a_header_s_names_find_their_tensors_below_any_prefix(comfyui: Path, tmp
     scale = weights[key].abs().max() / 448
     made = weights | {key: (weights[key] / scale).to(FP8).view(torch.uint8), f"{key}_scale": scale}
     layers = json.dumps({"layers": {"blocks.1.ffn.0": {"format": "float8_e4m3fn"}}})
-    save_file({prefix + name: value for name, value in made.items()}, tmp_path / "x.safetensors",
-              metadata={"_quantization_metadata": layers})  # fmt: skip
+    save_file(
+        {prefix + name: value for name, value in made.items()},
+        tmp_path / "x.safetensors",
+        metadata={"_quantization_metadata": layers},
+    )
     found = open_checkpoint(tmp_path / "x.safetensors").tensor(prefix + key)
     assert torch.equal(found, made[key].view(FP8).float() * scale)

@@ -73,8 +73,9 @@ def measured(source: Path, exact: Tensor, folder: Path, name: str) -> tuple[floa
         model = build_dit(read_dit(source), dtype=name)
         plain = load_dit(source, dtype=torch.float32)
         layers = ("blocks.0.ffn.0", "blocks.3.cross_attn.k")
-        errors = [relative(model.get_submodule(one).packed.dequantise(), plain.get_submodule(one).weight)
-                  for one in layers]  # fmt: skip
+        errors = [
+            relative(model.get_submodule(one).packed.dequantise(), plain.get_submodule(one).weight) for one in layers
+        ]
     else:
         made = folder / ("x.gguf" if name.startswith("gguf") else "x.safetensors")
         report = convert(source, made, name)

@@ -77,8 +77,13 @@ def text_gguf(file: Path, weights: Weights, spiece: bytes, matrix: str = "Q8_0",
             return table
         return "F32" if "norm" in key else "F16" if "rel_b" in key else matrix
 
-    write_gguf(file, named(weights, "llama.cpp"), type_of, architecture="t5encoder",
-               fields=lambda writer: vocabulary(writer, spiece))  # fmt: skip
+    write_gguf(
+        file,
+        named(weights, "llama.cpp"),
+        type_of,
+        architecture="t5encoder",
+        fields=lambda writer: vocabulary(writer, spiece),
+    )
     return file
 
 

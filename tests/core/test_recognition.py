@@ -100,7 +100,7 @@ WRAPPINGS: dict[str, Callable[[str], str]] = {
     "checkpointed": lambda key: key.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module._orig_mod."),
     "one layer": lambda key: key.replace("self_attn.q.", "self_attn.q.base_layer."),
     "both": lambda key: "module." + key.replace(".self_attn.", "._orig_mod.self_attn.module."),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
@@ -183,8 +183,11 @@ def test_the_command_line_finds_the_parts_of_one_file(parts: dict[str, Weights],
 
 
 def test_convert_says_what_it_leaves_out(parts: dict[str, Weights], tiny: TinyModels, tmp_path: Path):
-    path = all_in_one(tmp_path / "aio.safetensors", {**parts, "dit": {**parts["dit"], "v_pred": torch.ones(1)}},
-                      ALL_IN_ONE["saved by ComfyUI"])  # fmt: skip
+    path = all_in_one(
+        tmp_path / "aio.safetensors",
+        {**parts, "dit": {**parts["dit"], "v_pred": torch.ones(1)}},
+        ALL_IN_ONE["saved by ComfyUI"],
+    )
     report = convert(path, tmp_path / "dit.safetensors", "comfyui")
     assert "only a Wan diffusion model in it is converted" in report.notes[1]
     assert "ignored: model.diffusion_model.v_pred" in report.notes[0]
@@ -196,12 +199,28 @@ def test_convert_says_what_it_leaves_out(parts: dict[str, Weights], tiny: TinyMo
 # What is left over -------------------------------------------------------------------------------------------------
 
 HARMLESS = {
-    "dit": ["blocks.0.to_gate_compress.weight", "blocks.1.to_gate_compress.bias", "logit_scale", "freqs",
-            "rope.freqs_cos", "v_pred", "ema_decay", "optimizer.state.0.exp_avg", "scaler.scale", "loss.logvar"],
-    "vae": ["logit_scale", "loss.discriminator.main.0.weight", "loss.perceptual_loss.lin0.model.1.weight",
-            "scale_factor", "model_ema.decay", "mean"],
+    "dit": [
+        "blocks.0.to_gate_compress.weight",
+        "blocks.1.to_gate_compress.bias",
+        "logit_scale",
+        "freqs",
+        "rope.freqs_cos",
+        "v_pred",
+        "ema_decay",
+        "optimizer.state.0.exp_avg",
+        "scaler.scale",
+        "loss.logvar",
+    ],
+    "vae": [
+        "logit_scale",
+        "loss.discriminator.main.0.weight",
+        "loss.perceptual_loss.lin0.model.1.weight",
+        "scale_factor",
+        "model_ema.decay",
+        "mean",
+    ],
     "text": ["logit_scale", "text_projection.weight", "num_batches_tracked", "umt5xxl.logit_scale"],
-}  # fmt: skip
+}
 READERS = {"dit": read_dit, "vae": read_vae, "text": read_text_encoder}
 
 
@@ -216,12 +235,20 @@ def test_what_is_left_over_is_said_and_ignored(part: str, key: str, prefix: str,
 
 
 CHANGING = {
-    "dit": ["blocks.0.self_attn.q.lora_A.weight", "blocks.0.ffn.0.weight_zero_point", "blocks.0.self_attn.q_scale",
-            "blocks.1.self_attn.o.diff", "patch_embedding.weight.absmax", "blocks.0.norm3.extra",
-            "blocks.7.norm3.weight", "blocks.0.ffn.4.weight", "head.head.g_idx"],
+    "dit": [
+        "blocks.0.self_attn.q.lora_A.weight",
+        "blocks.0.ffn.0.weight_zero_point",
+        "blocks.0.self_attn.q_scale",
+        "blocks.1.self_attn.o.diff",
+        "patch_embedding.weight.absmax",
+        "blocks.0.norm3.extra",
+        "blocks.7.norm3.weight",
+        "blocks.0.ffn.4.weight",
+        "head.head.g_idx",
+    ],
     "vae": ["decoder.head.2.extra", "decoder.upsamples.15.residual.0.gamma", "conv1.lora_down.weight"],
     "text": ["blocks.0.attn.q.bias", "blocks.2.norm1.weight", "blocks.0.ffn.fc1.qzeros"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("part", "key"), [(part, key) for part, keys in CHANGING.items() for key in keys])
@@ -241,12 +268,17 @@ def test_relatives_by_layers_in_their_blocks(key: str, home: str, parts, tmp_pat
         read_dit(path)
 
 
-@pytest.mark.parametrize(("key", "name"), [
-    ("face_adapter.fuser_blocks.0.k_norm.weight", "Animate"), ("fps_embedding.weight", "SkyReels"),
-    ("patch_embedding_pose.weight", "SCAIL"), ("delta_camera_proj.weight", "inputs of its own"),
-    ("guidance_embedder.0.weight", "inputs of its own"),
-    ("condition_embedder.image_embedder.norm1.weight", "inputs of its own"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("face_adapter.fuser_blocks.0.k_norm.weight", "Animate"),
+        ("fps_embedding.weight", "SkyReels"),
+        ("patch_embedding_pose.weight", "SCAIL"),
+        ("delta_camera_proj.weight", "inputs of its own"),
+        ("guidance_embedder.0.weight", "inputs of its own"),
+        ("condition_embedder.image_embedder.norm1.weight", "inputs of its own"),
+    ],
+)
 def test_relatives_are_refused_wherever_their_layers_lie(key: str, name: str, parts, tmp_path: Path):
     for prefix in ("", "model.diffusion_model."):
         path = written(tmp_path / "x.safetensors", below(prefix, parts["dit"]), {prefix + key: torch.ones(3)})
@@ -272,8 +304,10 @@ def test_a_gap_in_the_blocks_is_no_deep_model(number: str, parts, tmp_path: Path
 
 def test_other_channels_are_named(parts, tmp_path: Path):
     weights = dict(parts["dit"])
-    for channels, told in ((52, "is Wan2.2 Fun-A14B-Control, which this version does not run"),
-                           (33, "33 channels in, 16 out; nearest: I2V")):  # fmt: skip
+    for channels, told in (
+        (52, "is Wan2.2 Fun-A14B-Control, which this version does not run"),
+        (33, "33 channels in, 16 out; nearest: I2V"),
+    ):
         weights["patch_embedding.weight"] = torch.zeros(len(weights["patch_embedding.weight"]), channels, 1, 2, 2)
         with pytest.raises(WanError, match=told):
             read_dit(written(tmp_path / "x.safetensors", weights))
@@ -342,8 +376,15 @@ def other_tokenizer(vocabulary: int = 300, **options: object) -> bytes:
     model = io.BytesIO()
     ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | options
     texts = ["a cat walks on the beach", "dogs run through the rain at night", "words of other models"] * 3
-    SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, vocab_size=vocabulary,
-                               hard_vocab_limit=False, minloglevel=2, pad_piece="<pad>", **ids)  # fmt: skip
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=vocabulary,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        pad_piece="<pad>",
+        **ids,
+    )
     return model.getvalue()
 
 
@@ -386,8 +427,10 @@ def test_a_wrong_tokenizer_inside_is_refused_or_replaced(name: str, wrong, parts
 
 def test_a_wrong_tokenizer_json_is_passed_over(wrong, layouts, tiny: TinyModels, tmp_path: Path):
     encoder = Path(shutil.copy(layouts["official"] / "models_t5_umt5-xxl-enc-bf16.pth", tmp_path))
-    for kind in ({"type": "BPE", "vocab": {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}, "merges": []},
-                 {"type": "Unigram", "unk_id": 2, "vocab": [["<pad>", 0], ["</s>", 0], ["<unk>", 0]]}):  # fmt: skip
+    for kind in (
+        {"type": "BPE", "vocab": {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}, "merges": []},
+        {"type": "Unigram", "unk_id": 2, "vocab": [["<pad>", 0], ["</s>", 0], ["<unk>", 0]]},
+    ):
         (tmp_path / "google/umt5-xxl").mkdir(parents=True, exist_ok=True)
         (tmp_path / "google/umt5-xxl/tokenizer.json").write_text(json.dumps({"model": kind, "added_tokens": []}))
         with pytest.raises(WanError, match="tokenizer.json is not umT5's: its token"):

@@ -51,8 +51,15 @@ def test_diffusers_grid_is_diffusers(steps: int, shift: float):
     assert torch.equal(ours.timesteps.long(), theirs.timesteps)
 
 
-COMFY_CASES = [(1, 8.0, 1.0), (4, 5.0, 1.0), (20, 8.0, 1.0), (30, 1.0, 1.0),
-               (7, 3.0, 0.5), (20, 12.0, 0.37), (1000, 5.0, 1.0)]
+COMFY_CASES = [
+    (1, 8.0, 1.0),
+    (4, 5.0, 1.0),
+    (20, 8.0, 1.0),
+    (30, 1.0, 1.0),
+    (7, 3.0, 0.5),
+    (20, 12.0, 0.37),
+    (1000, 5.0, 1.0),
+]
 
 
 def test_simple_and_denoise_are_comfyui_s(in_comfyui):
@@ -102,18 +109,31 @@ def test_a_user_s_sigmas_may_stop_early_but_not_be_stretched():
 
 @pytest.mark.parametrize(
     ("sigmas", "message"),
-    [([], "no step"), ([1.0], "no step"), ([1.0, 0.5, 0.5], "fall at every step"), ([0.2, 0.4], "fall at every step"),
-     ([14.6, 3.0, 0.0], "within 0..1"), ([1.0, float("nan"), 0.0], "within 0..1")],
+    [
+        ([], "no step"),
+        ([1.0], "no step"),
+        ([1.0, 0.5, 0.5], "fall at every step"),
+        ([0.2, 0.4], "fall at every step"),
+        ([14.6, 3.0, 0.0], "within 0..1"),
+        ([1.0, float("nan"), 0.0], "within 0..1"),
+    ],
 )
 def test_sigmas_that_are_no_flow_schedule_are_refused(sigmas: list, message: str):
     with pytest.raises(WanError, match=message):
         from_sigmas(sigmas)
 
 
-@pytest.mark.parametrize(("steps", "shift", "message"), [
-    (0, 5, "at least 1"), (-3, 5, "at least 1"), (4, 0, "above 0"), (4, -1, "above 0"), (4, float("nan"), "above 0"),
-    (1001, 5, "fewer steps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("steps", "shift", "message"),
+    [
+        (0, 5, "at least 1"),
+        (-3, 5, "at least 1"),
+        (4, 0, "above 0"),
+        (4, -1, "above 0"),
+        (4, float("nan"), "above 0"),
+        (1001, 5, "fewer steps"),
+    ],
+)
 def test_bad_numbers_are_refused(steps: int, shift: float, message: str):
     with pytest.raises(WanError, match=message):
         schedule("simple", steps, shift)

@@ -115,8 +115,16 @@ def layouts(reference: UMT5EncoderModel, spiece: bytes, tmp_path_factory: pytest
 
 def llama_cpp_file(file: Path, model: UMT5EncoderModel) -> Path:
     """Only the names: how GGUF files hold their numbers is tested in test_quant_text.py."""
-    parts = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_o", "wi_0": "ffn_gate", "wi_1": "ffn_up",
-             "wo": "ffn_down", "relative_attention_bias": "attn_rel_b"}  # fmt: skip
+    parts = {
+        "q": "attn_q",
+        "k": "attn_k",
+        "v": "attn_v",
+        "o": "attn_o",
+        "wi_0": "ffn_gate",
+        "wi_1": "ffn_up",
+        "wo": "ffn_down",
+        "relative_attention_bias": "attn_rel_b",
+    }
     state = {"token_embd.weight": model.shared.weight, "enc.output_norm.weight": model.encoder.final_layer_norm.weight}
     for key, value in model.state_dict().items():
         if key.startswith("encoder.block"):
@@ -212,8 +220,9 @@ def encode_by_the_rules(weights: dict[str, Tensor], ids: list[int], heads: int) 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_follows_the_official_rules(dtype: torch.dtype, reference: UMT5EncoderModel,
-                                                   encoder: TextEncoder, layouts: dict[str, Path]):
+def test_half_precision_follows_the_official_rules(
+    dtype: torch.dtype, reference: UMT5EncoderModel, encoder: TextEncoder, layouts: dict[str, Path]
+):
     """The same roundings at the same places: much nearer than half precision is to float32."""
     ids = encoder.tokenizer.encode(PROMPTS[-1])
     weights = {key: value.to(dtype) for key, value in own_keys(reference).items()}
@@ -241,8 +250,19 @@ def test_float16_survives_overflow(reference: UMT5EncoderModel, spiece: bytes, t
     assert load("float16")(["a cat"]).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["official folder", "diffusers folder", "huggingface", "sharded", "index", "comfyui",
-                                  "comfyui, second name", "comfyui, both names"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "official folder",
+        "diffusers folder",
+        "huggingface",
+        "sharded",
+        "index",
+        "comfyui",
+        "comfyui, second name",
+        "comfyui, both names",
+    ],
+)
 def test_every_layout_loads_to_identical_weights(name: str, layouts: dict[str, Path], encoder: TextEncoder):
     other = load_text_encoder(layouts[name], dtype="float32")
     assert other.config == encoder.config

@@ -112,8 +112,10 @@ def test_every_source_agrees_on_a_small_model(tiny: bytes, tmp_path: Path):
     assert AutoTokenizer.from_pretrained(folder)(text).input_ids == load_tokenizer(folder).encode(text)
 
 
-@pytest.mark.parametrize("place", ["google/umt5-xxl", "../google/umt5-xxl", "../../google/umt5-xxl", "tokenizer",
-                                   "../tokenizer", "umt5-xxl", "."])  # fmt: skip
+@pytest.mark.parametrize(
+    "place",
+    ["google/umt5-xxl", "../google/umt5-xxl", "../../google/umt5-xxl", "tokenizer", "../tokenizer", "umt5-xxl", "."],
+)
 @pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model"])
 def test_found_beside_the_checkpoint(place: str, name: str, tiny: bytes, tmp_path: Path):
     checkpoint = tmp_path / "a/b/models_t5_umt5-xxl-enc-bf16.pth"
@@ -136,8 +138,10 @@ def test_missing_tokenizer_names_every_place(tmp_path: Path):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "content"), [("spiece.model", b"no model"), ("spiece.model", b""),
-                                               ("tokenizer.json", b"{}"), ("tokenizer.json", b"<html>")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("spiece.model", b"no model"), ("spiece.model", b""), ("tokenizer.json", b"{}"), ("tokenizer.json", b"<html>")],
+)
 def test_broken_files_are_refused(name: str, content: bytes, tmp_path: Path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(WanError, match=name):

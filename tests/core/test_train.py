@@ -237,8 +237,9 @@ def test_comfyui_reads_the_lora(in_comfyui, tmp_path: Path):
             name = key.removeprefix("diffusion_model.")
             outputs[name] = comfy.lora.calculate_weight([(0.7, patch, 1.0, None, None)], weight, key)
         """,
-        lora=load_file(file), weights=weights,
-    )  # fmt: skip
+        lora=load_file(file),
+        weights=weights,
+    )
     merged = merge_lora(weights, file, 0.7)
     assert set(found) == {f"{name}.weight" for name in adapted}
     for name, weight in found.items():
@@ -426,8 +427,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def request_(clips: Path, tmp_path: Path) -> Request:
-    return Request(task="t2v-A14B", expert="low", clips=clips, out=tmp_path / "out", frame=Frame(32, 32, 5), rank=2,
-                   steps=3, learning_rate=1e-2, precision="fp32")  # fmt: skip
+    return Request(
+        task="t2v-A14B",
+        expert="low",
+        clips=clips,
+        out=tmp_path / "out",
+        frame=Frame(32, 32, 5),
+        rank=2,
+        steps=3,
+        learning_rate=1e-2,
+        precision="fp32",
+    )
 
 
 def test_bad_clips_are_named_and_refused_or_skipped(checkpoint: Path, clips: Path, request_: Request, caplog):
@@ -464,9 +474,29 @@ def test_the_command_trains_every_variant_and_its_files_load(task: str, clips: P
     folder, out = tmp_path / "model", tmp_path / "out"
     write_tiny(folder, task, sizes=SIZES)
     expert = [] if VARIANTS[task].experts == 1 else ["--expert", "high"]
-    flags = ["--task", task, *expert, "--ckpt_dir", folder, "--dataset_base_path", clips, "--output_path", out,
-             "--width", 32, "--height", 32, "--num_frames", 5, "--max_steps", 2, "--lora_rank", 0,
-             "--precision", "fp32"]  # fmt: skip
+    flags = [
+        "--task",
+        task,
+        *expert,
+        "--ckpt_dir",
+        folder,
+        "--dataset_base_path",
+        clips,
+        "--output_path",
+        out,
+        "--width",
+        32,
+        "--height",
+        32,
+        "--num_frames",
+        5,
+        "--max_steps",
+        2,
+        "--lora_rank",
+        0,
+        "--precision",
+        "fp32",
+    ]
     assert main(["train", *map(str, flags)]) == 0
     trained = load_dit(out / "model.safetensors")
     before = load_trained(read_dit(files_in(folder, task, "high" if expert else "only").dit))
@@ -476,11 +506,24 @@ def test_the_command_trains_every_variant_and_its_files_load(task: str, clips: P
 
 
 def test_mistakes_of_the_command(checkpoint: Path, clips: Path, tmp_path: Path, capsys):
-    flags = ["train", "--task", "t2v-A14B", "--ckpt_dir", checkpoint, "--dataset_base_path", clips, "--output_path",
-             tmp_path / "out", "--num_frames", 5]  # fmt: skip
-    for more, expected in ((["--width", 32, "--height", 32], "--expert high or --expert low"),
-                           (["--expert", "low", "--width", 30, "--height", 32], "multiples of 16"),
-                           (["--expert", "only"], "has no expert 'only'"),
-                           (["--expert", "low", "--min_timestep_boundary", 0.1], "Give both")):  # fmt: skip
+    flags = [
+        "train",
+        "--task",
+        "t2v-A14B",
+        "--ckpt_dir",
+        checkpoint,
+        "--dataset_base_path",
+        clips,
+        "--output_path",
+        tmp_path / "out",
+        "--num_frames",
+        5,
+    ]
+    for more, expected in (
+        (["--width", 32, "--height", 32], "--expert high or --expert low"),
+        (["--expert", "low", "--width", 30, "--height", 32], "multiples of 16"),
+        (["--expert", "only"], "has no expert 'only'"),
+        (["--expert", "low", "--min_timestep_boundary", 0.1], "Give both"),
+    ):
         assert main([*map(str, [*flags, *more])]) == 2
         assert expected in capsys.readouterr().err

@@ -50,8 +50,24 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags(checkpoints: Path, clips: Path, out: Path, task: str = "t2v-A14B", **more: object) -> list[str]:
     expert = [] if task == "ti2v-5B" else ["--expert", "low"]
     given = {"max_steps": 4, "lora_rank": 2, "learning_rate": 1e-3, "precision": "fp32", "device": "cpu"} | more
-    words = ["train", "--task", task, *expert, "--ckpt_dir", checkpoints / task, "--dataset_base_path", clips,
-             "--output_path", out, "--width", 32, "--height", 32, "--num_frames", 5]  # fmt: skip
+    words = [
+        "train",
+        "--task",
+        task,
+        *expert,
+        "--ckpt_dir",
+        checkpoints / task,
+        "--dataset_base_path",
+        clips,
+        "--output_path",
+        out,
+        "--width",
+        32,
+        "--height",
+        32,
+        "--num_frames",
+        5,
+    ]
     words += [word for name, value in given.items() for word in (f"--{name}", value)]
     return [str(word) for word in words]
 
@@ -93,8 +109,9 @@ def test_two_processes_learn_what_one_with_two_batches_does(checkpoints: Path, c
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launch = [sys.executable, "-c", _TWO_PROCESSES, free_port()]
-    two = subprocess.run([*launch, *flags(checkpoints, clips, tmp_path / "two")], env=environment, capture_output=True,
-                         text=True)  # fmt: skip
+    two = subprocess.run(
+        [*launch, *flags(checkpoints, clips, tmp_path / "two")], env=environment, capture_output=True, text=True
+    )
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("Wrote ") == two.stdout.count("clips are ready") == 1
     one = flags(checkpoints, clips, tmp_path / "one", gradient_accumulation_steps=2)
@@ -140,8 +157,9 @@ def test_sample_prompts_and_what_they_leave_alone(checkpoints: Path, clips: Path
 
 
 def a_request(clips: Path, out: Path) -> Request:
-    return Request(task="t2v-A14B", expert="low", clips=clips, out=out, frame=Frame(32, 32, 5), rank=2, steps=2,
-                   precision="fp32")  # fmt: skip
+    return Request(
+        task="t2v-A14B", expert="low", clips=clips, out=out, frame=Frame(32, 32, 5), rank=2, steps=2, precision="fp32"
+    )
 
 
 @pytest.mark.parametrize("when", [1, 4, 30])
@@ -164,8 +182,9 @@ def test_a_cancelled_run_goes_on_to_the_same_lora(checkpoints: Path, clips: Path
 
 def test_hooks_hear_of_clips_and_steps(checkpoints: Path, clips: Path, tmp_path: Path):
     files, heard = files_in(checkpoints / "t2v-A14B", "t2v-A14B", "low"), []
-    hooks = Hooks(on_step=lambda report: heard.append(report.step), on_clip=lambda *done: heard.append(done),
-                  tell=heard.append)  # fmt: skip
+    hooks = Hooks(
+        on_step=lambda report: heard.append(report.step), on_clip=lambda *done: heard.append(done), tell=heard.append
+    )
     run(a_request(clips, tmp_path), files, hooks=hooks)
     assert heard[:3] == [(1, 3), (2, 3), (3, 3)] and heard[3].startswith("3 clips are ready") and heard[4:] == [1, 2]
 
@@ -263,10 +282,13 @@ def test_other_base_weights_and_other_lora_layers_are_refused(checkpoints: Path,
     high = files_in(checkpoints / "t2v-A14B", "t2v-A14B", "high")
     fewer, weaker = replace(request, targets=("q",)), replace(request, alpha=1.0)
     smaller = replace(request, frame=Frame(16, 32, 5))
-    for other, parts, expected in ((request, high, "the model's weights are others"), (fewer, files, "lora_layers"),
-                                   (weaker, files, "lora_alpha was 2"),
-                                   (replace(request, dtype="float16"), files, "base_dtype was"),
-                                   (smaller, files, "the clips, their prompts, size or number")):  # fmt: skip
+    for other, parts, expected in (
+        (request, high, "the model's weights are others"),
+        (fewer, files, "lora_layers"),
+        (weaker, files, "lora_alpha was 2"),
+        (replace(request, dtype="float16"), files, "base_dtype was"),
+        (smaller, files, "the clips, their prompts, size or number"),
+    ):
         with pytest.raises(WanError, match=expected):
             run(other, parts)
 
@@ -294,8 +316,13 @@ def quantise(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 # --- what lies in the output folder
 
 
-FOREIGN = {"lora.safetensors": [], "log.csv": [], "loss.png": [], "state.pt": [],
-           "sample_000002.png": ["--sample_every", "2"]}  # fmt: skip
+FOREIGN = {
+    "lora.safetensors": [],
+    "log.csv": [],
+    "loss.png": [],
+    "state.pt": [],
+    "sample_000002.png": ["--sample_every", "2"],
+}
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -343,8 +370,14 @@ def test_a_damaged_state(checkpoints: Path, clips: Path, tmp_path: Path, capsys,
         name = next(iter(saved["weights"]))
         torch.save({**saved, "weights": {**saved["weights"], name: torch.zeros(3)}}, state)
     else:
-        state.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"state",
-                           "inside": whole[:200] + b"\xff" * 400 + whole[600:]}[damage])  # fmt: skip
+        state.write_bytes(
+            {
+                "cut": whole[: len(whole) // 2],
+                "empty": b"",
+                "text": b"state",
+                "inside": whole[:200] + b"\xff" * 400 + whole[600:],
+            }[damage]
+        )
     broken = state.read_bytes()
     capsys.readouterr()
     assert main(flags(checkpoints, clips, tmp_path)) == 2
@@ -406,17 +439,34 @@ def test_a_table_names_files_inside_its_folder_only(
 @pytest.mark.parametrize(
     "more",
     [
-        *({name: value} for name in ("learning_rate", "weight_decay", "ema", "caption_dropout", "shift", "lora_alpha")
-          for value in ("nan", "inf", "", "much")),
-        *({name: value} for name in ("lora_rank", "num_frames", "width", "max_steps", "save_steps", "seed")
-          for value in ("nan", "1.5", "", "9" * 30)),
-        {"lora_rank": 100_000}, {"lora_rank": -1}, {"width": 0}, {"height": -32}, {"num_frames": 6},
-        {"lora_alpha": 0}, {"width": 16384, "height": 16384, "num_frames": 1025},
-        {"output_path": ""}, {"output_path": __file__}, {"dataset_base_path": __file__}, {"ckpt_dir": __file__},
-        {"dit": "/no/such.safetensors"}, {"vae": "/"}, {"device": "meta"}, {"sample_prompt": "\udcff"},
+        *(
+            {name: value}
+            for name in ("learning_rate", "weight_decay", "ema", "caption_dropout", "shift", "lora_alpha")
+            for value in ("nan", "inf", "", "much")
+        ),
+        *(
+            {name: value}
+            for name in ("lora_rank", "num_frames", "width", "max_steps", "save_steps", "seed")
+            for value in ("nan", "1.5", "", "9" * 30)
+        ),
+        {"lora_rank": 100_000},
+        {"lora_rank": -1},
+        {"width": 0},
+        {"height": -32},
+        {"num_frames": 6},
+        {"lora_alpha": 0},
+        {"width": 16384, "height": 16384, "num_frames": 1025},
+        {"output_path": ""},
+        {"output_path": __file__},
+        {"dataset_base_path": __file__},
+        {"ckpt_dir": __file__},
+        {"dit": "/no/such.safetensors"},
+        {"vae": "/"},
+        {"device": "meta"},
+        {"sample_prompt": "\udcff"},
     ],
     ids=ascii,
-)  # fmt: skip
+)
 def test_whatever_is_typed_is_answered_in_words(checkpoints: Path, clips: Path, tmp_path: Path, capsys, more: dict):
     assert main(flags(checkpoints, clips, tmp_path / "out", **more)) == 2
     said = capsys.readouterr().err

@@ -38,8 +38,10 @@ from wan_core.train.run import Hooks, Request, _noise, files_in, run
 
 I2V, FLF2V = VARIANTS["i2v-14B"], VARIANTS["flf2v-14B"]
 WIDTH = 64  # of a CLIP feature in models without an encoder
-CONFIGS = {"i2v-14B": replace(CONFIG, in_channels=36, features=(ClipTokensConfig(WIDTH),)),
-           "flf2v-14B": replace(CONFIG, in_channels=36, features=(ClipTokensConfig(WIDTH, 514),))}  # fmt: skip
+CONFIGS = {
+    "i2v-14B": replace(CONFIG, in_channels=36, features=(ClipTokensConfig(WIDTH),)),
+    "flf2v-14B": replace(CONFIG, in_channels=36, features=(ClipTokensConfig(WIDTH, 514),)),
+}
 SIZES = TinySizes(dim=128, ffn_dim=64, layers=1, text_dim=32, text_layers=1, vae_dim=4, clip_layers=2)
 SIZE = Frame(32, 32, 5)
 
@@ -147,8 +149,10 @@ def test_what_is_saved_is_what_was_learnt(task: str, tmp_path: Path):
     """Read by the pack's own loader, within 1e-5 of the model in training; every key takes part."""
     model, adapted = adapted_dit(CONFIGS[task], ["all"])
     a_task(task, model, adapted=adapted).save(tmp_path / "lora.safetensors")
-    save_file({key: value.contiguous() for key, value in random_dit(CONFIGS[task]).state_dict().items()},
-              tmp_path / "base.safetensors")  # fmt: skip
+    save_file(
+        {key: value.contiguous() for key, value in random_dit(CONFIGS[task]).state_dict().items()},
+        tmp_path / "base.safetensors",
+    )
     file = read_dit(tmp_path / "base.safetensors")
     lora = read_lora(tmp_path / "lora.safetensors", file)
     assert not lora.unmatched and not lora.misfits and set(lora.parts) == {f"{name}.weight" for name in adapted}
@@ -181,8 +185,9 @@ def test_comfyui_reads_the_lora(in_comfyui: Callable[..., dict]):
             weight = inputs["weights"][name].clone()
             outputs[name] = comfy.lora.calculate_weight([(0.7, patch, 1.0, None, None)], weight, key)
         """,
-        lora=made, weights=weights,
-    )  # fmt: skip
+        lora=made,
+        weights=weights,
+    )
     assert set(found) == {f"{name}.weight" for name in adapted} and "blocks.0.cross_attn.k_img.weight" in found
     for name, layer in adapted.items():
         expected = weights[f"{name}.weight"] + 0.7 * layer.update()
@@ -212,12 +217,19 @@ def picture(value: float) -> Tensor:
     return torch.full((3, 16, 16), value)
 
 
-@pytest.mark.parametrize(("task", "given", "seen"), [
-    ("i2v-14B", {}, [0.0]), ("i2v-14B", {0: picture(0.7)}, [0.7]), ("i2v-14B", {-1: picture(0.9)}, [0.9]),
-    ("i2v-14B", {0: picture(0.7), -1: picture(0.9)}, [0.7]), ("flf2v-14B", {}, [0.0, 0.4]),
-    ("flf2v-14B", {0: picture(0.7)}, [0.7, 0.4]), ("flf2v-14B", {-1: picture(0.9)}, [0.0, 0.9]),
-    ("flf2v-14B", {-1: picture(0.9), 0: picture(0.7)}, [0.7, 0.9]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "given", "seen"),
+    [
+        ("i2v-14B", {}, [0.0]),
+        ("i2v-14B", {0: picture(0.7)}, [0.7]),
+        ("i2v-14B", {-1: picture(0.9)}, [0.9]),
+        ("i2v-14B", {0: picture(0.7), -1: picture(0.9)}, [0.7]),
+        ("flf2v-14B", {}, [0.0, 0.4]),
+        ("flf2v-14B", {0: picture(0.7)}, [0.7, 0.4]),
+        ("flf2v-14B", {-1: picture(0.9)}, [0.0, 0.9]),
+        ("flf2v-14B", {-1: picture(0.9), 0: picture(0.7)}, [0.7, 0.9]),
+    ],
+)
 def test_which_pictures_are_seen(tmp_path: Path, vae: Path, task: str, given: dict, seen: list[float]):
     """The table's, else the clip's own frames; and the channels show the same ones."""
     encoder, variant = Encoder(), VARIANTS[task]
@@ -253,8 +265,14 @@ def test_one_cache_for_all_variants_and_encoders(tmp_path: Path, vae: Path):
 def test_pictures_are_prepared_as_the_official_code_does(checkpoints: Path, clips: Path, tmp_path: Path):
     """What is cached of a real table is what the encoder makes of the frame, or of the start image."""
     encoder = load_clip_vision(checkpoints / "i2v-14B" / CLIP_CHECKPOINT)
-    latents = Latents(Cache(tmp_path), lambda: load_vae(checkpoints / "i2v-14B/Wan2.1_VAE.pth"), "vae", I2V,
-                      clip=lambda: encoder, clip_key="clip")  # fmt: skip
+    latents = Latents(
+        Cache(tmp_path),
+        lambda: load_vae(checkpoints / "i2v-14B/Wan2.1_VAE.pth"),
+        "vae",
+        I2V,
+        clip=lambda: encoder,
+        clip_key="clip",
+    )
     plain, pictured = read_folder(clips, SIZE)[:2]
     assert torch.equal(latents(plain).clip, encoder(plain.pixels()[None, :, 0])[0])
     assert torch.equal(latents(pictured).clip, encoder(pictured.given()[0][None])[0])
@@ -274,10 +292,14 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, colour in (("start.png", 200), ("end.png", 60), ("c.png", 120)):
         Image.fromarray(np.full((40, 80, 3), (colour, 90, 10), np.uint8)).save(folder / name)
     with (folder / "metadata.csv").open("w", newline="") as out:
-        csv.writer(out).writerows([
-            ["video", "prompt", "start_image", "end_image"], ["a.mp4", "a clip", "", ""],
-            ["b.mp4", "another", "start.png", "end.png"], ["c.png", "a picture", "", ""],
-        ])  # fmt: skip
+        csv.writer(out).writerows(
+            [
+                ["video", "prompt", "start_image", "end_image"],
+                ["a.mp4", "a clip", "", ""],
+                ["b.mp4", "another", "start.png", "end.png"],
+                ["c.png", "a picture", "", ""],
+            ]
+        )
     return folder
 
 
@@ -296,8 +318,22 @@ def vae(checkpoints: Path) -> Path:
 
 def flags(clips: Path, out: Path, task: str, *more: object, **given: object) -> list[str]:
     given = {"max_steps": 3, "lora_rank": 2, "learning_rate": 1e-2, "precision": "fp32", "device": "cpu"} | given
-    words = ["train", "--task", task, "--dataset_base_path", clips, "--output_path", out, "--width", 32, "--height", 32,
-             "--num_frames", 5, *more]  # fmt: skip
+    words = [
+        "train",
+        "--task",
+        task,
+        "--dataset_base_path",
+        clips,
+        "--output_path",
+        out,
+        "--width",
+        32,
+        "--height",
+        32,
+        "--num_frames",
+        5,
+        *more,
+    ]
     return [str(word) for word in (*words, *(part for name, value in given.items() for part in (f"--{name}", value)))]
 
 
@@ -318,9 +354,23 @@ def test_the_command_with_samples(checkpoints: Path, clips: Path, tmp_path: Path
 
 def test_stopped_and_gone_on_it_ends_the_same(checkpoints: Path, clips: Path, tmp_path: Path):
     """To the last bit; the encoders are not loaded again."""
+
     def request(out: Path) -> Request:
-        return Request(task="flf2v-14B", expert="only", clips=clips, out=out, frame=SIZE, rank=2, steps=4, seed=3,
-                       learning_rate=1e-2, precision="fp32", targets=["all"], batch=2, ema=0.9)  # fmt: skip
+        return Request(
+            task="flf2v-14B",
+            expert="only",
+            clips=clips,
+            out=out,
+            frame=SIZE,
+            rank=2,
+            steps=4,
+            seed=3,
+            learning_rate=1e-2,
+            precision="fp32",
+            targets=["all"],
+            batch=2,
+            ema=0.9,
+        )
 
     class Stopped(Exception):
         pass
@@ -341,8 +391,9 @@ def test_stopped_and_gone_on_it_ends_the_same(checkpoints: Path, clips: Path, tm
 
 
 def test_another_clip_is_another_run(checkpoints: Path, clips: Path, tmp_path: Path):
-    request = Request(task="i2v-14B", expert="only", clips=clips, out=tmp_path / "out", frame=SIZE, rank=2, steps=2,
-                      precision="fp32")  # fmt: skip
+    request = Request(
+        task="i2v-14B", expert="only", clips=clips, out=tmp_path / "out", frame=SIZE, rank=2, steps=2, precision="fp32"
+    )
     files = files_in(checkpoints / "i2v-14B", "i2v-14B", "only")
     run(request, files)
     write_tiny(tmp_path / "other", "i2v-14B", sizes=SIZES, seed=5)
@@ -352,9 +403,16 @@ def test_another_clip_is_another_run(checkpoints: Path, clips: Path, tmp_path: P
 
 def test_single_files_in_place_of_a_folder(checkpoints: Path, clips: Path, tmp_path: Path, capsys):
     folder = checkpoints / "i2v-14B"
-    single = ["--dit", folder / "diffusion_pytorch_model.safetensors.index.json", "--vae", folder / "Wan2.1_VAE.pth",
-              "--text_encoder", folder / "models_t5_umt5-xxl-enc-bf16.pth", "--tokenizer", folder / "google/umt5-xxl",
-              ]  # fmt: skip
+    single = [
+        "--dit",
+        folder / "diffusion_pytorch_model.safetensors.index.json",
+        "--vae",
+        folder / "Wan2.1_VAE.pth",
+        "--text_encoder",
+        folder / "models_t5_umt5-xxl-enc-bf16.pth",
+        "--tokenizer",
+        folder / "google/umt5-xxl",
+    ]
     assert main(flags(clips, tmp_path / "folder", "i2v-14B", "--ckpt_dir", folder)) == 0
     assert main(flags(clips, tmp_path / "single", "i2v-14B", *single, "--clip", folder / CLIP_CHECKPOINT)) == 0
     one, other = (load_file(tmp_path / name / "lora.safetensors") for name in ("folder", "single"))
@@ -362,8 +420,20 @@ def test_single_files_in_place_of_a_folder(checkpoints: Path, clips: Path, tmp_p
     capsys.readouterr()
     assert main(flags(clips, tmp_path / "without", "i2v-14B", *single)) == 2
     assert "--dit, --vae, --text_encoder and --clip" in capsys.readouterr().err
-    assert main(flags(clips, tmp_path / "beside", "t2v-1.3B", "--ckpt_dir", checkpoints / "t2v-1.3B", "--clip",
-                      folder / CLIP_CHECKPOINT)) == 0  # fmt: skip
+    assert (
+        main(
+            flags(
+                clips,
+                tmp_path / "beside",
+                "t2v-1.3B",
+                "--ckpt_dir",
+                checkpoints / "t2v-1.3B",
+                "--clip",
+                folder / CLIP_CHECKPOINT,
+            )
+        )
+        == 0
+    )
     assert f"{CLIP_CHECKPOINT} takes no part: Wan2.1 T2V-1.3B hears no picture" in capsys.readouterr().out
 
 
@@ -372,27 +442,35 @@ def test_mistakes_are_told_before_anything_is_loaded(checkpoints: Path, clips: P
         monkeypatch.setattr(f"wan_core.train.run.{name}", None)
     request = Request(task="i2v-14B", expert="only", clips=clips, out=tmp_path / "out", frame=SIZE, rank=2, steps=2)
     files = files_in(checkpoints / "i2v-14B", "i2v-14B", "only")
-    other = {task: files_in(checkpoints / task, task, "high" if VARIANTS[task].experts == 2 else "only").dit
-             for task in ("i2v-A14B", "flf2v-14B")}  # fmt: skip
+    other = {
+        task: files_in(checkpoints / task, task, "high" if VARIANTS[task].experts == 2 else "only").dit
+        for task in ("i2v-A14B", "flf2v-14B")
+    }
     for changed, said in (
         ({"clip": None}, "I2V-14B hears its picture through CLIP, whose model is missing: give clip_vision_h"),
         ({"clip": files.vae}, "CLIP"),
         ({"dit": other["i2v-A14B"]}, "takes 36 channels, but Wan2.1 I2V-14B takes 36 channels and a picture through"),
         ({"dit": other["flf2v-14B"]}, "takes 36 channels and two pictures through CLIP, but Wan2.1 I2V-14B takes"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(WanError, match=said):
             run(request, replace(files, **changed))
-    narrow = {key: value[..., :640] if "img_emb.proj.1" in key or key.startswith("img_emb.proj.0") else value
-              for key, value in load_dit(files.dit).state_dict().items()}  # fmt: skip
-    narrow = {key: value[:640] if key.startswith("img_emb.proj.1") else value[:, :640] if "proj.3.weight" in key
-              else value for key, value in narrow.items()}  # fmt: skip
+    narrow = {
+        key: value[..., :640] if "img_emb.proj.1" in key or key.startswith("img_emb.proj.0") else value
+        for key, value in load_dit(files.dit).state_dict().items()
+    }
+    narrow = {
+        key: value[:640] if key.startswith("img_emb.proj.1") else value[:, :640] if "proj.3.weight" in key else value
+        for key, value in narrow.items()
+    }
     save_file({key: value.contiguous() for key, value in narrow.items()}, tmp_path / "narrow.safetensors")
     with pytest.raises(WanError, match=r"gives CLIP tokens 1280 wide, but .*narrow\.safetensors takes 640"):
         run(request, replace(files, dit=tmp_path / "narrow.safetensors"))
 
 
 def test_noise_follows_the_size_where_the_model_does():
-    small, large = (Request(task="i2v-14B", expert="only", clips=[], out=Path(), frame=frame)
-                    for frame in (Frame(832, 480, 81), Frame(1280, 720, 81)))  # fmt: skip
+    small, large = (
+        Request(task="i2v-14B", expert="only", clips=[], out=Path(), frame=frame)
+        for frame in (Frame(832, 480, 81), Frame(1280, 720, 81))
+    )
     assert (_noise(small, I2V).shift, _noise(large, I2V).shift) == (3.0, 5.0)
     assert _noise(replace(small, shift=7.0), I2V).shift == 7.0

@@ -42,8 +42,12 @@ def test_condition_images_are_told_apart_and_named(tmp_path: Path):
     """The same picture at the start and at the end are two conditions, whose latents are cached apart."""
     save_video([torch.zeros(3, 5, 32, 32)], tmp_path / "a.mp4", 16)
     Image.new("RGB", (40, 30), "red").save(tmp_path / "c.png")
-    rows = [["video", "prompt", "start_image", "end_image"], ["a.mp4", "", "c.png", ""], ["a.mp4", "", "", "c.png"],
-            ["a.mp4", "", "gone.png", ""]]  # fmt: skip
+    rows = [
+        ["video", "prompt", "start_image", "end_image"],
+        ["a.mp4", "", "c.png", ""],
+        ["a.mp4", "", "", "c.png"],
+        ["a.mp4", "", "gone.png", ""],
+    ]
     with (tmp_path / "metadata.csv").open("w", newline="") as out:
         csv.writer(out).writerows(rows)
     start, end, gone = read_folder(tmp_path, Frame(32, 32, 5))

@@ -106,8 +106,12 @@ def test_what_is_trained_loads(tmp_path: Path):
 
 def test_images_are_learnt(tmp_path: Path):
     """From the linear start at about 8 dB to more than 15 in 70 steps."""
-    task = VAETask(new_vae(VAEConfig("wan2.1", 16, 8, 8), 0), RandomClips(Frame(32, 32, 1)), "world",
-                   VAERecipe((Phase(1.0, 1, 32, 4),), 70, precision="fp32"))  # fmt: skip
+    task = VAETask(
+        new_vae(VAEConfig("wan2.1", 16, 8, 8), 0),
+        RandomClips(Frame(32, 32, 1)),
+        "world",
+        VAERecipe((Phase(1.0, 1, 32, 4),), 70, precision="fp32"),
+    )
     train(task, Plan(70, 4e-3, optimiser="muon", warmup=5), tmp_path)
     values = [float(row["psnr"]) for row in read_log(tmp_path / "log.csv")]
     assert sum(values[-5:]) / 5 > 15 > values[0]

@@ -157,11 +157,17 @@ def test_the_process_lives(files: dict[str, Path], tmp_path: Path, case: str):
     path = tmp_path / name
     path.write_bytes(files[name].read_bytes())
     more = {
-        "text": {"spiece": str(files["spiece"])}, "lora": {"base": str(files["float32.safetensors"])},
+        "text": {"spiece": str(files["spiece"])},
+        "lora": {"base": str(files["float32.safetensors"])},
         "convert": {"target": str(tmp_path / "out.safetensors")},
-    }.get(kind, {})  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", SCRIPT, kind, str(path), repr(options | more)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=240)  # fmt: skip
+    }.get(kind, {})
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, kind, str(path), repr(options | more)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     assert done.stdout.startswith(expected), done.stdout
     told = "was changed while it was converted" if kind == "convert" else "was changed or removed"

@@ -14,9 +14,15 @@ from PIL import Image
 from wan_core.config import VAES, VARIANTS, Variant
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
-TASKS = {"t2v-A14B": "wan22_t2v_a14b", "i2v-A14B": "wan22_i2v_a14b", "ti2v-5B": "wan22_ti2v_5b",
-         "i2v-14B": "wan21_i2v_14b_480p", "flf2v-14B": "wan21_flf2v_14b",
-         "t2v-A14B fast": "wan22_t2v_a14b_4steps", "i2v-A14B fast": "wan22_i2v_a14b_4steps"}  # fmt: skip
+TASKS = {
+    "t2v-A14B": "wan22_t2v_a14b",
+    "i2v-A14B": "wan22_i2v_a14b",
+    "ti2v-5B": "wan22_ti2v_5b",
+    "i2v-14B": "wan21_i2v_14b_480p",
+    "flf2v-14B": "wan21_flf2v_14b",
+    "t2v-A14B fast": "wan22_t2v_a14b_4steps",
+    "i2v-A14B fast": "wan22_i2v_a14b_4steps",
+}
 SIZES = {"i2v-14B": (832, 480)}
 FAST = {"steps": 4, "cfg_high": 1.0, "cfg_low": 1.0, "shift": 5.0, "solver": "euler", "schedule": "simple"}
 TITLE = 30  # pixels of a node's title bar, above its position
@@ -140,15 +146,23 @@ def test_settings_are_the_official_ones(task: str) -> None:
 
 def official(variant: Variant) -> dict[str, Any]:
     guidance = {"cfg_high": variant.guidance.high, "cfg_low": variant.guidance.low}
-    return {"steps": variant.steps, **guidance, "shift": variant.shift, "solver": "unipc", "schedule": "auto",
-            "denoise": 1.0}  # fmt: skip
+    return {
+        "steps": variant.steps,
+        **guidance,
+        "shift": variant.shift,
+        "solver": "unipc",
+        "schedule": "auto",
+        "denoise": 1.0,
+    }
 
 
 def test_presets_of_the_menus_are_the_official_settings() -> None:
     text = (FOLDER.parent / "web/presets.js").read_text(encoding="utf-8")
     tables = dict(re.findall(r"export const (\w+) = (\{.*?\n\})", text, re.S))
-    sampler, sizes = (json.loads(re.sub(r"(?<=[{,] )(\w+):", r'"\1":', tables[name]).replace("'", '"'))
-                      for name in ("SAMPLER", "SIZE"))  # fmt: skip
+    sampler, sizes = (
+        json.loads(re.sub(r"(?<=[{,] )(\w+):", r'"\1":', tables[name]).replace("'", '"'))
+        for name in ("SAMPLER", "SIZE")
+    )
     for variant in VARIANTS.values():
         preset = sampler[variant.display_name.removeprefix("Wan2.2 ")]
         assert preset == {name: value for name, value in official(variant).items() if name != "denoise"}

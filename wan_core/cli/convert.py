@@ -12,17 +12,20 @@ _WORST = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=path, metavar="IN", help="a diffusion model, text encoder or VAE")
-    parser.add_argument("target", type=path, metavar="OUT",
-                        help="the file to write, or the folder for layouts that are one")
-    parser.add_argument("--to", required=True, choices=list(TARGETS), metavar="FORMAT",
-                        help=f"one of {', '.join(TARGETS)}")  # fmt: skip
+    parser.add_argument(
+        "target", type=path, metavar="OUT", help="the file to write, or the folder for layouts that are one"
+    )
+    parser.add_argument(
+        "--to", required=True, choices=list(TARGETS), metavar="FORMAT", help=f"one of {', '.join(TARGETS)}"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     parser.add_argument("--quiet", action="store_true", help="only the summary, not a line for each tensor")
 
 
 def run(args: argparse.Namespace) -> None:
-    report = convert(args.source, args.target, args.to, overwrite=args.overwrite,
-                     on_tensor=None if args.quiet else _print_line)  # fmt: skip
+    report = convert(
+        args.source, args.target, args.to, overwrite=args.overwrite, on_tensor=None if args.quiet else _print_line
+    )
     for note in report.notes:
         print(note)
     if report.errors:

@@ -21,15 +21,22 @@ log = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("latent", type=path, metavar="LATENT", help="a .latent.safetensors or --save_tensors file of generate, or "
-        "ComfyUI's .latent")  # fmt: skip
+    add(
+        "latent",
+        type=path,
+        metavar="LATENT",
+        help="a .latent.safetensors or --save_tensors file of generate, or ComfyUI's .latent",
+    )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--ckpt_dir", type=path, help="folder of the checkpoint, as downloaded, with the VAE in it")
     where.add_argument("--vae", type=path, metavar="FILE", help="the VAE itself")
     add("--save_file", type=path, metavar="FILE", help="as of generate (default: the latent's name as mp4)")
     add("--save_tensors", type=path, metavar="FILE.safetensors", help="as of generate")
-    add("--overwrite", action="store_true",
-        help="replace whatever has the name; without it only what this program saved is replaced")  # fmt: skip
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace whatever has the name; without it only what this program saved is replaced",
+    )
     add("--fps", type=number(1, 1000), help="frames a second (default: as the latent's file or its model says)")
     add("--vae_tile", type=whole(64), metavar="N", help="decode in tiles of so many pixels a side")
     add("--vram_limit", type=number(above=0), metavar="GB", help="memory that decoding may take")
@@ -44,8 +51,12 @@ def run(args: argparse.Namespace) -> None:
     from ..models.vae.vae import normalise
     from ..pipeline import check_decode, check_latent, decode
 
-    output = Output(args.save_file or _default_name(args.latent), args.save_tensors, args.overwrite,
-                    [args.latent, *filter(None, [args.vae])])  # fmt: skip
+    output = Output(
+        args.save_file or _default_name(args.latent),
+        args.save_tensors,
+        args.overwrite,
+        [args.latent, *filter(None, [args.vae])],
+    )
     output.check()
     device = resolve_device(args.device)
     latent, raw, notes = read_latent(args.latent)
@@ -80,17 +91,21 @@ def read_latent(file: Path) -> tuple[Tensor, bool, dict[str, str]]:
             notes, keys = dict(content.metadata() or {}), set(content.keys())
             name = next((name for name in ("latent", "latent_tensor") if name in keys), None)
             if name is None:
-                raise WanError(f"{file} holds no latent: expected a tensor named 'latent' (or ComfyUI's "
-                               "'latent_tensor').")
+                raise WanError(
+                    f"{file} holds no latent: expected a tensor named 'latent' (or ComfyUI's 'latent_tensor')."
+                )
             latent = content.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise WanError(f"{file} is no whole safetensors file: expected one that `generate` kept or --save_tensors "
-                       "wrote.") from error
+        raise WanError(
+            f"{file} is no whole safetensors file: expected one that `generate` kept or --save_tensors wrote."
+        ) from error
     if latent.ndim == 5 and latent.shape[0] == 1:
         latent = latent[0]
     if latent.ndim != 4 or not latent.is_floating_point() or not latent.numel():
-        raise WanError(f"{file} holds a tensor {list(latent.shape)} of {latent.dtype}: expected one video's latent "
-                       "[channels, frames, height, width].")
+        raise WanError(
+            f"{file} holds a tensor {list(latent.shape)} of {latent.dtype}: expected one video's latent "
+            "[channels, frames, height, width]."
+        )
     return latent.float(), name == "latent_tensor", notes
 
 
@@ -102,8 +117,10 @@ def _space(latent: Tensor, file: Path) -> VAESpec:
     for spec in VAES.values():
         if spec.channels == len(latent):
             return spec
-    raise WanError(f"{file} holds {len(latent)} channels: Wan's latents have "
-                   f"{' or '.join(str(spec.channels) for spec in VAES.values())}.")
+    raise WanError(
+        f"{file} holds {len(latent)} channels: Wan's latents have "
+        f"{' or '.join(str(spec.channels) for spec in VAES.values())}."
+    )
 
 
 def _vae_in(folder: Path, spec: VAESpec, task: str | None) -> Path:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 # The official script's own examples.
 _EXAMPLE_PROMPT = {
     "t2v-A14B": "Two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted "
-                "stage.",
+    "stage.",
     "t2i-14B": "一个朴素端庄的美人",
     "i2v-A14B": "Summer beach vacation style, a white cat wearing sunglasses sits on a surfboard.",
 }
@@ -30,44 +30,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--task", choices=list(VARIANTS), default="t2v-A14B", help="the model to run")
     add("--ckpt_dir", type=path, required=True, help="folder of the checkpoint, as downloaded")
-    add("--size", type=size, metavar="W*H",
-        help="width*height; with an image its area, the image decides the aspect ratio (default: the model's)")
+    add(
+        "--size",
+        type=size,
+        metavar="W*H",
+        help="width*height; with an image its area, the image decides the aspect ratio (default: the model's)",
+    )
     add("--frame_num", type=whole(1), help="frames of the video, 4n+1")
     add("--prompt", type=words, help="what to show")
     add("--negative_prompt", type=words, default="", help="what to avoid; the official list if not given")
     add("--image", "--first_frame", type=path, help="start image (I2V models, flf2v-14B, ti2v-5B)")
     add("--end_image", "--last_frame", type=path, help="end image (I2V models, flf2v-14B)")
-    add("--base_seed", type=whole(-SEEDS, SEEDS - 1), default=-1,
-        help="the same seed gives the same video; negative draws one")
+    add(
+        "--base_seed",
+        type=whole(-SEEDS, SEEDS - 1),
+        default=-1,
+        help="the same seed gives the same video; negative draws one",
+    )
     add("--sample_solver", default="unipc", help="unipc, dpm++, euler or heun")
-    add("--sample_schedule", default="auto",
-        help="auto (the solver's official grid), unipc, dpm++, simple or diffusers")
+    add(
+        "--sample_schedule", default="auto", help="auto (the solver's official grid), unipc, dpm++, simple or diffusers"
+    )
     add("--sample_steps", type=whole(1, 10_000), help="denoising steps")
     add("--sample_shift", type=number(above=0), help="how much of the schedule is spent at high noise")
     add("--sample_guide_scale", type=_guidance, metavar="X or LOW,HIGH", help="classifier-free guidance")
-    add("--offload_model", type=boolean, default=None, metavar="True|False",
-        help="keep one model at a time on the device (default: True on a GPU)")
+    add(
+        "--offload_model",
+        type=boolean,
+        default=None,
+        metavar="True|False",
+        help="keep one model at a time on the device (default: True on a GPU)",
+    )
     add_lora_argument(parser)
-    add("--vram_limit", type=_limit, metavar="GB|auto",
-        help="device memory that a model may take: blocks of the transformer stream from their file as needed")
+    add(
+        "--vram_limit",
+        type=_limit,
+        metavar="GB|auto",
+        help="device memory that a model may take: blocks of the transformer stream from their file as needed",
+    )
     add("--swap_blocks", type=whole(), default=0, metavar="N", help="stream so many blocks, whatever the memory")
     add("--prefetch", type=whole(), metavar="N", help="streamed blocks on the device before their turn (default: 1)")
-    add("--vae_tile", type=whole(64), metavar="N",
-        help="encode and decode in tiles of so many pixels a side (default: only where --vram_limit asks for it)")
+    add(
+        "--vae_tile",
+        type=whole(64),
+        metavar="N",
+        help="encode and decode in tiles of so many pixels a side (default: only where --vram_limit asks for it)",
+    )
     add("--plan", action="store_true", help="say what the run needs of the device, and end")
-    add("--convert_model_dtype", action="store_true",
-        help="accepted for the official script's users: weights are always kept in --dtype")
+    add(
+        "--convert_model_dtype",
+        action="store_true",
+        help="accepted for the official script's users: weights are always kept in --dtype",
+    )
     add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
     add("--device", default="auto", help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")
     add("--dtype", default="auto", help="bfloat16, float16, float32, auto; fp8_e4m3fn or int8 quantise while loading")
     add("--attention", default="auto", help="auto, sdpa, sage, flash2 or flash3")
-    add("--save_file", type=path, metavar="FILE",
+    add(
+        "--save_file",
+        type=path,
+        metavar="FILE",
         help="what to write: .mp4 .mkv .mov .webm, .gif .webp, or .png .jpg, a file a frame (default: an mp4 named by "
-        "task, size, prompt and time)")
-    add("--save_tensors", type=path, metavar="FILE.safetensors",
-        help="also write 'latent' [C,T,h,w] (normalised) and 'video' [3,F,H,W] (-1..1), float32")
-    add("--overwrite", action="store_true",
-        help="replace whatever has the name; without it only what this program saved is replaced")
+        "task, size, prompt and time)",
+    )
+    add(
+        "--save_tensors",
+        type=path,
+        metavar="FILE.safetensors",
+        help="also write 'latent' [C,T,h,w] (normalised) and 'video' [3,F,H,W] (-1..1), float32",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace whatever has the name; without it only what this program saved is replaced",
+    )
     for flag in ("--ulysses_size", "--dit_fsdp", "--t5_fsdp", "--use_prompt_extend"):
         add(flag, nargs="?", const="True", default=None, help=argparse.SUPPRESS)
 
@@ -97,8 +133,15 @@ def run(args: argparse.Namespace) -> None:
     output.check_size(width, height, request.frames, latents.latent_shape(variant, width, height, request.frames))
     for note in models.dit.notes:
         log.info(note)
-    log.info("%s, %s frames, %s, %s steps, seed %s, on %s", models.dit, request.frames, request.solver, request.steps,
-             request.seed, device)  # fmt: skip
+    log.info(
+        "%s, %s frames, %s, %s steps, seed %s, on %s",
+        models.dit,
+        request.frames,
+        request.solver,
+        request.steps,
+        request.seed,
+        device,
+    )
     with _Bar(request.steps) as bar:
         result = generate(models, request, engine, device=device, text_device=_text_device(args, device), on_step=bar)
     notes = {"task": args.task, "vae": variant.vae, "seed": str(result.seed)}
@@ -126,10 +169,20 @@ def request_from(args: argparse.Namespace):
         shift = official[0] if shift is None else shift
         guidance = PerExpert(official[1], official[1]) if guidance is None else guidance
     return Request(
-        prompt, args.negative_prompt, image=args.image, end_image=args.end_image, size=args.size, frames=args.frame_num,
-        steps=args.sample_steps, shift=shift, guidance=guidance, solver=args.sample_solver,
-        schedule=args.sample_schedule, seed=args.base_seed, vae_tile=args.vae_tile,
-    )  # fmt: skip
+        prompt,
+        args.negative_prompt,
+        image=args.image,
+        end_image=args.end_image,
+        size=args.size,
+        frames=args.frame_num,
+        steps=args.sample_steps,
+        shift=shift,
+        guidance=guidance,
+        solver=args.sample_solver,
+        schedule=args.sample_schedule,
+        seed=args.base_seed,
+        vae_tile=args.vae_tile,
+    )
 
 
 def default_name(args: argparse.Namespace) -> Path:

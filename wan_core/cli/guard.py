@@ -48,8 +48,9 @@ def guarded(work: Callable[[], int | None], *, debug: bool = False, cancelled: s
 def _in_words(error: BaseException) -> tuple[str, int]:
     """What is told of an error that nobody foresaw, and whether its cause is the machine or us."""
     if isinstance(error, MemoryError) or _ran_out(error):
-        return ("The memory ran out. Choose a smaller size or fewer frames, set a memory limit, or close other "
-                "programs."), MISTAKE  # fmt: skip
+        return (
+            "The memory ran out. Choose a smaller size or fewer frames, set a memory limit, or close other programs."
+        ), MISTAKE
     if isinstance(error, OSError) and error.strerror:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{names or 'The system'}: {error.strerror}.", MISTAKE

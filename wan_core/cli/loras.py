@@ -31,10 +31,14 @@ class LoraOption:
 
 def add_lora_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--lora", type=parse_lora, action="append", default=[], metavar="FILE[:strength]",
+        "--lora",
+        type=parse_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:strength]",
         help="a LoRA, also several times; for a pair either file, the other is found by its name, or "
         "HIGH,LOW[:strength]",
-    )  # fmt: skip
+    )
 
 
 def parse_lora(text: str) -> LoraOption:
@@ -48,8 +52,9 @@ def parse_lora(text: str) -> LoraOption:
             if len(before) > 1:  # not the letter of a drive
                 raise argparse.ArgumentTypeError(f"expected FILE or FILE:strength, found {text!r}") from None
     if not abs(strength) <= _STRONGEST:  # NaN is not
-        raise argparse.ArgumentTypeError(f"expected FILE:strength with a strength within -{_STRONGEST} to "
-                                         f"{_STRONGEST}, found {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected FILE:strength with a strength within -{_STRONGEST} to {_STRONGEST}, found {text!r}"
+        )
     files = [names] if Path(names).exists() else names.split(",")
     if len(files) > 2 or not all(files):
         raise argparse.ArgumentTypeError(f"expected FILE or HIGH,LOW, with :strength or without, found {text!r}")

@@ -28,18 +28,25 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=".wan_core-", dir=out) as fresh:
         made = write_tiny(fresh, args.task, layout=args.layout, seed=args.seed)
         places = {file: out / file.relative_to(fresh) for file in made}
-        taken = [place for file, place in places.items()
-                 if os.path.lexists(place) and not (_same(file, place) or _tiny(place))]  # fmt: skip
+        taken = [
+            place
+            for file, place in places.items()
+            if os.path.lexists(place) and not (_same(file, place) or _tiny(place))
+        ]
         if taken:
-            raise WanError(f"{', '.join(str(place) for place in taken[:3])}{' ...' * (len(taken) > 3)} exists already: "
-                           "choose an empty folder, or move that away.")
+            raise WanError(
+                f"{', '.join(str(place) for place in taken[:3])}{' ...' * (len(taken) > 3)} exists already: "
+                "choose an empty folder, or move that away."
+            )
         for file, place in places.items():
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
     files = list(places.values())
     total = sum(file.stat().st_size for file in files)
-    print(f"Wrote {len(files)} files, {total / 2**20:.1f} MB, to {args.out}: "
-          f"random weights, {args.task}, {args.layout} layout.")
+    print(
+        f"Wrote {len(files)} files, {total / 2**20:.1f} MB, to {args.out}: "
+        f"random weights, {args.task}, {args.layout} layout."
+    )
 
 
 def _make_folder(folder: Path) -> None:

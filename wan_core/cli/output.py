@@ -59,8 +59,10 @@ class Output:
             foreign.append(self.tensors)
         if foreign and not self.overwrite:
             more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-            raise WanError(f"{foreign[0]}{more} exists and was not saved by this program. Choose another name, or "
-                           "replace it with --overwrite.")
+            raise WanError(
+                f"{foreign[0]}{more} exists and was not saved by this program. Choose another name, or "
+                "replace it with --overwrite."
+            )
 
     def check_size(self, width: int, height: int, frames: int, latent: Sequence[int]) -> None:
         """Once the size is known.
@@ -93,8 +95,9 @@ class Output:
             raise KeyboardInterrupt(f"Cancelled. {self._rescue(kept, how)}".strip()) from None
         except Exception as error:
             reason = str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {first_line(error)}"
-            raise WanError(f"The video could not be decoded and saved ({reason.rstrip('.')}). "
-                           f"{self._rescue(kept, how)}".strip()) from error
+            raise WanError(
+                f"The video could not be decoded and saved ({reason.rstrip('.')}). {self._rescue(kept, how)}".strip()
+            ) from error
         if kept:
             kept.unlink(missing_ok=True)
         if self.tensors:
@@ -119,8 +122,10 @@ class Output:
             return ""
         if kept is None:
             return "The latent could not be kept either: run again with the same seed."
-        return (f"The latent is in {kept}. To decode it: python -m wan_core decode {shlex.quote(str(kept))} {how} "
-                f"--save_file {shlex.quote(str(self.file))}  (--vae_tile 256 takes less memory)")
+        return (
+            f"The latent is in {kept}. To decode it: python -m wan_core decode {shlex.quote(str(kept))} {how} "
+            f"--save_file {shlex.quote(str(self.file))}  (--vae_tile 256 takes less memory)"
+        )
 
 
 def keep_latent(latent: Tensor, file: Path, notes: Mapping[str, str]) -> Path | None:
@@ -162,4 +167,3 @@ def _gathered(chunks: Iterator[Tensor], into: list[Tensor]) -> Iterator[Tensor]:
     for chunk in chunks:
         into.append(chunk)
         yield chunk
-

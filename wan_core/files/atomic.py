@@ -82,8 +82,10 @@ def check_writable(file: str | Path, room: int = ROOM) -> None:
     _check_name(file)
     free, room = shutil.disk_usage(folder).free, max(room, ROOM)
     if free < room:
-        raise WanError(f"Cannot save {file}: {folder} has {free // 2**20} MB free, expected at least {room // 2**20}. "
-                       "Free some space, or save elsewhere.")
+        raise WanError(
+            f"Cannot save {file}: {folder} has {free // 2**20} MB free, expected at least {room // 2**20}. "
+            "Free some space, or save elsewhere."
+        )
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

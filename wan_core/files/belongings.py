@@ -56,11 +56,14 @@ def belongings_of(path: Path, stored: Mapping[str, TensorInfo]) -> tuple[dict[st
         if role == "activation":
             continue
         if owner is None:
-            raise WanError(f"{shown(path)} holds {shown(key)}, but not the weight that it belongs to. Is it a partial "
-                           "download?")  # fmt: skip
+            raise WanError(
+                f"{shown(path)} holds {shown(key)}, but not the weight that it belongs to. Is it a partial download?"
+            )
         if (other := found.setdefault(owner, {}).setdefault(role, key)) != key:
-            raise WanError(f"{shown(path)} has two scales of {shown(owner)}: {shown(other)} and {shown(key)}. Expected "
-                           "one. Use another file of the same model.")  # fmt: skip
+            raise WanError(
+                f"{shown(path)} has two scales of {shown(owner)}: {shown(other)} and {shown(key)}. Expected "
+                "one. Use another file of the same model."
+            )
     return found, taken
 
 
@@ -86,15 +89,18 @@ def refuse_foreign(
             continue
         end, who = next(((end, who) for end, who in _FOREIGN.items() if key.endswith(end)), (None, None))
         if end and key.removesuffix(end) not in marked and not _is_wide(stored.get(f"{key.removesuffix(end)}.weight")):
-            raise WanError(f"{shown(path)} holds {shown(key)}: it is quantised for {who}, which this version does not "
-                           f"read. {_USE}")  # fmt: skip
+            raise WanError(
+                f"{shown(path)} holds {shown(key)}: it is quantised for {who}, which this version does not read. {_USE}"
+            )
         layer, part = _layer_and_part(key)
         weight = stored.get(f"{layer}.weight")
         if weight is None or not part or layer in marked:
             continue
         if weight.format is None and weight.dtype.itemsize == 1 or part.startswith(_OF_WEIGHT):
-            raise WanError(f"{shown(path)} holds {shown(key)}, which seems to say how {shown(layer)}.weight is packed "
-                           f"and is not known to this version. {_USE}")  # fmt: skip
+            raise WanError(
+                f"{shown(path)} holds {shown(key)}, which seems to say how {shown(layer)}.weight is packed "
+                f"and is not known to this version. {_USE}"
+            )
 
 
 def _is_wide(weight: TensorInfo | None) -> bool:

@@ -118,8 +118,10 @@ class Checkpoint:
     def _piece(self, key: str) -> torch.Tensor:
         info = self._stored[key]
         if info.unread:
-            raise WanError(f"{shown(self.path)} holds {shown(key)} as {info.unread}, which this version does not read. "
-                           "Use a bf16, fp16, fp8 or GGUF file of the same model.")
+            raise WanError(
+                f"{shown(self.path)} holds {shown(key)} as {info.unread}, which this version does not read. "
+                "Use a bf16, fp16, fp8 or GGUF file of the same model."
+            )
         try:
             return self._mapped(info.file)[key]
         except KeyError as error:
@@ -196,8 +198,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except WanError:
         raise
     except OSError as error:
-        raise WanError(f"{shown(path)} cannot be read ({error.strerror or type(error).__name__}). Check the path, who "
-                       "may read it, and the disk or network share it lies on.") from error
+        raise WanError(
+            f"{shown(path)} cannot be read ({error.strerror or type(error).__name__}). Check the path, who "
+            "may read it, and the disk or network share it lies on."
+        ) from error
     except Exception as error:
         log.debug("A checkpoint that no check expected", exc_info=True)
         raise damaged(path, f"it cannot be understood: {type(error).__name__}") from error
@@ -252,8 +256,9 @@ def _open_index(index: Index) -> Checkpoint:
         metadata.update(shard_metadata)
     absent = sorted(set(index.shards) - set(tensors))
     if absent:
-        raise WanError(f"{shown(index.file)} promises tensors that its shards do not hold: {_some(absent)}. Download "
-                       "it again.")
+        raise WanError(
+            f"{shown(index.file)} promises tensors that its shards do not hold: {_some(absent)}. Download it again."
+        )
     return Checkpoint(index.file.parent, tensors, metadata)
 
 
@@ -290,8 +295,10 @@ def _load_pickle(file: Path, device: str) -> dict[str, torch.Tensor]:
         tensors = _by_name(loaded, file)
         return over_own_mapping(file, tensors) if mapped and device == "cpu" else tensors
     except pickle.UnpicklingError as error:
-        raise WanError(f"{shown(file)} was refused: it is a pickle that wants to run code, or no plain state dict "
-                       f"({_wanted(error)}). Use a safetensors version of it.") from error
+        raise WanError(
+            f"{shown(file)} was refused: it is a pickle that wants to run code, or no plain state dict "
+            f"({_wanted(error)}). Use a safetensors version of it."
+        ) from error
     except Damage as error:
         raise damaged(file, error) from error
     except (WanError, OSError):
@@ -312,8 +319,23 @@ def _wanted(error: Exception) -> str:
 
 
 # The names under which trainers keep a model's weights, likeliest first; averaged weights come last.
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "module", "generator", "transformer", "dit",
-             "weights", "params", "ema", "ema_model", "model_ema", "generator_ema", "params_ema")  # fmt: skip
+_WRAPPERS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_state",
+    "module",
+    "generator",
+    "transformer",
+    "dit",
+    "weights",
+    "params",
+    "ema",
+    "ema_model",
+    "model_ema",
+    "generator_ema",
+    "params_ema",
+)
 _DEEPEST = 3
 
 

@@ -242,8 +242,9 @@ def _header(file: Path, data: mmap.mmap) -> Header:
     version = cursor.number("<I")
     if version not in (2, 3):
         turned = " (a big-endian file)" if version in (2 << 24, 3 << 24) else ""
-        raise WanError(f"{shown(file)} is GGUF of version {version}{turned}; expected 2 or 3, little-endian. Convert "
-                       "it again.")
+        raise WanError(
+            f"{shown(file)} is GGUF of version {version}{turned}; expected 2 or 3, little-endian. Convert it again."
+        )
     tensors, fields = cursor.number("<Q"), cursor.number("<Q")
     room = len(data) - cursor.at
     if fields > min(_MOST_FIELDS, room // _LEAST_FIELD) or tensors > min(MOST_TENSORS, room // _LEAST_ENTRY):
@@ -272,9 +273,11 @@ def _entry(file: Path, cursor: _Cursor) -> tuple[str, tuple[tuple[int, ...], str
     shape = check_shape(name, [cursor.number("<Q") for _ in range(dimensions)])[::-1]
     kind, offset = cursor.number("<I"), cursor.number("<Q")
     if kind not in _TYPE_NUMBERS:
-        raise WanError(f"{shown(file)} holds {shown(name)} in the quantisation type {_type_name(kind)}, which this "
-                       f"version does not read. Expected one of {', '.join(_TYPE_NUMBERS.values())}: use such a file "
-                       "of the same model.")
+        raise WanError(
+            f"{shown(file)} holds {shown(name)} in the quantisation type {_type_name(kind)}, which this "
+            f"version does not read. Expected one of {', '.join(_TYPE_NUMBERS.values())}: use such a file "
+            "of the same model."
+        )
     kind = _TYPE_NUMBERS[kind]
     if kind in BLOCK_TYPES and (not shape or shape[-1] % BLOCK_TYPES[kind].weights):
         raise Damage(f"{shown(name)} of shape {list(shape)} cannot be {kind}")

@@ -36,8 +36,10 @@ class Index:
         """
         if missing := self.missing:
             names = [file.relative_to(self.file.parent).as_posix() for file in missing]
-            raise WanError(f"{shown(self.file.parent)} lacks {len(names)} of {len(self.files)} shards: {some(names)}. "
-                           "The download is incomplete; fetch the missing files.")
+            raise WanError(
+                f"{shown(self.file.parent)} lacks {len(names)} of {len(self.files)} shards: {some(names)}. "
+                "The download is incomplete; fetch the missing files."
+            )
 
 
 def read_index(file: Path) -> Index:
@@ -57,8 +59,9 @@ def read_index(file: Path) -> Index:
         places = {name: _inside(file, name) for name in {check_shard(shard) for shard in found.values()}}
         return Index(file, {check_name(key): places[shard] for key, shard in found.items()})
     except Damage as error:
-        raise WanError(f"{shown(file)} is not a checkpoint index: expected a json with a weight_map ({error}). "
-                       "Download it again.") from error
+        raise WanError(
+            f"{shown(file)} is not a checkpoint index: expected a json with a weight_map ({error}). Download it again."
+        ) from error
 
 
 def check_shard(name: object) -> str:
@@ -80,8 +83,10 @@ def _inside(index: Path, name: str) -> Path:
     relative = PurePosixPath(name.replace("\\", "/"))
     parts = relative.parts
     if not parts or relative.is_absolute() or ".." in parts or ":" in parts[0]:
-        raise WanError(f"{shown(index)} names shards outside its own folder. Expected file names beside it: an index "
-                       "that points elsewhere is not followed. Download it again, or put the shards beside it.")
+        raise WanError(
+            f"{shown(index)} names shards outside its own folder. Expected file names beside it: an index "
+            "that points elsewhere is not followed. Download it again, or put the shards beside it."
+        )
     return index.parent / relative
 
 
@@ -104,6 +109,12 @@ def choose_index(candidates: list[Path]) -> Index:
         raise problems[0]
     if len(ordered) > 1:
         others = some(file.name for file in ordered if file != whole[0].file)
-        log.warning("%s has %d indexes; %s is used%s. Others: %s.", shown(ordered[0].parent), len(ordered),
-                    shown(whole[0].file.name), "" if len(whole) > 1 else ", the one that is complete", others)
+        log.warning(
+            "%s has %d indexes; %s is used%s. Others: %s.",
+            shown(ordered[0].parent),
+            len(ordered),
+            shown(whole[0].file.name),
+            "" if len(whole) > 1 else ", the one that is complete",
+            others,
+        )
     return whole[0]

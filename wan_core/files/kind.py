@@ -46,9 +46,11 @@ def kind_of(file: Path) -> Kind:
         first = stream.read(_TELLING)
     kind = _by_bytes(first, size) or _by_ending(file, first)
     if kind is None:
-        raise WanError(f"{shown(file)} is neither safetensors nor a PyTorch checkpoint nor GGUF: it is "
-                       f"{_what_else(first) or 'of an unknown kind'}. If it is a web page or a Git LFS pointer, "
-                       "download the real file.")
+        raise WanError(
+            f"{shown(file)} is neither safetensors nor a PyTorch checkpoint nor GGUF: it is "
+            f"{_what_else(first) or 'of an unknown kind'}. If it is a web page or a Git LFS pointer, "
+            "download the real file."
+        )
     return kind
 
 

@@ -102,8 +102,10 @@ def _check_numbers(path: Path, key: str, info: TensorInfo) -> None:
         return
     stored = info.unread or (None if _holds_weights(info.dtype) else NAMES.get(info.dtype, str(info.dtype)))
     if stored:
-        raise WanError(f"{shown(path)} holds {shown(key)} as {stored}, without a marking of a quantised format that "
-                       f"this version reads. Expected {_expected()}.")
+        raise WanError(
+            f"{shown(path)} holds {shown(key)} as {stored}, without a marking of a quantised format that "
+            f"this version reads. Expected {_expected()}."
+        )
 
 
 def _holds_weights(dtype: torch.dtype) -> bool:
@@ -155,31 +157,39 @@ class _Stored:
         dtype, matrix = self.info.dtype, len(self.info.shape) == 2 and self.key.endswith(".weight")
         if not self.belongings:
             if dtype is torch.int8 and self.key.endswith(".weight"):
-                raise WanError(f"{shown(self.path)} holds {shown(self.key)} as int8 without saying how it was made: no "
-                               f"{shown(self.key)}_scale, no marking. Expected {_expected()}.")
+                raise WanError(
+                    f"{shown(self.path)} holds {shown(self.key)} as int8 without saying how it was made: no "
+                    f"{shown(self.key)}_scale, no marking. Expected {_expected()}."
+                )
             return FP8(dtype) if matrix and dtype in _FP8 else None
         return self._unmarked(dtype)
 
     def _marked(self) -> Format:
         name = self.mark["format"]
         if name not in MARKED:
-            raise WanError(f"{shown(self.path)} holds {shown(self.key)} in the quantised format {shown(name)!r}, which "
-                           f"this version does not read. Expected {_expected()}.")
+            raise WanError(
+                f"{shown(self.path)} holds {shown(self.key)} in the quantised format {shown(name)!r}, which "
+                f"this version does not read. Expected {_expected()}."
+            )
         try:
             return MARKED[name](self.mark, self.info.dtype)
         except ValueError as error:
-            raise WanError(f"{shown(self.path)}: the marking of {shown(self.key)} {error}. Download the file "
-                           "again.") from error
+            raise WanError(
+                f"{shown(self.path)}: the marking of {shown(self.key)} {error}. Download the file again."
+            ) from error
 
     def _unmarked(self, dtype: torch.dtype) -> Format | None:
         """What a scale says by itself: integers and fp8 are to be multiplied by it; other numbers may have been."""
         if "whole" in self.belongings:
-            raise self._refused(f"with {shown(self.belongings['whole'])}: this looks like nvfp4, but no marking says "
-                                "how its numbers and scales are laid out")
+            raise self._refused(
+                f"with {shown(self.belongings['whole'])}: this looks like nvfp4, but no marking says "
+                "how its numbers and scales are laid out"
+            )
         scale = self.belongings.get("scale")
         if scale is not None and self.stored[scale].dtype in (torch.uint8, getattr(torch, "float8_e8m0fnu", None)):
-            raise self._refused(f"with {shown(scale)} as bytes: this looks like mxfp8, but no marking says how its "
-                                "scales are laid out")
+            raise self._refused(
+                f"with {shown(scale)} as bytes: this looks like mxfp8, but no marking says how its scales are laid out"
+            )
         if dtype is torch.int8 and scale is not None:
             return Int8()
         if dtype in _FP8:
@@ -207,8 +217,10 @@ class _Stored:
         if scale:
             self._check_scale(scale)
         elif not isinstance(kind, FP8):
-            raise WanError(f"{shown(self.path)} lacks {shown(self.key)}_scale, the scale of a quantised layer. Is it a "
-                           "partial download?")
+            raise WanError(
+                f"{shown(self.path)} lacks {shown(self.key)}_scale, the scale of a quantised layer. Is it a "
+                "partial download?"
+            )
         rotation = getattr(kind, "rotation", 0)
         if rotation and (len(shape) != 2 or shape[1] % rotation):
             raise self._refused(f"{list(shape)}, which cannot be turned in groups of {rotation} columns")
@@ -220,31 +232,40 @@ class _Stored:
         rows = matrix[0] if matrix else 1
         fits = math.prod(info.shape) == 1 or info.shape[:1] == (rows,) == (math.prod(info.shape),)
         if not fits or info.unread or not _holds_weights(info.dtype):
-            raise WanError(f"{shown(self.path)}: {shown(key)} has shape {list(info.shape)} for a matrix of "
-                           f"{list(matrix)}; expected one scale, or one for each row. Block-wise scales are read in "
-                           "mxfp8 and nvfp4 only: use another file of the same model.")  # fmt: skip
+            raise WanError(
+                f"{shown(self.path)}: {shown(key)} has shape {list(info.shape)} for a matrix of "
+                f"{list(matrix)}; expected one scale, or one for each row. Block-wise scales are read in "
+                "mxfp8 and nvfp4 only: use another file of the same model."
+            )
 
     def _in_blocks(self, kind: BlockScaled) -> TensorInfo:
         """A matrix with a scale for each block of a row, in tiles, as ComfyUI's files have them, or row by row."""
         info, scale, whole = self.info, self.belongings.get("scale"), self.belongings.get("whole")
         if scale is None or (whole is not None) != kind.whole:
             need = f"{self.key}_scale" + (f" and {self.key}_scale_2" if kind.whole else " and nothing else")
-            raise WanError(f"{shown(self.path)} lacks or mixes scales of {shown(self.key)}, which is {kind.name}: "
-                           f"expected {shown(need)}. Is it a partial download?")
+            raise WanError(
+                f"{shown(self.path)} lacks or mixes scales of {shown(self.key)}, which is {kind.name}: "
+                f"expected {shown(need)}. Is it a partial download?"
+            )
         if len(info.shape) != 2 or info.dtype not in kind.stored:
             raise self._refused(f"{list(info.shape)} of {info.dtype}, which is no {kind.name} matrix")
         rows, columns = info.shape[0], kind.columns(torch.empty(info.shape, device="meta"))
         blocks, given = columns // kind.block, self.stored[scale]
         tiled = given.shape == tiles_shape(rows, blocks) or given.shape == (math.prod(tiles_shape(rows, blocks)),)
-        if columns % kind.block or not (tiled or given.shape == (rows, blocks)) or given.dtype not in (
-            kind.scale_dtype, torch.uint8,
-        ):  # fmt: skip
-            raise WanError(f"{shown(self.path)}: {shown(scale)} is {list(given.shape)} of {given.dtype} for a "
-                           f"{kind.name} matrix of {[rows, columns]}; expected one byte for each {kind.block} numbers "
-                           f"of a row, {list(tiles_shape(rows, blocks))} in tiles or {[rows, blocks]}. Use another "
-                           "file of the same model.")  # fmt: skip
-        if whole is not None and (math.prod(self.stored[whole].shape) != 1 or not _holds_weights(
-            self.stored[whole].dtype)):  # fmt: skip
+        if (
+            columns % kind.block
+            or not (tiled or given.shape == (rows, blocks))
+            or given.dtype not in (kind.scale_dtype, torch.uint8)
+        ):
+            raise WanError(
+                f"{shown(self.path)}: {shown(scale)} is {list(given.shape)} of {given.dtype} for a "
+                f"{kind.name} matrix of {[rows, columns]}; expected one byte for each {kind.block} numbers "
+                f"of a row, {list(tiles_shape(rows, blocks))} in tiles or {[rows, blocks]}. Use another "
+                "file of the same model."
+            )
+        if whole is not None and (
+            math.prod(self.stored[whole].shape) != 1 or not _holds_weights(self.stored[whole].dtype)
+        ):
             raise self._refused(f"with {shown(whole)} {list(self.stored[whole].shape)}; one number was expected")
         parts = [("data", self.key), ("tiles" if tiled else "scale", scale)] + ([("whole", whole)] if whole else [])
         return replace(info, shape=(rows, columns), size=info.bytes, format=kind, parts=tuple(parts))
@@ -252,8 +273,10 @@ class _Stored:
     def _smoothed(self, info: TensorInfo) -> TensorInfo:
         key = self.belongings["smooth"]
         if len(info.shape) != 2 or math.prod(self.stored[key].shape) != info.shape[1]:
-            raise self._refused(f"{list(info.shape)} with {shown(key)} {list(self.stored[key].shape)}; expected one "
-                                "number for each column")
+            raise self._refused(
+                f"{list(info.shape)} with {shown(key)} {list(self.stored[key].shape)}; expected one "
+                "number for each column"
+            )
         return replace(info, format=Smoothed(info.format), parts=(*info.parts, ("smooth", key)))
 
 
@@ -286,8 +309,9 @@ def _old_marks(stored: Mapping[str, TensorInfo]) -> dict[str, dict[str, Any]]:
     for mark in (key for key in stored if _is_file_mark(key)):
         says = {"format": "float8_e4m3fn", "full_precision_matrix_mult": math.prod(stored[mark].shape) == 2}
         prefix = mark.removesuffix(_FILE_MARK)
-        layers |= {key.removesuffix(_OLD_SCALE): says for key in stored
-                   if key.startswith(prefix) and key.endswith(_OLD_SCALE)}  # fmt: skip
+        layers |= {
+            key.removesuffix(_OLD_SCALE): says for key in stored if key.startswith(prefix) and key.endswith(_OLD_SCALE)
+        }
     return layers
 
 
@@ -303,8 +327,10 @@ def _header_marks(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _mark_text(path: Path, key: str, info: TensorInfo, read: Callable[[str], torch.Tensor]) -> bytes:
     if info.dtype is not torch.uint8 or info.unread or info.bytes > _LONGEST_MARK:
-        raise WanError(f"{shown(path)}: {shown(key)} is no marking of a quantised layer: expected up to "
-                       f"{_LONGEST_MARK} bytes, found {info.bytes} as {info.dtype}. Download the file again.")
+        raise WanError(
+            f"{shown(path)}: {shown(key)} is no marking of a quantised layer: expected up to "
+            f"{_LONGEST_MARK} bytes, found {info.bytes} as {info.dtype}. Download the file again."
+        )
     return bytes(read(key).flatten().tolist())
 
 

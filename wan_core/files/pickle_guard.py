@@ -39,8 +39,18 @@ _STORAGE_BYTES = {
 _REBUILD = "torch._utils._rebuild_"
 _TENSORS = {f"{_REBUILD}tensor", f"{_REBUILD}tensor_v2", f"{_REBUILD}tensor_v3"}
 _WRAPPED = {f"{_REBUILD}parameter", f"{_REBUILD}parameter_with_state"}
-_COPIES = {"collections.Counter", "builtins.set", "__builtin__.set", "torch.Size", "torch.device", "builtins.complex",
-           "__builtin__.complex", "_codecs.encode", "builtins.bytearray", "__builtin__.bytearray"}  # fmt: skip
+_COPIES = {
+    "collections.Counter",
+    "builtins.set",
+    "__builtin__.set",
+    "torch.Size",
+    "torch.device",
+    "builtins.complex",
+    "__builtin__.complex",
+    "_codecs.encode",
+    "builtins.bytearray",
+    "__builtin__.bytearray",
+}
 
 
 class Refused(Damage):
@@ -282,8 +292,10 @@ def check_pickle(file: Path) -> None:
             else:
                 _check_legacy(file, stream)
     except Refused as error:
-        raise WanError(f"{shown(file)} was refused: it is a pickle that wants to run code, or no plain state dict "
-                       f"({error}). Use a safetensors version of it.") from error
+        raise WanError(
+            f"{shown(file)} was refused: it is a pickle that wants to run code, or no plain state dict "
+            f"({error}). Use a safetensors version of it."
+        ) from error
     except (Damage, struct.error, zipfile.BadZipFile, EOFError) as error:
         raise damaged(file, error if isinstance(error, Damage) else "it ends too early") from error
     except (ValueError, IndexError, KeyError, TypeError, UnicodeError, NotImplementedError, OverflowError) as error:

@@ -56,7 +56,8 @@ def _begin_of_mapping(records: Mapping[int, int], loaded: Mapping[str, Tensor]) 
     fitting = [
         first - offset
         for offset, size in records.items()
-        if size == places[first] and (first - offset) % mmap.PAGESIZE == 0
+        if size == places[first]
+        and (first - offset) % mmap.PAGESIZE == 0
         and all(records.get(address - first + offset) == size for address, size in places.items())
-    ]  # fmt: skip
+    ]
     return fitting[0] if len(fitting) == 1 else None

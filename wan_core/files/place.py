@@ -57,13 +57,17 @@ def _check_target(checkpoint: Checkpoint, source: Path, target: Path, overwrite:
     if not target.name:
         raise WanError(f"{target} names no file. Name one that is not there yet.")
     if target.is_symlink():
-        raise WanError(f"{target} is there already, as a link to {os.readlink(target)}. Links are not replaced: name "
-                       "the place itself.")  # fmt: skip
+        raise WanError(
+            f"{target} is there already, as a link to {os.readlink(target)}. Links are not replaced: name "
+            "the place itself."
+        )
     place = target.parent.resolve() / target.name
     read = {path.resolve() for path in (source, *checkpoint.files)}
     if place in read or any(_same(target, path) for path in read):
-        raise WanError(f"{target} is there already and is what is to be converted: it cannot take its own place while "
-                       "it is read. Name another place.")  # fmt: skip
+        raise WanError(
+            f"{target} is there already and is what is to be converted: it cannot take its own place while "
+            "it is read. Name another place."
+        )
     if any(place in path.parents for path in read):
         raise WanError(f"{target} is there already and holds {source}, which is to be converted. Name another place.")
     folder = source if source.is_dir() else source.parent if source.suffix == ".json" else None
@@ -76,11 +80,15 @@ def _check_free(target: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise WanError(f"{target} is there already. Name another place, or remove it first (--overwrite does, where "
-                       "it was converted by this program).")  # fmt: skip
+        raise WanError(
+            f"{target} is there already. Name another place, or remove it first (--overwrite does, where "
+            "it was converted by this program)."
+        )
     if found := _foreign(target):
-        raise WanError(f"{target} is there already and is not replaced: {found}. Only what this program converted is "
-                       "overwritten. Name another place, or remove it yourself.")  # fmt: skip
+        raise WanError(
+            f"{target} is there already and is not replaced: {found}. Only what this program converted is "
+            "overwritten. Name another place, or remove it yourself."
+        )
 
 
 @contextmanager
@@ -114,10 +122,14 @@ def complete_or_nothing(target: Path, names: Sequence[str] = (), *, overwrite: b
 
 def _refused(target: Path, error: OSError) -> WanError:
     if error.errno in _FULL:
-        return WanError(f"The disk is full ({error.strerror}): nothing is left of {target}. Make room, or name a "
-                        "place on another disk.")  # fmt: skip
-    return WanError(f"{target} cannot be written ({error.strerror or error}): nothing is left of it. Name a place that "
-                    "can be written to.")  # fmt: skip
+        return WanError(
+            f"The disk is full ({error.strerror}): nothing is left of {target}. Make room, or name a "
+            "place on another disk."
+        )
+    return WanError(
+        f"{target} cannot be written ({error.strerror or error}): nothing is left of it. Name a place that "
+        "can be written to."
+    )
 
 
 def _make_parents(folder: Path, undo: ExitStack) -> None:
@@ -149,8 +161,10 @@ def _claim(target: Path, names: Sequence[str], undo: ExitStack) -> tuple[Path, I
         stream = undo.enter_context(note.open("r+b"))
         _lock(stream)
         return place, stream
-    raise WanError(f"{target.parent} has too many unfinished files named {target.name}.*.part that are not this "
-                   "program's. Remove them, or name another place.")  # fmt: skip
+    raise WanError(
+        f"{target.parent} has too many unfinished files named {target.name}.*.part that are not this "
+        "program's. Remove them, or name another place."
+    )
 
 
 def _remove_leftover(place: Path, target: Path) -> bool:
@@ -164,8 +178,9 @@ def _remove_leftover(place: Path, target: Path) -> bool:
         return False
     with (place / _UNFINISHED if names else place).open("r+b") as stream:
         if not _lock(stream):
-            raise WanError(f"{target} is being written by another run ({place.name}). Wait for it, or name another "
-                           "place.")  # fmt: skip
+            raise WanError(
+                f"{target} is being written by another run ({place.name}). Wait for it, or name another place."
+            )
     _remove_unfinished(place, names)
     return True
 

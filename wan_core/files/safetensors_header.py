@@ -83,16 +83,20 @@ def _entry(file: Path, name: str, found: object, begin: int) -> Entry:
     if not isinstance(kind, str):
         raise Damage(f"{shown(name)} has no dtype")
     if kind not in STORAGES:
-        raise WanError(f"{shown(file)} holds {shown(name)} as {named(kind)}, which the safetensors format did not "
-                       f"have when this version was made. Known: {', '.join(STORAGES)}. Use another file of the same "
-                       "model, or a newer version of this program.")
+        raise WanError(
+            f"{shown(file)} holds {shown(name)} as {named(kind)}, which the safetensors format did not "
+            f"have when this version was made. Known: {', '.join(STORAGES)}. Use another file of the same "
+            "model, or a newer version of this program."
+        )
     shape, storage = check_shape(name, shape), STORAGES[kind]
     if not isinstance(places, list) or len(places) != 2 or not all(is_count(place) for place in places):
         raise Damage(f"the data_offsets of {shown(name)} are no two places")
     bits = math.prod(shape) * storage.bits
     if bits % 8 or places[1] - places[0] != bits // 8:
-        raise Damage(f"{shown(name)} of shape {list(shape)} as {kind} takes {bits / 8:g} bytes, but its data_offsets "
-                     f"hold {places[1] - places[0]}")
+        raise Damage(
+            f"{shown(name)} of shape {list(shape)} as {kind} takes {bits / 8:g} bytes, but its data_offsets "
+            f"hold {places[1] - places[0]}"
+        )
     return Entry(shape, storage, begin + places[0], begin + places[1])
 
 

@@ -23,8 +23,10 @@ class Storage:
 
 
 def _rows(*rows: tuple[str, int, str, str | None]) -> dict[str, Storage]:
-    return {name: Storage(name, bits, words, getattr(torch, dtype, None) if dtype else None)
-            for name, bits, words, dtype in rows}  # fmt: skip
+    return {
+        name: Storage(name, bits, words, getattr(torch, dtype, None) if dtype else None)
+        for name, bits, words, dtype in rows
+    }
 
 
 STORAGES: dict[str, Storage] = _rows(
@@ -50,7 +52,7 @@ STORAGES: dict[str, Storage] = _rows(
     ("U8", 8, "bytes", "uint8"),
     ("BOOL", 8, "yes or no", "bool"),
     ("C64", 64, "complex numbers", "complex64"),
-)  # fmt: skip
+)
 
 DTYPES: dict[str, torch.dtype] = {name: one.dtype for name, one in STORAGES.items() if one.dtype is not None}
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}

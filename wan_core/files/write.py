@@ -100,9 +100,7 @@ def _evenness(size: int) -> int:
     return math.gcd(size, ALIGNMENT)
 
 
-def write_gguf(
-    file: Path, tensors: Sequence[Planned], fields: Mapping[str, object], on_written: OnWritten
-) -> None:
+def write_gguf(file: Path, tensors: Sequence[Planned], fields: Mapping[str, object], on_written: OnWritten) -> None:
     """``fields`` are the header's values: strings, booleans, integers (as uint32), and lists of one kind."""
     head = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(fields))]
     head += [_string(key) + _value(value) for key, value in fields.items()]
@@ -185,8 +183,12 @@ def _value(value: object) -> bytes:
 
 
 _KINDS: dict[type, tuple[int, str | None]] = {
-    str: (8, None), bytes: (8, None), bool: (7, "?"), int: (5, "i"), float: (6, "f"),
-}  # fmt: skip
+    str: (8, None),
+    bytes: (8, None),
+    bool: (7, "?"),
+    int: (5, "i"),
+    float: (6, "f"),
+}
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -196,5 +198,7 @@ def check_room(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise WanError(f"{folder} has {free / 1e9:.2f} GB free, but {needed / 1e9:.2f} GB are to be written. Make "
-                       "room, or name a place on another disk.")
+        raise WanError(
+            f"{folder} has {free / 1e9:.2f} GB free, but {needed / 1e9:.2f} GB are to be written. Make "
+            "room, or name a place on another disk."
+        )

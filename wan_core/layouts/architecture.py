@@ -121,13 +121,22 @@ FAMILIES: tuple[Family, ...] = (
 
 # Files that lie where models lie and are none.
 PATCHES: tuple[Family, ...] = (
-    Family("a speed control for T2V-1.3B", lambda f: f.has("linear.0.weight", "linear.4.weight") and len(f.shapes) < 8,
-           instead=_PATCH_FILE.format("it goes beside Wan2.1 T2V-1.3B.")),
-    Family("a MultiTalk or InfiniteTalk patch", lambda f: f.begins("audio_proj.proj1."),
-           instead=_PATCH_FILE.format("ComfyUI loads it with Load Model Patch, beside I2V-14B.")),
-    Family("a Uni3C control network", lambda f: f.begins("controlnet_patch_embedding."),
-           instead=_PATCH_FILE.format("ComfyUI loads it beside I2V-14B.")),
-)  # fmt: skip
+    Family(
+        "a speed control for T2V-1.3B",
+        lambda f: f.has("linear.0.weight", "linear.4.weight") and len(f.shapes) < 8,
+        instead=_PATCH_FILE.format("it goes beside Wan2.1 T2V-1.3B."),
+    ),
+    Family(
+        "a MultiTalk or InfiniteTalk patch",
+        lambda f: f.begins("audio_proj.proj1."),
+        instead=_PATCH_FILE.format("ComfyUI loads it with Load Model Patch, beside I2V-14B."),
+    ),
+    Family(
+        "a Uni3C control network",
+        lambda f: f.begins("controlnet_patch_embedding."),
+        instead=_PATCH_FILE.format("ComfyUI loads it beside I2V-14B."),
+    ),
+)
 
 
 def family_of(shapes: Shapes, metadata: Metadata | None = None) -> Family | None:
@@ -141,8 +150,15 @@ def nearest(shapes: Shapes) -> str:
     """For a model that no row fits: what it has, and the families whose channels are next to its own."""
     facts = Facts(shapes, {})
     into, out = facts.channels
-    known = {"T2V": (16, 16), "I2V": (36, 16), "Fun Control": (48, 16), "Fun-A14B-Control": (52, 16),
-             "TI2V-5B": (48, 48), "Fun-5B-InP": (100, 48), "Fun-5B-Control": (148, 48)}  # fmt: skip
+    known = {
+        "T2V": (16, 16),
+        "I2V": (36, 16),
+        "Fun Control": (48, 16),
+        "Fun-A14B-Control": (52, 16),
+        "TI2V-5B": (48, 48),
+        "Fun-5B-InP": (100, 48),
+        "Fun-5B-Control": (148, 48),
+    }
     near = sorted(known, key=lambda name: (abs(known[name][1] - out), abs(known[name][0] - into)))[:2]
     listed = ", ".join(f"{name} ({known[name][0]} in, {known[name][1]} out)" for name in near)
     extras = [name for name, there in (("CLIP tokens", facts.clip), ("a reference frame", facts.reference)) if there]
@@ -159,7 +175,9 @@ def check_runs(path: Path, shapes: Shapes, metadata: Metadata) -> None:
         return  # not whole: who reads the dimensions says what is missing
     family = family_of(shapes, metadata)
     if family is None:
-        raise WanError(f"{path} is a relative of Wan which this version does not run: {nearest(shapes)}. Use the "
-                       "program that it was published with.")
+        raise WanError(
+            f"{path} is a relative of Wan which this version does not run: {nearest(shapes)}. Use the "
+            "program that it was published with."
+        )
     if not family.runs:
         raise WanError(f"{path} is {family.name}, which this version does not run. {family.instead}")

@@ -47,9 +47,11 @@ _ROWS = {
 DIALECTS = {name: Renames(rows) for name, rows in _ROWS.items()}
 MARKS: Marks = {
     "official": (("visual.transformer.0.attn.to_qkv.weight",), ("visual.patch_embedding.weight",)),
-    "huggingface": (("vision_model.encoder.layers.0.self_attn.q_proj.weight",),
-                    ("vision_model.embeddings.patch_embedding.weight",)),
-}  # fmt: skip
+    "huggingface": (
+        ("vision_model.encoder.layers.0.self_attn.q_proj.weight",),
+        ("vision_model.embeddings.patch_embedding.weight",),
+    ),
+}
 
 
 def names_in(place: Place, path: Path | None = None, outside: Collection[str] = ()) -> dict[str, str]:
@@ -77,13 +79,17 @@ def read_config(checkpoint: Checkpoint, names: Mapping[str, str], dialect: str) 
         positions, width = shapes["pos_embedding"][-2:]
         mlp = shapes["transformer.0.mlp.0.weight"][0]
     except (KeyError, ValueError, IndexError) as error:
-        raise WanError(f"{checkpoint.path} is no whole CLIP vision model: {error} is missing or misshapen. Is the "
-                       "download complete?") from error
+        raise WanError(
+            f"{checkpoint.path} is no whole CLIP vision model: {error} is missing or misshapen. Is the "
+            "download complete?"
+        ) from error
     heads = _stated_heads(checkpoint) or dim // _HEAD_DIM or 1
     side = round((positions - 1) ** 0.5)
     if channels != 3 or width != dim or side * side + 1 != positions or dim % heads:
-        raise WanError(f"{checkpoint.path} is another CLIP than Wan's: {positions} positions, {dim} wide, {heads} "
-                       "heads. Use ViT-H/14 (clip_vision_h.safetensors).")
+        raise WanError(
+            f"{checkpoint.path} is another CLIP than Wan's: {positions} positions, {dim} wide, {heads} "
+            "heads. Use ViT-H/14 (clip_vision_h.safetensors)."
+        )
     layers = _layers(shapes)
     if layers < 2:
         raise WanError(f"{checkpoint.path} has {layers} block; the last one is not used, so at least 2 are needed.")
@@ -130,8 +136,15 @@ def official_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def huggingface_config(config: ClipConfig) -> dict:
     """The ``config.json`` of transformers' CLIPVisionModelWithProjection."""
     return {
-        "architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model",
-        "hidden_size": config.dim, "intermediate_size": config.mlp_dim, "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads, "image_size": config.size, "patch_size": config.patch,
-        "hidden_act": "gelu", "layer_norm_eps": config.eps, "projection_dim": 1024,
-    }  # fmt: skip
+        "architectures": ["CLIPVisionModelWithProjection"],
+        "model_type": "clip_vision_model",
+        "hidden_size": config.dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "image_size": config.size,
+        "patch_size": config.patch,
+        "hidden_act": "gelu",
+        "layer_norm_eps": config.eps,
+        "projection_dim": 1024,
+    }

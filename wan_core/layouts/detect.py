@@ -18,13 +18,21 @@ from .text import is_spiece
 Part = Literal["dit", "vae", "text", "clip"]
 
 _PARTS: dict[Part, ModuleType] = {"dit": dit, "vae": vae, "text": text, "clip": clip}
-NAMES: dict[Part, str] = {"dit": "a Wan diffusion model", "vae": "a Wan VAE", "text": "a umT5 text encoder",
-                         "clip": "a CLIP vision encoder"}
+NAMES: dict[Part, str] = {
+    "dit": "a Wan diffusion model",
+    "vae": "a Wan VAE",
+    "text": "a umT5 text encoder",
+    "clip": "a CLIP vision encoder",
+}
 _ARCHITECTURE = "general.architecture"  # what a GGUF file says of itself
 _ARCHITECTURES: dict[Part, tuple[str, ...]] = {"dit": ("wan",), "text": ("t5encoder", "t5"), "vae": (), "clip": ()}
 _ANY_ARCHITECTURE = ("pig", "cow")  # what one converter writes for every model
-_FOLDERS: dict[Part, str] = {"dit": "Load Wan Model", "vae": "Load Wan VAE", "text": "Load Wan Text Encoder",
-                            "clip": "Load Wan CLIP Vision"}
+_FOLDERS: dict[Part, str] = {
+    "dit": "Load Wan Model",
+    "vae": "Load Wan VAE",
+    "text": "Load Wan Text Encoder",
+    "clip": "Load Wan CLIP Vision",
+}
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,9 @@ def _apart(
     others = [other for name, places in held.items() if name != part for other in places]
     roots = tuple({other.root for other in others if other.root and other.root != place.root})
     if not place.prefix:
-        place = Place(place.dialect, place.prefix, {core: key for core, key in place.keys.items()
-                                                    if not _begins(core, roots)})  # fmt: skip
+        place = Place(
+            place.dialect, place.prefix, {core: key for core, key in place.keys.items() if not _begins(core, roots)}
+        )
     owned = {key for one in (*held[part], *others) if one.prefix or not place.prefix for key in one.keys.values()}
     if any(not other.prefix for other in others):  # it has all keys that are below no other part's first word
         owned.update(key for key in keys if not _begins(key, (*roots, place.root)))

@@ -46,8 +46,11 @@ _IN_BLOCK = [
 DIALECTS: dict[str, Renames] = {
     "official": IDENTITY,
     "diffusers": Renames(
-        [*_OUTSIDE_BLOCKS, *((f"blocks.{{a}}.{a}", f"blocks.{{a}}.{b}") for a, b in _IN_BLOCK),
-         *(row for feature in features.FEATURES for row in feature.DIFFUSERS)]
+        [
+            *_OUTSIDE_BLOCKS,
+            *((f"blocks.{{a}}.{a}", f"blocks.{{a}}.{b}") for a, b in _IN_BLOCK),
+            *(row for feature in features.FEATURES for row in feature.DIFFUSERS),
+        ]
     ),
 }
 
@@ -127,8 +130,10 @@ def refuse_inputs(wanted: Collection[str], names: Mapping[str, str], path: Path)
     found = sorted(theirs for own, theirs in names.items() if own not in wanted and _takes_input(own, known))
     if found:
         supported = ", ".join(row.display_name for row in VARIANTS.values())
-        raise WanError(f"{path} is a relative of Wan2.2 with inputs of its own ({_some(found)}), which this version "
-                       f"does not run. Supported: {supported}.")  # fmt: skip
+        raise WanError(
+            f"{path} is a relative of Wan2.2 with inputs of its own ({_some(found)}), which this version "
+            f"does not run. Supported: {supported}."
+        )
 
 
 def _takes_input(key: str, known: Collection[str]) -> bool:
@@ -181,8 +186,10 @@ def config_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> 
     if problem is None:
         return read_config(shapes, stated.get("num_heads", stated.get("num_attention_heads"))), ()
     config = read_config(shapes)
-    return config, (f"{file} {problem}: it is ignored, and the model has {config.heads} heads, one for each {HEAD_DIM} "
-                    "of its width.",)  # fmt: skip
+    return config, (
+        f"{file} {problem}: it is ignored, and the model has {config.heads} heads, one for each {HEAD_DIM} "
+        "of its width.",
+    )
 
 
 def _json_object(file: Path) -> dict:
@@ -236,22 +243,41 @@ def official_config(config: Architecture, task: str) -> dict:
     """The config.json that stands beside official shards."""
     kind = task.split("-")[0].replace("t2i", "t2v")
     return {
-        "_class_name": "WanModel", "_diffusers_version": "0.33.0", "model_type": kind,
-        "dim": config.dim, "ffn_dim": config.ffn_dim, "freq_dim": config.freq_dim, "eps": config.eps,
-        "in_dim": config.in_channels, "out_dim": config.out_channels, "num_heads": config.heads,
-        "num_layers": config.layers, "text_len": 512,
-    }  # fmt: skip
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.33.0",
+        "model_type": kind,
+        "dim": config.dim,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "eps": config.eps,
+        "in_dim": config.in_channels,
+        "out_dim": config.out_channels,
+        "num_heads": config.heads,
+        "num_layers": config.layers,
+        "text_len": 512,
+    }
 
 
 def diffusers_config(config: Architecture) -> dict:
     """The config.json of diffusers' WanTransformer3DModel."""
     clip = config.feature(ClipTokensConfig)
     return {
-        "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.0", "patch_size": list(PATCH),
-        "num_attention_heads": config.heads, "attention_head_dim": config.dim // config.heads,
-        "in_channels": config.in_channels, "out_channels": config.out_channels, "text_dim": config.text_dim,
-        "freq_dim": config.freq_dim, "ffn_dim": config.ffn_dim, "num_layers": config.layers, "eps": config.eps,
-        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "image_dim": clip.width if clip else None,
+        "_class_name": "WanTransformer3DModel",
+        "_diffusers_version": "0.35.0",
+        "patch_size": list(PATCH),
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.dim // config.heads,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.layers,
+        "eps": config.eps,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "image_dim": clip.width if clip else None,
         "added_kv_proj_dim": config.dim if clip else None,
-        "rope_max_seq_len": 1024, "pos_embed_seq_len": (clip.positions or None) if clip else None,
-    }  # fmt: skip
+        "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": (clip.positions or None) if clip else None,
+    }

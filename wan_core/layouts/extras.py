@@ -45,8 +45,10 @@ def leave_out(
         raise misfit(path, missing, sorted(extra.values()))
     changing = sorted({*_changed(wanted, extra), *(key for key in outside if _ADAPTER.search(key))})
     if changing:
-        raise WanError(f"{misfit(path, (), changing)} They belong to layers of the model, so without them the result "
-                       "would be another: merge or dequantise them first, or use the file as published.")  # fmt: skip
+        raise WanError(
+            f"{misfit(path, (), changing)} They belong to layers of the model, so without them the result "
+            "would be another: merge or dequantise them first, or use the file as published."
+        )
     kept = {own: theirs for own, theirs in names.items() if own in wanted}
     return kept, _notes(path, [*extra.values(), *outside], what)
 
@@ -64,9 +66,14 @@ def _changed(wanted: Collection[str], extra: Mapping[str, str]) -> list[str]:
     """The file's keys among the extra ones that change what a layer of ours computes, or add one of a numbered list."""
     layers = {key.rsplit(".", 1)[0] for key in wanted if key.endswith((".weight", ".gamma"))}
     modules, counts = {module for key in wanted for module in _modules_of(key)}, _numbered(wanted)
-    return [theirs for own, theirs in extra.items()
-            if not layers.isdisjoint(_modules_of(own)) or _ADAPTER.search(own) or _is_scale(own, modules)
-            or _goes_on(own, counts)]  # fmt: skip
+    return [
+        theirs
+        for own, theirs in extra.items()
+        if not layers.isdisjoint(_modules_of(own))
+        or _ADAPTER.search(own)
+        or _is_scale(own, modules)
+        or _goes_on(own, counts)
+    ]
 
 
 def _modules_of(key: str) -> list[str]:
@@ -99,5 +106,7 @@ def _notes(path: Path, ignored: list[str], what: str) -> tuple[str, ...]:
     if not ignored:
         return ()
     tensors = "1 tensor" if len(ignored) == 1 else f"{len(ignored)} tensors"
-    return (f"{path.name}: {tensors} that {what} does not have {'is' if len(ignored) == 1 else 'are'} ignored: "
-            f"{_some(sorted(ignored))}.",)  # fmt: skip
+    return (
+        f"{path.name}: {tensors} that {what} does not have {'is' if len(ignored) == 1 else 'are'} ignored: "
+        f"{_some(sorted(ignored))}.",
+    )

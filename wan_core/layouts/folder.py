@@ -69,8 +69,10 @@ def find_parts(folder: str | Path, variant: Variant, wanted: Collection[str] = W
     if found := _all_in_one(_checkpoint_files(folder), folder, variant, wanted):
         return found
     closest = min(missing, key=len)
-    raise WanError(f"{folder} lacks {', '.join(str(path.relative_to(folder)) for path in closest)} of "
-                   f"{variant.display_name}. Found {_listing(folder)}. Download the rest, or choose another --task.")
+    raise WanError(
+        f"{folder} lacks {', '.join(str(path.relative_to(folder)) for path in closest)} of "
+        f"{variant.display_name}. Found {_listing(folder)}. Download the rest, or choose another --task."
+    )
 
 
 def _official(folder: Path, variant: Variant) -> Parts:
@@ -113,8 +115,12 @@ def _diffusers(folder: Path, variant: Variant) -> Parts:
 def _checkpoint_files(folder: Path) -> list[Path]:
     """Files that may hold a whole model: ComfyUI's ``checkpoints``, or those in the folder itself."""
     places = [place for place in (folder / "checkpoints", folder) if place.is_dir()]
-    return [file for place in places for file in sorted(place.iterdir())
-            if file.is_file() and file.suffix.lower() in _ENDINGS]  # fmt: skip
+    return [
+        file
+        for place in places
+        for file in sorted(place.iterdir())
+        if file.is_file() and file.suffix.lower() in _ENDINGS
+    ]
 
 
 def _all_in_one(files: Iterable[Path], folder: Path, variant: Variant, wanted: Collection[str]) -> Parts | None:
@@ -158,14 +164,18 @@ def _parts_in(file: Path, variant: Variant) -> tuple[str, ...]:
 def _one(files: list[Path], variant: Variant, level: str) -> Path | None:
     if len(files) > 1:
         expert = f", {level}-noise expert," if level else ""
-        raise WanError(f"{len(files)} files hold a whole {variant.display_name}{expert} with its VAE or text encoder: "
-                       f"{', '.join(map(str, files))}. Leave one of them in the folder.")  # fmt: skip
+        raise WanError(
+            f"{len(files)} files hold a whole {variant.display_name}{expert} with its VAE or text encoder: "
+            f"{', '.join(map(str, files))}. Leave one of them in the folder."
+        )
     return files[0] if files else None
 
 
 def _refuse_file(file: Path, variant: Variant) -> Parts:
-    raise WanError(f"{file} does not hold all of {variant.display_name}. Expected the folder of a downloaded checkpoint"
-                   ", or one file with the model, its text encoder and its VAE.")  # fmt: skip
+    raise WanError(
+        f"{file} does not hold all of {variant.display_name}. Expected the folder of a downloaded checkpoint"
+        ", or one file with the model, its text encoder and its VAE."
+    )
 
 
 def _listing(folder: Path) -> str:

@@ -39,15 +39,18 @@ def spiece_model(file: Path) -> bytes | None:
     """
     if not is_gguf(file):
         return None
-    fields = {key.removeprefix(_PREFIX): value for key, value in read_header(file).fields.items()
-              if key.startswith(_PREFIX)}  # fmt: skip
+    fields = {
+        key.removeprefix(_PREFIX): value for key, value in read_header(file).fields.items() if key.startswith(_PREFIX)
+    }
     arrays = [fields.get(name) for name in ("tokens", "scores", "token_type")]
     if fields.get("model") != "t5" or not all(isinstance(array, Array) for array in arrays):
         return None
     fitting = all(array.kind in kinds for array, kinds in zip(arrays, _KINDS, strict=True))
     if not fitting or len({array.count for array in arrays}) != 1:
-        raise WanError(f"{shown(file)} has a vocabulary whose pieces, scores and kinds do not go together. Convert the "
-                       "text encoder again, or name the tokenizer: google/umt5-xxl of the official checkpoint.")
+        raise WanError(
+            f"{shown(file)} has a vocabulary whose pieces, scores and kinds do not go together. Convert the "
+            "text encoder again, or name the tokenizer: google/umt5-xxl of the official checkpoint."
+        )
     tokens, scores, kinds = (array.read() for array in arrays)
     used = 1 + max((i for i, kind in enumerate(kinds) if kind != _UNUSED), default=-1)  # later rows have no piece
     rows = list(zip(tokens[:used], scores[:used], kinds[:used], strict=True))
@@ -67,8 +70,10 @@ def gguf_vocabulary(spiece: bytes, rows: int) -> dict[str, Any]:
     try:
         return _vocabulary(spiece, rows)
     except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
-        raise WanError(f"The text encoder's tokenizer is no SentencePiece model ({len(spiece)} bytes). Expected "
-                       f"{SPIECE_FILE} of google/umt5-xxl; download it again.") from error
+        raise WanError(
+            f"The text encoder's tokenizer is no SentencePiece model ({len(spiece)} bytes). Expected "
+            f"{SPIECE_FILE} of google/umt5-xxl; download it again."
+        ) from error
 
 
 def _vocabulary(spiece: bytes, rows: int) -> dict[str, Any]:

@@ -17,8 +17,19 @@ from ..errors import WanError
 from .keys import Renames
 
 # Modules that hold nothing but the module they wrap: torch.compile, DDP, FSDP, checkpointing, DeepSpeed and PEFT.
-_WRAPPERS = frozenset(("_orig_mod", "_orig_module", "module", "_module", "_fsdp_wrapped_module", "_fpw_module",
-                       "_checkpoint_wrapped_module", "_forward_module", "base_layer"))  # fmt: skip
+_WRAPPERS = frozenset(
+    (
+        "_orig_mod",
+        "_orig_module",
+        "module",
+        "_module",
+        "_fsdp_wrapped_module",
+        "_fpw_module",
+        "_checkpoint_wrapped_module",
+        "_forward_module",
+        "base_layer",
+    )
+)
 _AVERAGES = frozenset(("ema", "shadow", "averaged"))  # words in the prefix of weights that were averaged in training
 
 # Dialect -> groups of keys: of each group one must be there. The likelier dialect comes first.
@@ -52,8 +63,10 @@ def find_places(keys: Iterable[str], marks: Marks) -> list[Place]:
     for dialect, groups in marks.items():
         for prefix in _prefixes(plain, groups):
             dialects.setdefault(prefix, dialect)
-    return [Place(dialect, prefix, {key.removeprefix(prefix): plain[key] for key in plain if key.startswith(prefix)})
-            for prefix, dialect in sorted(dialects.items())]  # fmt: skip
+    return [
+        Place(dialect, prefix, {key.removeprefix(prefix): plain[key] for key in plain if key.startswith(prefix)})
+        for prefix, dialect in sorted(dialects.items())
+    ]
 
 
 def only_place(places: Sequence[Place], path: Path, what: str) -> Place | None:
@@ -67,8 +80,10 @@ def only_place(places: Sequence[Place], path: Path, what: str) -> Place | None:
         return averaged[0]
     if len(places) > 1:
         found = ", ".join(f"{place.prefix}*" if place.prefix else "keys without a prefix" for place in places)
-        raise WanError(f"{path} holds {len(places)} of {what} ({found}), and which of them is meant cannot be told. "
-                       "Save the one you want in a file of its own.")  # fmt: skip
+        raise WanError(
+            f"{path} holds {len(places)} of {what} ({found}), and which of them is meant cannot be told. "
+            "Save the one you want in a file of its own."
+        )
     return places[0] if places else None
 
 

@@ -18,9 +18,12 @@ LEVELS = len(TEMPORAL) + 1  # widths of the encoder, and of the decoder
 BLOCKS = 2  # residual blocks a level of every published VAE: diffusers' names of the Wan2.1-VAE depend on it
 
 _RESIDUAL = (
-    ("norm1", "residual.0"), ("conv1", "residual.2"), ("norm2", "residual.3"), ("conv2", "residual.6"),
+    ("norm1", "residual.0"),
+    ("conv1", "residual.2"),
+    ("norm2", "residual.3"),
+    ("conv2", "residual.6"),
     ("conv_shortcut", "shortcut"),
-)  # fmt: skip
+)
 _RESAMPLE = (("resample", "resample"), ("time_conv", "time_conv"))
 
 
@@ -32,8 +35,16 @@ def _diffusers_frame() -> list[tuple[str, str]]:
     """What both of diffusers' layouts share: everything but the levels."""
     rows = [("quant_conv", "conv1"), ("post_quant_conv", "conv2")]
     for part in ("encoder", "decoder"):
-        rows += _below(part, part, [("conv_in", "conv1"), ("norm_out", "head.0"), ("conv_out", "head.2"),
-                                    ("mid_block.attentions.0", "middle.1")])
+        rows += _below(
+            part,
+            part,
+            [
+                ("conv_in", "conv1"),
+                ("norm_out", "head.0"),
+                ("conv_out", "head.2"),
+                ("mid_block.attentions.0", "middle.1"),
+            ],
+        )
         rows += _below(f"{part}.mid_block.resnets.0", f"{part}.middle.0", _RESIDUAL)
         rows += _below(f"{part}.mid_block.resnets.1", f"{part}.middle.2", _RESIDUAL)
     return rows
@@ -115,8 +126,10 @@ def read_config(shapes: Shapes) -> VAEConfig:
             blocks=blocks,
         )
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise WanError(f"This looks like the {kind} VAE, but its dimensions cannot be read: {error} is missing. "
-                       "Is it a partial download, or pruned to its decoder? The whole file is needed.") from error
+        raise WanError(
+            f"This looks like the {kind} VAE, but its dimensions cannot be read: {error} is missing. "
+            "Is it a partial download, or pruned to its decoder? The whole file is needed."
+        ) from error
     _check_config(config, widths)
     return config
 
@@ -149,14 +162,20 @@ def _first_index(shapes: Shapes, template: str) -> int:
 
 def _check_config(config: VAEConfig, widths: list[int]) -> None:
     if config.channels != VAES[config.kind].channels:
-        raise WanError(f"This {config.kind} VAE has latents of {config.channels} channels; the normalisation is known "
-                       f"for {VAES[config.kind].channels} channels only. Use the official VAE or one of its shape.")
+        raise WanError(
+            f"This {config.kind} VAE has latents of {config.channels} channels; the normalisation is known "
+            f"for {VAES[config.kind].channels} channels only. Use the official VAE or one of its shape."
+        )
     if [config.encoder_dim * m for m in config.multipliers] != widths:
-        raise WanError(f"The {config.kind} VAE has levels of {widths} channels, which are not multiples of its first "
-                       f"width {config.encoder_dim}: it is not a Wan VAE that this version knows.")
+        raise WanError(
+            f"The {config.kind} VAE has levels of {widths} channels, which are not multiples of its first "
+            f"width {config.encoder_dim}: it is not a Wan VAE that this version knows."
+        )
     if any(max(pair) % min(pair) for pair in zip(widths[:-1], widths[1:], strict=True)):
-        raise WanError(f"The {config.kind} VAE has levels of {widths} channels: expected neighbours to be multiples of "
-                       "each other. It is not a Wan VAE that this version knows.")
+        raise WanError(
+            f"The {config.kind} VAE has levels of {widths} channels: expected neighbours to be multiples of "
+            "each other. It is not a Wan VAE that this version knows."
+        )
 
 
 def diffusers_config(config: VAEConfig) -> dict:

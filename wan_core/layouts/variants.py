@@ -58,8 +58,10 @@ def choose(config: Architecture, path: Path, *, wanted: str = AUTO, pair: bool =
     """
     rows = candidates(config)
     if not rows:
-        raise WanError(f"{path} takes {config.in_channels} channels and gives {config.out_channels}: no Wan model that "
-                       "this version runs does.")
+        raise WanError(
+            f"{path} takes {config.in_channels} channels and gives {config.out_channels}: no Wan model that "
+            "this version runs does."
+        )
     if wanted != AUTO:
         return Choice(_wanted(look_up(VARIANTS, wanted, "model"), rows, path))
     if pair:
@@ -73,8 +75,9 @@ def choose(config: Architecture, path: Path, *, wanted: str = AUTO, pair: bool =
 def _wanted(row: Variant, rows: Sequence[Variant], path: Path) -> Variant:
     if row not in rows:
         fitting = " or ".join(f"{one.display_name} ({one.task})" for one in rows)
-        raise WanError(f"{path} is not {row.display_name}: by its layers it is {fitting}. Choose that, or another "
-                       "file.")
+        raise WanError(
+            f"{path} is not {row.display_name}: by its layers it is {fitting}. Choose that, or another file."
+        )
     return row
 
 
@@ -92,8 +95,11 @@ def _by_name(rows: Sequence[Variant], path: Path) -> Choice:
         return Choice(dense[0])
     chosen = (dense or pairs)[0]
     others = ", ".join(row.display_name for row in rows if row is not chosen)
-    return Choice(chosen, f"{path.name} is taken for {chosen.display_name}: its layers are also those of {others}, and "
-                          "its name does not tell. Choose the variant if that is wrong.")
+    return Choice(
+        chosen,
+        f"{path.name} is taken for {chosen.display_name}: its layers are also those of {others}, and "
+        "its name does not tell. Choose the variant if that is wrong.",
+    )
 
 
 def _is_expert(path: Path) -> bool:

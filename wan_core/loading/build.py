@@ -79,9 +79,15 @@ def load_strict(
 
 
 def _stays(
-    module: nn.Module, key: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, *,
-    streams: bool, spare: bool,
-) -> bool:  # fmt: skip
+    module: nn.Module,
+    key: str,
+    tensor: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    streams: bool,
+    spare: bool,
+) -> bool:
     """Whether a tensor stays where it lies in the file: streamed ones, but for what is small and fits already."""
     fits = device.type == "cpu" and tensor.dtype == dtype
     path, _, name = key.rpartition(".")

@@ -106,9 +106,18 @@ def fill_dit(
     with torch.device("meta"):
         model = WanDiT(file.config)
     swap = stream(model.blocks, dtype) if stream else None
-    load_strict(model, file.checkpoint, file.names, device=device, dtype=dtype, keep_float32=keeps_float32,
-                place=swap.places if swap else lambda key: True, packs=keys.packs, make=lambda key: make,
-                spare=lambda key: swap is not None and not key.startswith("blocks."))  # fmt: skip
+    load_strict(
+        model,
+        file.checkpoint,
+        file.names,
+        device=device,
+        dtype=dtype,
+        keep_float32=keeps_float32,
+        place=swap.places if swap else lambda key: True,
+        packs=keys.packs,
+        make=lambda key: make,
+        spare=lambda key: swap is not None and not key.startswith("blocks."),
+    )
     file.checkpoint.close()  # the recipe outlives the weights; the mapping must not outlive them too
     model.attend = backend.run
     model.swap = swap.adopt() if swap else None
@@ -123,13 +132,13 @@ def quantised_note(file: DiTFile, dtype: torch.dtype | str | None, device: torch
     lacking = sorted({one.name for one in formats if one.lacks_arithmetic(torch.device(device))})
     if not lacking:
         return None
-    return (f"{file.checkpoint.path.name}: {device} has no {', '.join(lacking)} arithmetic, so each layer's weights "
-            "are dequantised when they are used. That saves the same memory, but no time.")
+    return (
+        f"{file.checkpoint.path.name}: {device} has no {', '.join(lacking)} arithmetic, so each layer's weights "
+        "are dequantised when they are used. That saves the same memory, but no time."
+    )
 
 
-def load_dit(
-    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
-) -> WanDiT:
+def load_dit(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None) -> WanDiT:
     """Load a Wan DiT.
 
     Args:

@@ -24,8 +24,10 @@ def load_tiny_decoder(path: str | Path, channels: int) -> TinyDecoder:
     names = _names(checkpoint)
     config = _read_config(checkpoint, names)
     if config.channels != channels:
-        raise WanError(f"{checkpoint.path.name} decodes latents of {config.channels} channels, expected {channels}: "
-                       "taew2_1 is for the 14B models, taew2_2 for the 5B.")
+        raise WanError(
+            f"{checkpoint.path.name} decodes latents of {config.channels} channels, expected {channels}: "
+            "taew2_1 is for the 14B models, taew2_2 for the 5B."
+        )
     with torch.device("meta"):
         decoder = TinyDecoder(config)
     theirs = {key: names.get(published_key(key)) for key in decoder.state_dict()}
@@ -48,6 +50,8 @@ def _read_config(checkpoint: Checkpoint, names: dict[str, str]) -> TinyConfig:
         colours, last = shape_of[published_key("leave.weight")][:2]
         patch, grow = isqrt(colours // 3), tuple(outside // inside for outside, inside, *_ in shapes)
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise WanError(f"{checkpoint.path.name} is no TAEHV decoder: its layers do not fit ({error}). "
-                       "Expected taew2_1 or taew2_2 as published, .safetensors or .pth.") from None
+        raise WanError(
+            f"{checkpoint.path.name} is no TAEHV decoder: its layers do not fit ({error}). "
+            "Expected taew2_1 or taew2_2 as published, .safetensors or .pth."
+        ) from None
     return TinyConfig(channels, (*(shape[1] for shape in shapes), last), grow, patch)

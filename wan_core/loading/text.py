@@ -47,8 +47,10 @@ class TextEncoder:
     def tokenizer(self) -> Tokenizer:
         tokenizer = load_tokenizer(self._source)
         if tokenizer.size > self.config.vocabulary:
-            raise WanError(f"The tokenizer {tokenizer.source} knows {tokenizer.size} tokens, but the text encoder only "
-                           f"{self.config.vocabulary}: they do not belong together. Name the encoder's own tokenizer.")
+            raise WanError(
+                f"The tokenizer {tokenizer.source} knows {tokenizer.size} tokens, but the text encoder only "
+                f"{self.config.vocabulary}: they do not belong together. Name the encoder's own tokenizer."
+            )
         return tokenizer
 
     def __call__(self, prompts: Sequence[str] | str, *, on_block: OnBlock | None = None) -> Tensor:
@@ -117,11 +119,7 @@ def understand_text(checkpoint: Checkpoint) -> tuple[TextConfig, dict[str, str],
 
 
 def build_text_encoder(
-    file: TextFile,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | str | None = None,
-    resident: bool = True,
+    file: TextFile, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None, resident: bool = True
 ) -> TextEncoder:
     """The encoder with its matrices on the device; arguments as in ``load_text_encoder``.
 
@@ -134,10 +132,16 @@ def build_text_encoder(
     make = MADE_ON_LOAD.get(dtype) if isinstance(dtype, str) else None
     with torch.device("meta"):
         encoder = Umt5Encoder(file.config)
-    load_strict(encoder, file.checkpoint, file.names, device=device,
-                dtype=resolve_dtype(dtype, device, file.checkpoint.dtype),
-                place=lambda key: _is_small(key) or (resident and device.type != "cpu" and key != layout.TABLE),
-                packs=layout.packs, make=lambda key: make if layout.is_matrix(key) else None)  # fmt: skip
+    load_strict(
+        encoder,
+        file.checkpoint,
+        file.names,
+        device=device,
+        dtype=resolve_dtype(dtype, device, file.checkpoint.dtype),
+        place=lambda key: _is_small(key) or (resident and device.type != "cpu" and key != layout.TABLE),
+        packs=layout.packs,
+        make=lambda key: make if layout.is_matrix(key) else None,
+    )
     file.checkpoint.close()  # the tensors keep the mapping; it must not outlive them
     return TextEncoder(encoder, file.tokenizer)
 
@@ -203,8 +207,10 @@ def _checked(source: bytes | Path, checkpoint: Checkpoint, rows: int) -> bytes |
     checkpoint.beside = () if isinstance(source, bytes) else (source,)
     if problem := problem_of(source, rows, larger=True):
         what = "The tokenizer given" if isinstance(source, bytes) else str(source)
-        raise WanError(f"{what} {problem}. Use the tokenizer of the text encoder {checkpoint.path}: the folder "
-                       f"{TOKENIZER_FOLDER}/ of the official checkpoint.")  # fmt: skip
+        raise WanError(
+            f"{what} {problem}. Use the tokenizer of the text encoder {checkpoint.path}: the folder "
+            f"{TOKENIZER_FOLDER}/ of the official checkpoint."
+        )
     return source
 
 
@@ -219,5 +225,7 @@ def _check_ids(ids: Sequence[Sequence[int]], vocabulary: int) -> None:
         if not 0 < len(one) <= TEXT_LENGTH:
             raise WanError(f"A prompt has {len(one)} tokens; expected 1 to {TEXT_LENGTH}.")
         if not 0 <= min(one) <= max(one) < vocabulary:
-            raise WanError(f"A prompt has token ids from {min(one)} to {max(one)}, but the text encoder knows "
-                           f"{vocabulary}. Is the tokenizer another model's?")
+            raise WanError(
+                f"A prompt has token ids from {min(one)} to {max(one)}, but the text encoder knows "
+                f"{vocabulary}. Is the tokenizer another model's?"
+            )

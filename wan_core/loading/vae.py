@@ -62,9 +62,7 @@ def understand_vae(checkpoint: Checkpoint) -> tuple[VAEConfig, dict[str, str], t
     return config, names, notes
 
 
-def build_vae(
-    file: VAEFile, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
-) -> VideoVAE:
+def build_vae(file: VAEFile, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None) -> VideoVAE:
     """The VAE with its weights on the device; arguments as in ``load_vae``."""
     with torch.device("meta"):
         vae = VAE_CLASSES[file.config.kind](file.config)

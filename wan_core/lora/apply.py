@@ -38,9 +38,13 @@ class PatchedLinear(nn.Module):
     """
 
     def __init__(
-        self, base: nn.Linear | QuantLinear, adapters: Sequence[Adapter], places: Sequence[int],
-        strengths: list[float], scratch: Scratch,
-    ):  # fmt: skip
+        self,
+        base: nn.Linear | QuantLinear,
+        adapters: Sequence[Adapter],
+        places: Sequence[int],
+        strengths: list[float],
+        scratch: Scratch,
+    ):
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleList(adapters)
@@ -48,8 +52,11 @@ class PatchedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]"""
-        active = [(adapter, self.strengths[place]) for adapter, place in zip(self.adapters, self.places, strict=True)
-                  if self.strengths[place]]  # fmt: skip
+        active = [
+            (adapter, self.strengths[place])
+            for adapter, place in zip(self.adapters, self.places, strict=True)
+            if self.strengths[place]
+        ]
         if not all(adapter.additive for adapter, _ in active):
             return F.linear(x, self._merged(active, like=x), self.base.bias)
         y = self.base(x)

@@ -67,10 +67,16 @@ def with_lora(
         WanError: see ``read_lora`` and ``only_own``; or an empty range of steps.
     """
     if first_step < 0 or last_step is not None and last_step < first_step:
-        raise WanError(f"The LoRA's steps are {first_step} to {last_step}: expected a first step of 0 or more, and a "
-                       "last step not before it.")
-    only_own(recipe.files, "Wan LoRA", "Put ComfyUI's LoraLoaderModelOnly before Wan from ComfyUI MODEL, and Wan LoRA "
-             "between Load Wan Model and Wan Expert Switch.")  # fmt: skip
+        raise WanError(
+            f"The LoRA's steps are {first_step} to {last_step}: expected a first step of 0 or more, and a "
+            "last step not before it."
+        )
+    only_own(
+        recipe.files,
+        "Wan LoRA",
+        "Put ComfyUI's LoraLoaderModelOnly before Wan from ComfyUI MODEL, and Wan LoRA "
+        "between Load Wan Model and Wan Expert Switch.",
+    )
     placed = place(file, low) if recipe.low or recipe.variant.experts == 2 else Placed(file, None, "")
     sides = _sides(recipe, placed, strength)
     uses, lines = {}, [placed.note] if placed.note else []
@@ -85,8 +91,9 @@ def with_lora(
         lines.append(f"{title}: strength {value:g}{_steps(use)}, {use.file.report()}")
         if recipe.variant.experts == 2 and (named := level_of(path)) not in (None, level):
             lines.append(f"Warning: by its name {path.name} is for the {named}-noise expert")
-    loras = Loras(recipe.loras.high + uses.get("high", ()) + uses.get("only", ()),
-                  recipe.loras.low + uses.get("low", ()))  # fmt: skip
+    loras = Loras(
+        recipe.loras.high + uses.get("high", ()) + uses.get("only", ()), recipe.loras.low + uses.get("low", ())
+    )
     return replace(recipe, loras=loras, merge_loras=recipe.merge_loras or merge), "\n".join(lines)
 
 
@@ -96,8 +103,10 @@ def _read(path: Path, model: DiTFile, level: str, placed: Placed) -> LoraFile:
     except WanError as error:
         if path != placed.found:
             raise
-        raise WanError(f"{error} It was found as the other expert's file ({placed.note}): name the low-noise expert's "
-                       "file yourself, or none for it, to go on without.") from error
+        raise WanError(
+            f"{error} It was found as the other expert's file ({placed.note}): name the low-noise expert's "
+            "file yourself, or none for it, to go on without."
+        ) from error
 
 
 _TITLES = {"high": "High-noise expert", "low": "Low-noise expert", "only": "Model"}
@@ -108,8 +117,10 @@ def _sides(
 ) -> dict[str, tuple[DiTFile, Path | None, float, str]]:
     """Each expert with its file, strength and level; one expert on its own takes those of its noise level."""
     if recipe.low:
-        return {"high": (recipe.high, placed.high, strength.high, "high"),
-                "low": (recipe.low, placed.low, strength.low, "low")}  # fmt: skip
+        return {
+            "high": (recipe.high, placed.high, strength.high, "high"),
+            "low": (recipe.low, placed.low, strength.low, "low"),
+        }
     own = recipe.high.checkpoint.path
     if recipe.variant.experts == 2 and (noise_level_of(own) or level_of(own)) == "low":
         return {"only": (recipe.high, placed.low or placed.high, strength.low, "low")}

@@ -32,8 +32,9 @@ def unbalanced(recipe: ModelRecipe) -> str | None:
         return None
     high, low = recipe.loras_of(recipe.high), recipe.loras_of(recipe.low)
     for name, model, mine, other_name, others in (
-        ("high-noise", recipe.high, high, "low-noise", low), ("low-noise", recipe.low, low, "high-noise", high),
-    ):  # fmt: skip
+        ("high-noise", recipe.high, high, "low-noise", low),
+        ("low-noise", recipe.low, low, "high-noise", high),
+    ):
         if is_few_step(model.path) or not (lacking := _lacking(mine, others)):
             continue
         has = " and ".join(use.file.path.name for use in lacking)

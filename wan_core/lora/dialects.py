@@ -15,19 +15,50 @@ from dataclasses import dataclass, field
 from ..layouts.dit import DIALECTS
 
 # Modules that stand around a model, or around a layer inside it, and change nothing: compilers', trainers' and savers'.
-_AROUND_LAYERS = frozenset({
-    "_orig_mod", "orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module",
-    "inner_module", "wrapped_module", "processor",
-})  # fmt: skip
+_AROUND_LAYERS = frozenset(
+    {
+        "_orig_mod",
+        "orig_mod",
+        "module",
+        "_fsdp_wrapped_module",
+        "_checkpoint_wrapped_module",
+        "_forward_module",
+        "inner_module",
+        "wrapped_module",
+        "processor",
+    }
+)
 _EXPERTS = {
     "transformer": "high", "dit": "high", "high_noise_model": "high",
     "transformer_2": "low", "dit2": "low", "low_noise_model": "low",
 }  # fmt: skip
-_AROUND_MODELS = _AROUND_LAYERS | _EXPERTS.keys() | {
-    "base_model", "model", "inner_model", "wrapped_model", "diffusion_model", "diffusion", "pipe", "pipeline", "unet",
-    "net", "network", "wan", "generator", "generator_ema", "student", "ema", "ema_model", "model_ema", "backbone",
-    "denoiser", "state_dict",
-}  # fmt: skip
+_AROUND_MODELS = (
+    _AROUND_LAYERS
+    | _EXPERTS.keys()
+    | {
+        "base_model",
+        "model",
+        "inner_model",
+        "wrapped_model",
+        "diffusion_model",
+        "diffusion",
+        "pipe",
+        "pipeline",
+        "unet",
+        "net",
+        "network",
+        "wan",
+        "generator",
+        "generator_ema",
+        "student",
+        "ema",
+        "ema_model",
+        "model_ema",
+        "backbone",
+        "denoiser",
+        "state_dict",
+    }
+)
 _PARTS = {"vace": "vace_"}  # a part of a model under its own name, and how its layers begin
 
 _FLAT_PREFIXES = ("lora_unet", "lora_transformer", "lora_dit", "lora_wan", "lycoris", "lora")
@@ -120,14 +151,15 @@ def expert_of(key: str) -> str | None:
 
 # What a model may lack, by parts of names: a LoRA of its relative says nothing wrong about it.
 _OF_RELATIVES: tuple[tuple[re.Pattern, str], ...] = tuple(
-    (re.compile(pattern), whose) for pattern, whose in [
+    (re.compile(pattern), whose)
+    for pattern, whose in [
         (r"[kv]_img|norm_k_img|img_emb|add_[kv]_proj|norm_added_|image_embedder", "the image branch of Wan2.1 I2V"),
         (r"vace_", "VACE's blocks"),
         (r"control_adapter|ref_conv", "the control layers of Wan Fun"),
         (r"(?:^|[._])(?:lora_)?te\d?_|text_encoder|text_model", "a text encoder"),
         (r"audio|face_adapter|motion_encoder|pose", "layers of a relative"),
     ]
-)  # fmt: skip
+)
 
 
 def relative_of(key: str) -> str | None:

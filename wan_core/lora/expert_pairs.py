@@ -26,7 +26,7 @@ _SHORT = ("h", "l", "hn", "ln")
 
 
 def level_of(path: Path) -> str | None:
-    """"high" or "low" as a file's name, its folder's, or its training's metadata say."""
+    """ "high" or "low" as a file's name, its folder's, or its training's metadata say."""
     for name in (path.stem, path.parent.name):
         words = [word.lower() for word in _LEVEL.findall(name)]
         if whole := [word for word in words if word not in _SHORT]:
@@ -144,7 +144,7 @@ def _existing(folder: Path, name: str) -> Path | None:
 
 
 def _short_level(path: Path) -> str | None:
-    """"h" or "l" mean something only beside a twin."""
+    """ "h" or "l" mean something only beside a twin."""
     words = _LEVEL.findall(path.stem) or _LEVEL.findall(path.parent.name)
     if words and _twin_by_name(path):
         return "high" if words[-1].lower().startswith("h") else "low"
@@ -171,8 +171,14 @@ def _twin_by_metadata(path: Path) -> Path | None:
     if level is None:
         return None
     task = _said(path).task
-    found = [file for file in _files(path.parent) if file != path and file.suffix.lower() == ".safetensors"
-             and _said(file).task == task and _trained_level(file) == _OTHER[level]]  # fmt: skip
+    found = [
+        file
+        for file in _files(path.parent)
+        if file != path
+        and file.suffix.lower() == ".safetensors"
+        and _said(file).task == task
+        and _trained_level(file) == _OTHER[level]
+    ]
     return found[0] if len(found) == 1 else None
 
 

@@ -42,14 +42,18 @@ class Part:
         tensors = {role: checkpoint.tensor(key) for role, key in self.keys.items()}
         alpha = float(fetch(tensors.pop("alpha")).item()) if "alpha" in tensors else None
         if alpha is not None and not math.isfinite(alpha):
-            raise WanError(f"{checkpoint.path} is broken: its {self.keys['alpha']} is {alpha}, expected a finite "
-                           "number. Download the file again, or have its maker save it again.")
+            raise WanError(
+                f"{checkpoint.path} is broken: its {self.keys['alpha']} is {alpha}, expected a finite "
+                "number. Download the file again, or have its maker save it again."
+            )
         scale = self.scale if alpha is None or self.rank is None else alpha / self.rank
         try:
             return self.kind(tensors, scale=scale, alpha=alpha)
         except ValueError as error:
-            raise WanError(f"{checkpoint.path} is broken: {', '.join(self.keys.values())} make no rotations ({error}). "
-                           "Download the file again, or have its maker save it again.") from error
+            raise WanError(
+                f"{checkpoint.path} is broken: {', '.join(self.keys.values())} make no rotations ({error}). "
+                "Download the file again, or have its maker save it again."
+            ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +181,10 @@ def _size(kind: type[Adapter], shapes: Mapping[str, tuple[int, ...]]) -> tuple[i
 
 def _broken(checkpoint: Checkpoint, own: str, keys: list[str]) -> str:
     found = ", ".join(f"{key} [{'x'.join(map(str, checkpoint.tensors[key].shape))}]" for key in keys)
-    return (f"{checkpoint.path} is broken: what it has for {own} does not go together. Found {found}; expected factors "
-            "of one rank and a single number as alpha. Download the file again, or have its maker save it again.")
+    return (
+        f"{checkpoint.path} is broken: what it has for {own} does not go together. Found {found}; expected factors "
+        "of one rank and a single number as alpha. Download the file again, or have its maker save it again."
+    )
 
 
 def _shape(model: DiTFile, own: str) -> tuple[int, ...]:
@@ -194,8 +200,11 @@ def _refuse_other_models(
         if not own.startswith("blocks.") or not wrong & set(roles.values()):
             continue
         shapes = {role: checkpoint.tensors[key].shape for role, key in roles.items()}
-        sizes = [_size(kind, {role: shapes[role] for role in needed}) or (0, 0) for kind, needed in kinds_of(shapes)
-                 if roles[min(needed)] in wrong]  # fmt: skip
+        sizes = [
+            _size(kind, {role: shapes[role] for role in needed}) or (0, 0)
+            for kind, needed in kinds_of(shapes)
+            if roles[min(needed)] in wrong
+        ]
         raise WanError(
             f"{checkpoint.path} was made for another model{_made_for(own, sizes)}: its {own} is "
             f"{' and '.join(map(_times, sizes))}, but {model.checkpoint.path.name} "
@@ -212,8 +221,9 @@ _WIDTHS = {1536: "Wan2.1 1.3B", 3072: "TI2V-5B", 5120: "A14B or Wan2.1 14B"}
 
 
 def _made_for(own: str, sizes: list[tuple[int, int | None]]) -> str:
-    width = _WIDTHS.get(sizes[0][1] if own.endswith(("q.weight", "k.weight", "v.weight", "ffn.0.weight"))
-                        else sizes[0][0])  # fmt: skip
+    width = _WIDTHS.get(
+        sizes[0][1] if own.endswith(("q.weight", "k.weight", "v.weight", "ffn.0.weight")) else sizes[0][0]
+    )
     return f" ({width})" if width else ""
 
 
@@ -228,5 +238,7 @@ def _nothing(checkpoint: Checkpoint, misfits: list[str], model: DiTFile) -> str:
         return f"{checkpoint.path} is empty: expected a LoRA for a Wan model. Download the file again."
     begins = ", ".join(f"{name} ({count})" for name, count in Counter(key.split(".")[0] for key in keys).most_common(3))
     shapes = f", and {len(misfits)} are of another shape" if misfits else ""
-    return (f"{checkpoint.path} changes nothing of {model.checkpoint.path.name}: it takes none of the {len(keys)} keys"
-            f"{shapes} (they begin with {begins}; for example {_some(sorted(keys))}). Is it a LoRA for a Wan model?")
+    return (
+        f"{checkpoint.path} changes nothing of {model.checkpoint.path.name}: it takes none of the {len(keys)} keys"
+        f"{shapes} (they begin with {begins}; for example {_some(sorted(keys))}). Is it a LoRA for a Wan model?"
+    )

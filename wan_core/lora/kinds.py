@@ -13,8 +13,16 @@ from .lycoris import Generalised, Hadamard, Kronecker
 from .orthogonal import Butterfly, Orthogonal
 
 KINDS: tuple[type[Adapter], ...] = (
-    LowRank, Hadamard, Kronecker, Generalised, Orthogonal, Butterfly, Difference, BiasOfUp, Replacement,
-)  # fmt: skip
+    LowRank,
+    Hadamard,
+    Kronecker,
+    Generalised,
+    Orthogonal,
+    Butterfly,
+    Difference,
+    BiasOfUp,
+    Replacement,
+)
 
 _AT_ONCE = {"cpu": 1 << 20}  # numbers merged in one go
 _AT_ONCE_ELSEWHERE = 1 << 24
@@ -35,9 +43,7 @@ def _is_its(kind: type[Adapter], shapes: Shapes) -> bool:
     return kind not in _BLOCKS.values() or _BLOCKS.get(len(shapes["oft_blocks"])) is kind
 
 
-def merge_into(
-    out: Tensor, base: Callable[[slice], Tensor], adapters: Sequence[tuple[Adapter, float]]
-) -> Tensor:
+def merge_into(out: Tensor, base: Callable[[slice], Tensor], adapters: Sequence[tuple[Adapter, float]]) -> Tensor:
     """Fill out with a weight and its adapters, each at a strength, in the order given; rounded once, to out's dtype.
 
     Args:

@@ -48,8 +48,12 @@ class Hadamard(Adapter):
             return a[1] == b[0] and a[0] == shapes["hada_w1_a"][0] and b[1:] == first_b[1:]
         core = shapes.get(f"hada_t{number}", ())
         same_kernel = core[2:] == shapes["hada_t1"][2:] if "hada_t1" in shapes else False
-        return len(b) == 2 and core[:2] == (a[0], b[0]) and same_kernel and (
-            a[1], b[1]) == (shapes["hada_w1_a"][1], first_b[1])  # fmt: skip
+        return (
+            len(b) == 2
+            and core[:2] == (a[0], b[0])
+            and same_kernel
+            and (a[1], b[1]) == (shapes["hada_w1_a"][1], first_b[1])
+        )
 
     def delta(self, weight: Tensor, rows: slice) -> Tensor:
         return self._factor("1", rows, weight.device) * self._factor("2", rows, weight.device) * self.scale
@@ -158,8 +162,12 @@ class Generalised(Adapter):
         left, right, first, second = ("a2", "a1", "b2", "b1") if old else ("a1", "a2", "b1", "b2")
         flat = {role: (shapes[role][0], math.prod(shapes[role][1:])) for role in (left, right, first)}
         rank, into = cls.rank(shapes), math.prod(weight[1:]) if old else weight[1]
-        return (super().coherent(shapes, weight) and flat[left] == (into, rank) and flat[right] == (rank, into)
-                and flat[first][1] == rank == shapes[second][0])  # fmt: skip
+        return (
+            super().coherent(shapes, weight)
+            and flat[left] == (into, rank)
+            and flat[right] == (rank, into)
+            and flat[first][1] == rank == shapes[second][0]
+        )
 
     def delta(self, weight: Tensor, rows: slice) -> Tensor:
         shapes = {role: tuple(self._buffers[role].shape) for role in ("a1", "a2", "b1", "b2")}

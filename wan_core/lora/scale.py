@@ -86,14 +86,19 @@ class Scales:
         """What was assumed, a line each."""
         lines = []
         for source in dict.fromkeys(source for source, _ in self._used):
-            found = ", ".join(f"{scale:.4g} on {count} weights" for (place, scale), count
-                              in self._used.most_common(5) if place == source)  # fmt: skip
+            found = ", ".join(
+                f"{scale:.4g} on {count} weights"
+                for (place, scale), count in self._used.most_common(5)
+                if place == source
+            )
             lines.append(f"scaled as its {source} says: {found}")
         if self._unsaid:
             lines.append(f"no alpha for {self._unsaid} weights, in tensors or header: scale 1")
         for (source, stated, rank), count in self._other_rank.most_common(3):
-            lines.append(f"Warning: its {source} states rank {stated}, but {count} weights are of rank {rank}: scaled "
-                         "by the tensors' own")  # fmt: skip
+            lines.append(
+                f"Warning: its {source} states rank {stated}, but {count} weights are of rank {rank}: scaled "
+                "by the tensors' own"
+            )
         return lines + self.notes
 
 
@@ -137,12 +142,17 @@ def _from_file(file: Path, checkpoint: Checkpoint, notes: list[str]) -> dict[str
     except (OSError, ValueError):
         text = ""
     said = _from_json(text, file.name, notes)
-    own = {info.shape[0] for key, info in checkpoint.tensors.items()
-           if ".lora_A" in key and key.endswith(".weight") and len(info.shape) > 1}  # fmt: skip
+    own = {
+        info.shape[0]
+        for key, info in checkpoint.tensors.items()
+        if ".lora_A" in key and key.endswith(".weight") and len(info.shape) > 1
+    }
     stated = {rank for one in said.values() for rank in (one.rank, *one.ranks.values()) if rank}
     if own and stated and not own & stated:
-        notes.append(f"Warning: {file.name} beside it is another file's (rank {_some_numbers(stated)}, but the tensors "
-                     f"here are of rank {_some_numbers(own)}): not used")  # fmt: skip
+        notes.append(
+            f"Warning: {file.name} beside it is another file's (rank {_some_numbers(stated)}, but the tensors "
+            f"here are of rank {_some_numbers(own)}): not used"
+        )
         return {}
     return said
 
@@ -175,13 +185,19 @@ def _peft(entries: Mapping[str, object], source: str, notes: list[str]) -> Said 
         return None
     begun = str(entries.get("init_lora_weights", "")).lower()
     if begun.startswith(_CHANGED_BASES):
-        notes.append(f"Warning: its {source} says that it was begun as {begun[:20]}, which changes the model's own "
-                     "weights; on the unchanged model it means something else")  # fmt: skip
+        notes.append(
+            f"Warning: its {source} says that it was begun as {begun[:20]}, which changes the model's own "
+            "weights; on the unchanged model it means something else"
+        )
     return Said(
-        source, alpha, _rank(entries, source, notes), _true(entries.get("use_rslora")), alphas,
+        source,
+        alpha,
+        _rank(entries, source, notes),
+        _true(entries.get("use_rslora")),
+        alphas,
         _patterns(entries.get("rank_pattern"), f"{source}, rank_pattern", notes),
         str(entries.get("peft_type", "LORA")).upper(),
-    )  # fmt: skip
+    )
 
 
 def _plain(metadata: Mapping[str, object], notes: list[str]) -> Said | None:
@@ -208,8 +224,9 @@ def _kohya(checkpoint: Checkpoint, notes: list[str]) -> Said | None:
     if renamed and "ss_network_module" in metadata:
         # These trainers write lora_down and alpha; the converters that rename them multiply the scale into the
         # matrices, and leave the header as it was.
-        notes.append("converted from a kohya file: its scale is in the matrices, the header's ss_network_alpha is not "
-                     "used again")  # fmt: skip
+        notes.append(
+            "converted from a kohya file: its scale is in the matrices, the header's ss_network_alpha is not used again"
+        )
         return None
     rank = _number(metadata.get("ss_network_dim"))
     return Said(_KOHYA, alpha, int(rank) if rank and rank > 0 else None)
@@ -250,6 +267,8 @@ def _patterns(value: object, source: str, notes: list[str]) -> Patterns:
     numbers = {name: _number(number) for name, number in rows.items()}
     made = Patterns({name: number for name, number in numbers.items() if number is not None})
     if lost := len(rows) - len(made):
-        notes.append(f"Warning: its {source}: {lost} of {len(rows)} rows cannot be read (expected names of modules and "
-                     "numbers): not used")  # fmt: skip
+        notes.append(
+            f"Warning: its {source}: {lost} of {len(rows)} rows cannot be read (expected names of modules and "
+            "numbers): not used"
+        )
     return made

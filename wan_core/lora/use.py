@@ -21,8 +21,10 @@ def bytes_beside(uses: Sequence[LoraUse], key: str, dtype: torch.dtype) -> int:
     for use in uses:
         tensors = use.file.checkpoint.tensors
         for part in use.file.parts.get(key, ()):
-            infos = ((tensors[name].shape, dtype if _is_added(part) else part.kind.stored_dtype(tensors[name].dtype))
-                     for name in part.keys.values())  # fmt: skip
+            infos = (
+                (tensors[name].shape, dtype if _is_added(part) else part.kind.stored_dtype(tensors[name].dtype))
+                for name in part.keys.values()
+            )
             total += sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in infos)
     return total
 

@@ -73,8 +73,9 @@ def animated_webp(frames: Tensor, durations: Sequence[int]) -> bytes:
 
     first, *rest = [Image.fromarray(frame) for frame in frames.numpy()]
     file = io.BytesIO()
-    first.save(file, "WEBP", save_all=True, append_images=rest, duration=list(durations), loop=0,
-               quality=_QUALITY, method=0)  # fmt: skip
+    first.save(
+        file, "WEBP", save_all=True, append_images=rest, duration=list(durations), loop=0, quality=_QUALITY, method=0
+    )
     return file.getvalue()
 
 

@@ -22,8 +22,17 @@ from ..files.atomic import WriteFailed, check_writable, unfinished, write_proble
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ENDINGS", "check_ending", "check_writable", "in_the_way", "made_here", "marked", "save_video", "to_bytes",
-           "unfinished"]  # fmt: skip
+__all__ = [
+    "ENDINGS",
+    "check_ending",
+    "check_writable",
+    "in_the_way",
+    "made_here",
+    "marked",
+    "save_video",
+    "to_bytes",
+    "unfinished",
+]
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +74,10 @@ def check_ending(file: str | Path, width: int = 1, height: int = 1) -> None:
     kind = _kind(Path(file))
     kind.check(Path(file).suffix.lower())
     if max(width, height) > kind.largest:
-        raise WanError(f"Cannot save {file}: {width}x{height} pixels, but {Path(file).suffix} holds {kind.largest} a "
-                       "side at most. Choose .mp4 or .png, or a smaller size.")
+        raise WanError(
+            f"Cannot save {file}: {width}x{height} pixels, but {Path(file).suffix} holds {kind.largest} a "
+            "side at most. Choose .mp4 or .png, or a smaller size."
+        )
 
 
 def in_the_way(file: Path) -> list[Path]:
@@ -106,8 +117,9 @@ def _notes_of_video(file: Path) -> list[object]:
 def _kind(file: Path) -> _Video | _Animation | _Pictures:
     if file.suffix.lower() not in ENDINGS:
         found = f"ends in {file.suffix!r}" if file.suffix else "has no ending"
-        raise WanError(f"Cannot save {file}: the name {found}, which says no format. Expected one of "
-                       f"{' '.join(ENDINGS)}.")
+        raise WanError(
+            f"Cannot save {file}: the name {found}, which says no format. Expected one of {' '.join(ENDINGS)}."
+        )
     return ENDINGS[file.suffix.lower()]
 
 
@@ -131,8 +143,10 @@ class _Video:
         try:
             Codec(self.codec, "w")
         except (UnknownCodecError, ValueError) as error:
-            raise WanError(f"This PyAV writes no {ending}: its FFmpeg was built without {self.codec}. Install PyAV "
-                           "with `pip install --force-reinstall av`, or save as .png.") from error
+            raise WanError(
+                f"This PyAV writes no {ending}: its FFmpeg was built without {self.codec}. Install PyAV "
+                "with `pip install --force-reinstall av`, or save as .png."
+            ) from error
 
     def open(self, file: Path, fps: Fraction) -> AbstractContextManager:
         return _FrameWriter(self, file, fps)
@@ -171,8 +185,13 @@ class _FrameWriter:
         if self.even and (height % 2 or width % 2):
             frames = _with_even_sides(frames)
             if self.size is None:
-                log.warning("H.264 needs even sides: %dx%d pixels are saved as %dx%d, the last row or column twice.",
-                            width, height, frames.shape[2], frames.shape[1])  # fmt: skip
+                log.warning(
+                    "H.264 needs even sides: %dx%d pixels are saved as %dx%d, the last row or column twice.",
+                    width,
+                    height,
+                    frames.shape[2],
+                    frames.shape[1],
+                )
         if self.size is None:  # once: a codec that is open keeps its size
             self.size = tuple(frames.shape[1:3])
             self.stream.height, self.stream.width = self.size
@@ -229,9 +248,16 @@ class _AnimationWriter:
     def __exit__(self, kind: type | None, *_) -> None:
         if kind is None:
             first, *rest = self.frames
-            first.save(self.file, format=self.kind.format, save_all=True, append_images=rest, loop=0,
-                       duration=self.kind.durations(len(self.frames), self.fps), **dict(self.kind.options),
-                       **marked(self.kind.format))  # fmt: skip
+            first.save(
+                self.file,
+                format=self.kind.format,
+                save_all=True,
+                append_images=rest,
+                loop=0,
+                duration=self.kind.durations(len(self.frames), self.fps),
+                **dict(self.kind.options),
+                **marked(self.kind.format),
+            )
 
 
 def _with_palette(picture: Image) -> Image:
@@ -268,15 +294,16 @@ class _Pictures:
         for chunk in chunks:
             for frame in to_bytes(chunk).numpy():
                 frames.append(folder / str(len(frames)))
-                Image.fromarray(frame).save(frames[-1], format=self.format, **dict(self.options),
-                                            **marked(self.format))  # fmt: skip
+                Image.fromarray(frame).save(frames[-1], format=self.format, **dict(self.options), **marked(self.format))
         return frames
 
     @staticmethod
     def _in_place(frames: list[Path], file: Path) -> list[Path]:
-        names = [file] if len(frames) == 1 else [
-            file.with_name(f"{file.stem}_{i:04d}{file.suffix}") for i in range(1, len(frames) + 1)
-        ]  # fmt: skip
+        names = (
+            [file]
+            if len(frames) == 1
+            else [file.with_name(f"{file.stem}_{i:04d}{file.suffix}") for i in range(1, len(frames) + 1)]
+        )
         for frame, name in zip(frames, names, strict=True):
             os.replace(frame, name)
         for name in _taken(file):  # of an earlier, longer video

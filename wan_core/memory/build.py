@@ -28,7 +28,14 @@ def build_dit(
     """
 
     def stream(blocks: nn.ModuleList, dtype: torch.dtype) -> BlockSwap:
-        return BlockSwap(blocks, swap_blocks, device=device, dtype=dtype, keep_float32=keeps_float32,
-                         prefetch=prefetch, check=lambda: check_unchanged(file))  # fmt: skip
+        return BlockSwap(
+            blocks,
+            swap_blocks,
+            device=device,
+            dtype=dtype,
+            keep_float32=keeps_float32,
+            prefetch=prefetch,
+            check=lambda: check_unchanged(file),
+        )
 
     return fill_dit(file, device=device, dtype=dtype, attention=attention, stream=stream if swap_blocks else None)

@@ -121,9 +121,14 @@ class Engine:
         return replace(recipe, swap_blocks=found.swapped, prefetch=found.prefetch), found
 
     def fit_less(
-        self, used: Plan, recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device | str, *,
+        self,
+        used: Plan,
+        recipe: ModelRecipe,
+        shape: tuple[int, ...],
+        device: torch.device | str,
+        *,
         guided: bool = True,
-    ) -> tuple[ModelRecipe, Plan] | None:  # fmt: skip
+    ) -> tuple[ModelRecipe, Plan] | None:
         """After what ``fit`` said was too much: all is released, and less is planned from now on.
 
         None if there is no less, or if the weights are not the engine's.
@@ -148,10 +153,20 @@ class Engine:
         check_unchanged(file)
         key, size = _dit_key(file, recipe, device), dit_bytes(file, recipe, device)
         self._resize(key, size)
-        return self.get(key, size, device, lambda: build_dit(
-            file, device=device, dtype=recipe.dtype, attention=recipe.attention, swap_blocks=recipe.swap_blocks,
-            prefetch=recipe.prefetch,
-        ), alone=recipe.vram_limit is not None)  # fmt: skip
+        return self.get(
+            key,
+            size,
+            device,
+            lambda: build_dit(
+                file,
+                device=device,
+                dtype=recipe.dtype,
+                attention=recipe.attention,
+                swap_blocks=recipe.swap_blocks,
+                prefetch=recipe.prefetch,
+            ),
+            alone=recipe.vram_limit is not None,
+        )
 
     def missing_bytes(self, recipe: ModelRecipe, device: torch.device | str) -> int:
         """What the first call of a recipe will load; 0 as soon as one of its experts is there: they take turns."""
@@ -180,9 +195,11 @@ class Engine:
             return Experts.dense(high, guidance.low)
         low = self._network(recipe.low, recipe, torch.device(device))
         return Experts(
-            high=Expert(high, guidance.high, "high"), low=Expert(low, guidance.low, "low"),
-            boundary=recipe.variant.boundary, switch=recipe.switch,
-        )  # fmt: skip
+            high=Expert(high, guidance.high, "high"),
+            low=Expert(low, guidance.low, "low"),
+            boundary=recipe.variant.boundary,
+            switch=recipe.switch,
+        )
 
     def _network(self, file: Network, recipe: ModelRecipe, device: torch.device) -> Model:
         return file.connect(device) if isinstance(file, ExternalModel) else LazyDiT(self, file, recipe, device)
@@ -198,9 +215,9 @@ class Engine:
         check_unchanged(file)
         key = ("text", file.fingerprint, str(device), str(dtype), resident)
         size = text_bytes(file, device, dtype) if resident else largest_matrix(file, device, dtype)
-        return self.get(key, size, device, lambda: build_text_encoder(
-            file, device=device, dtype=dtype, resident=resident,
-        ))  # fmt: skip
+        return self.get(
+            key, size, device, lambda: build_text_encoder(file, device=device, dtype=dtype, resident=resident)
+        )
 
     def vae(self, file: VAEFile, device: torch.device | str, dtype: str | torch.dtype | None) -> VideoVAE:
         """A VAE with its weights.
@@ -281,11 +298,7 @@ class LazyDiT:
         self._texts: dict[int, TextStates] = {}  # by the condition's key
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        condition: Condition,
-        on_block: Callable[[int], None] | None = None,
+        self, x: torch.Tensor, t: torch.Tensor, condition: Condition, on_block: Callable[[int], None] | None = None
     ) -> torch.Tensor:
         dit = self.engine.dit(self.file, self.recipe, self.device)
         self._adapt(dit)
@@ -300,8 +313,11 @@ class LazyDiT:
         if not self._loras and dit.adaptation is None:
             return
         adaptation = adaptation_of(dit, self.file)
-        adaptation.set([use.file for use in self._loras], [use.at(self._step) for use in self._loras],
-                       merge=self.recipe.merge_loras)  # fmt: skip
+        adaptation.set(
+            [use.file for use in self._loras],
+            [use.at(self._step) for use in self._loras],
+            merge=self.recipe.merge_loras,
+        )
         if adaptation.revision != self._revision:
             self._revision = adaptation.revision
             self._texts.clear()

@@ -118,9 +118,14 @@ class Plan:
 
 
 def weights_of(
-    file: DiTHeader, dtype: str | torch.dtype | None, device: torch.device | str, *, mapped_too: bool = False,
-    loras: Sequence[LoraUse] = (), streaming: bool = False,
-) -> Weights:  # fmt: skip
+    file: DiTHeader,
+    dtype: str | torch.dtype | None,
+    device: torch.device | str,
+    *,
+    mapped_too: bool = False,
+    loras: Sequence[LoraUse] = (),
+    streaming: bool = False,
+) -> Weights:
     """An expert's weights from its header, with its LoRAs.
 
     Args:
@@ -261,8 +266,14 @@ def plan(
     return replace(_largest_that_fits(lay, limit, recipe), limit=limit)
 
 
-def check_fits(recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device | str, *, guided: bool = True,
-               total: int | None = None) -> None:  # fmt: skip
+def check_fits(
+    recipe: ModelRecipe,
+    shape: tuple[int, ...],
+    device: torch.device | str,
+    *,
+    guided: bool = True,
+    total: int | None = None,
+) -> None:
     """Refuse a video that sampling cannot hold however little of the model is on the device; nothing is allocated.
 
     Args:
@@ -281,8 +292,9 @@ def check_fits(recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device
         raise does_not_fit(what, least.total, total, device)
 
 
-def check_frames_fit(config: VAEConfig, height: int, width: int, device: torch.device | str, *,
-                     total: int | None = None) -> None:  # fmt: skip
+def check_frames_fit(
+    config: VAEConfig, height: int, width: int, device: torch.device | str, *, total: int | None = None
+) -> None:
     """Refuse frames (or tiles) that the VAE cannot decode at once in float32.
 
     Raises:
@@ -294,14 +306,21 @@ def check_frames_fit(config: VAEConfig, height: int, width: int, device: torch.d
     if taken <= total:
         taken = decode_bytes(config, height, width)
     if taken > total:
-        raise does_not_fit(f"decoding frames of {width}x{height} pixels", taken, total, device,
-                           "Decode in tiles (512 pixels a side, say), or choose a smaller size.")  # fmt: skip
+        raise does_not_fit(
+            f"decoding frames of {width}x{height} pixels",
+            taken,
+            total,
+            device,
+            "Decode in tiles (512 pixels a side, say), or choose a smaller size.",
+        )
 
 
-def does_not_fit(what: str, taken: float, total: float, device: torch.device,
-                 do: str = "Choose a smaller size or fewer frames.") -> WanError:  # fmt: skip
-    return WanError(f"{what[0].upper()}{what[1:]} takes at least {_gb(taken)} of memory, but {device} has "
-                    f"{_gb(total)}. {do}")  # fmt: skip
+def does_not_fit(
+    what: str, taken: float, total: float, device: torch.device, do: str = "Choose a smaller size or fewer frames."
+) -> WanError:
+    return WanError(
+        f"{what[0].upper()}{what[1:]} takes at least {_gb(taken)} of memory, but {device} has {_gb(total)}. {do}"
+    )
 
 
 def _gb(count: float) -> str:
@@ -347,18 +366,26 @@ def _layout(
         weights = held_in_part if swapped else held_whole
         largest, moved = max(weights.slots), sum(weights.slots[i] for i in gone)
         return Plan(
-            device=str(device), dtype=dtype, shape=shape, layers=config.layers, swapped=swapped, prefetch=prefetch,
-            weights=weights.kept(gone), stream=(prefetch + 1) * largest if swapped else 0,
-            activations=activations, ram=STAGES * pinned_bytes(largest) if swapped and streams else 0,
+            device=str(device),
+            dtype=dtype,
+            shape=shape,
+            layers=config.layers,
+            swapped=swapped,
+            prefetch=prefetch,
+            weights=weights.kept(gone),
+            stream=(prefetch + 1) * largest if swapped else 0,
+            activations=activations,
+            ram=STAGES * pinned_bytes(largest) if swapped and streams else 0,
             moved=moved * (1 + guided),
-        )  # fmt: skip
+        )
 
     return lay
 
 
 def _larger_expert(recipe: ModelRecipe, device: torch.device, *, streaming: bool) -> Weights:
-    each = [weights_of(file, recipe.dtype, device, loras=recipe.loras_of(file), streaming=streaming)
-            for file in recipe.own]  # fmt: skip
+    each = [
+        weights_of(file, recipe.dtype, device, loras=recipe.loras_of(file), streaming=streaming) for file in recipe.own
+    ]
     nothing = (0,) * recipe.high.config.layers
     return max(each, key=lambda w: w.total, default=Weights(0, nothing, 0, nothing, nothing))
 
@@ -383,4 +410,3 @@ def _largest_that_fits(lay: Callable[[int, int], Plan], limit: float, recipe: Mo
         f"on {least.device}: with every block streamed it needs {need:.1f} GB, of which activations are "
         f"{least.activations / GB:.1f} GB. Allow {need:.1f} GB, or choose a smaller size or fewer frames."
     )
-

@@ -60,9 +60,19 @@ def denoise_in_memory(
             on_plan(planned)
         experts = engine.experts(recipe, guidance, device)
         return denoise(
-            done.x, experts, schedule, solver, positive, negative, given=given, start=done.next, end=end,
-            history=done.history, on_step=done, on_block=on_block,
-        )[0]  # fmt: skip
+            done.x,
+            experts,
+            schedule,
+            solver,
+            positive,
+            negative,
+            given=given,
+            start=done.next,
+            end=end,
+            history=done.history,
+            on_step=done,
+            on_block=on_block,
+        )[0]
 
     fitted, planned = engine.fit(recipe, x.shape, device, guided=guided)
     try:
@@ -73,8 +83,10 @@ def denoise_in_memory(
     less = engine.fit_less(planned, recipe, x.shape, device, guided=guided)
     if less is None:
         raise WanError(_no_way_out(said))
-    on_note(f"The memory of {device} ran out after {done.next - start} steps. Sampling goes on from there, with "
-            f"{less[1].swapped} of {less[1].layers} blocks streamed (prefetch {less[1].prefetch}).")  # fmt: skip
+    on_note(
+        f"The memory of {device} ran out after {done.next - start} steps. Sampling goes on from there, with "
+        f"{less[1].swapped} of {less[1].layers} blocks streamed (prefetch {less[1].prefetch})."
+    )
     try:
         return run(*less)
     except torch.OutOfMemoryError as error:
@@ -84,8 +96,10 @@ def denoise_in_memory(
 
 
 def _no_way_out(said: str) -> str:
-    return (f"The device's memory ran out, also with fewer weights on it ({said}). Choose a smaller size, fewer frames "
-            "or a smaller batch, or close other programs that use the device.")
+    return (
+        f"The device's memory ran out, also with fewer weights on it ({said}). Choose a smaller size, fewer frames "
+        "or a smaller batch, or close other programs that use the device."
+    )
 
 
 class _Done:

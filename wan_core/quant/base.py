@@ -82,10 +82,13 @@ class Packed:
     def to(self, device: torch.device | str) -> Packed:
         """On a CPU, a matrix in a mapped file stays there, and is read as it is used; what is small comes to memory."""
         on_cpu = torch.device(device).type == "cpu"
-        return Packed(self.format, {
-            name: part if on_cpu and name == "data" and part.device.type == "cpu" else fetch(part, device)
-            for name, part in self.parts.items()
-        })  # fmt: skip
+        return Packed(
+            self.format,
+            {
+                name: part if on_cpu and name == "data" and part.device.type == "cpu" else fetch(part, device)
+                for name, part in self.parts.items()
+            },
+        )
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix, in memory of its own."""

@@ -79,8 +79,12 @@ def _multiplied(kind: Format, x: Tensor, parts: dict[str, Tensor]) -> Tensor | N
         raise
     except RuntimeError as error:
         _broken.add((kind.name, str(x.device)))
-        log.warning("wan_core: %s products failed on %s (%s); weights are dequantised instead",
-                    kind.name, x.device, str(error).splitlines()[0])  # fmt: skip
+        log.warning(
+            "wan_core: %s products failed on %s (%s); weights are dequantised instead",
+            kind.name,
+            x.device,
+            str(error).splitlines()[0],
+        )
         return None
 
 
@@ -101,4 +105,3 @@ def _packed_layer(layer: nn.Module, matrix: Packed, scratch: Scratch) -> nn.Modu
     made = QuantLinear(matrix, None, scratch)
     made.register_parameter("bias", getattr(layer, "bias", None))
     return made
-

@@ -192,9 +192,11 @@ class _Velocity:
 
 def _not_finite(i: int, schedule: Schedule, expert: str) -> str:
     who = "the model" if expert == "only" else f"the {expert}-noise expert"
-    return (f"Step {i + 1} of {schedule.steps}: {who} answered with NaN or infinity at timestep "
-            f"{schedule.timesteps[i].item():g}. Load it in bfloat16 or float32 instead of float16, choose the "
-            "attention 'sdpa', lower the LoRA strengths, and check that the file is complete.")
+    return (
+        f"Step {i + 1} of {schedule.steps}: {who} answered with NaN or infinity at timestep "
+        f"{schedule.timesteps[i].item():g}. Load it in bfloat16 or float32 instead of float16, choose the "
+        "attention 'sdpa', lower the LoRA strengths, and check that the file is complete."
+    )
 
 
 def _checked_finite(x: Tensor) -> Tensor:
@@ -205,10 +207,14 @@ def _checked_finite(x: Tensor) -> Tensor:
 
 def _check_range(start: int, end: int, schedule: Schedule, history: History) -> None:
     if not 0 <= start < schedule.steps:
-        raise WanError(f"The start step is {start}, but the schedule has {schedule.steps} steps: "
-                       f"expected 0 to {schedule.steps - 1}.")
+        raise WanError(
+            f"The start step is {start}, but the schedule has {schedule.steps} steps: "
+            f"expected 0 to {schedule.steps - 1}."
+        )
     if end <= start:
         raise WanError(f"The end step {end} is not after the start step {start}: nothing would be done.")
     if history.step not in (None, start):
-        raise WanError(f"The saved run goes on at step {history.step}, but the start step is {start}: "
-                       f"start at {history.step}, or without its history.")
+        raise WanError(
+            f"The saved run goes on at step {history.step}, but the start step is {start}: "
+            f"start at {history.step}, or without its history."
+        )

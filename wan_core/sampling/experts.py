@@ -74,8 +74,9 @@ class Experts:
 
     def __post_init__(self):
         if self.switch.mode == "auto" and self.boundary is None and self.high is not self.low:
-            raise WanError("This model has two experts and no boundary of its own: "
-                           "set the expert switch by timestep, step or SNR.")
+            raise WanError(
+                "This model has two experts and no boundary of its own: set the expert switch by timestep, step or SNR."
+            )
 
     @classmethod
     def dense(cls, model: Model, guidance: float) -> Experts:

@@ -68,8 +68,10 @@ def truncate(whole: Schedule, denoise: float) -> Schedule:
     if denoise > _ONE:
         return whole
     if whole.shift is None:
-        raise WanError(f"denoise is {denoise}, but the sigmas are given: cut the sigmas instead (SplitSigmasDenoise) "
-                       "and leave denoise at 1.")
+        raise WanError(
+            f"denoise is {denoise}, but the sigmas are given: cut the sigmas instead (SplitSigmasDenoise) "
+            "and leave denoise at 1."
+        )
     finer = SCHEDULES[whole.name](int(whole.steps / denoise), whole.shift)
     return Schedule(whole.name, finer.sigmas[-whole.steps - 1 :], finer.timesteps[-whole.steps :], whole.shift)
 
@@ -161,11 +163,15 @@ def _checked(name: str, sigmas: Tensor, timesteps: Tensor, shift: float | None) 
     if len(sigmas) < 2:
         raise WanError(f"A schedule of {len(sigmas)} sigmas has no step: at least two are needed.")
     if not (torch.isfinite(sigmas).all() and sigmas.min() >= 0 and sigmas.max() <= 1):
-        raise WanError(f"Sigmas from {sigmas.max().item():g} to {sigmas.min().item():g}: Wan is a flow model and "
-                       "expects them within 0..1. Use a scheduler that was given the Wan model.")
+        raise WanError(
+            f"Sigmas from {sigmas.max().item():g} to {sigmas.min().item():g}: Wan is a flow model and "
+            "expects them within 0..1. Use a scheduler that was given the Wan model."
+        )
     falls = sigmas.diff() < 0
     if not falls.all():
         place = int((~falls).nonzero()[0])
-        raise WanError(f"Sigmas must fall at every step, but number {place + 1} is {sigmas[place + 1].item():g} after "
-                       f"{sigmas[place].item():g}: use fewer steps, or other sigmas.")
+        raise WanError(
+            f"Sigmas must fall at every step, but number {place + 1} is {sigmas[place + 1].item():g} after "
+            f"{sigmas[place].item():g}: use fewer steps, or other sigmas."
+        )
     return Schedule(name, sigmas, timesteps, shift)

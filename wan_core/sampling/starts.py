@@ -71,8 +71,10 @@ def check_pictures(variant: Variant, pictures: Mapping[int, object]) -> None:
     if variant.image == "none" and pictures:
         raise WanError(f"{name} takes no image. Use an I2V model or TI2V-5B, or leave the image out.")
     if variant.image == "channels" and not pictures:
-        raise WanError(f"{name} animates an image: give a start image (--image), an end image (--end_image), or both. "
-                       "For text alone use a T2V model or TI2V-5B.")
+        raise WanError(
+            f"{name} animates an image: give a start image (--image), an end image (--end_image), or both. "
+            "For text alone use a T2V model or TI2V-5B."
+        )
     if variant.image == "frame" and set(pictures) - {0}:
         raise WanError(f"{name} takes a start image only. Leave the end image out, or use an I2V model.")
     if variant.needs_end and pictures and not {0, -1} <= set(pictures):

@@ -177,8 +177,12 @@ class _Job:
         return sum(one.bytes for one in self.tensors)
 
     def write(self, path: Path) -> None:
-        writers = {"gguf": self._write_gguf, "comfyui": self._write_comfyui, "official": self._write_official,
-                   "diffusers": self._write_folder}  # fmt: skip
+        writers = {
+            "gguf": self._write_gguf,
+            "comfyui": self._write_comfyui,
+            "official": self._write_official,
+            "diffusers": self._write_folder,
+        }
         try:
             writers[self.target.layout](path)
         except WanError:  # a read may have noticed first
@@ -192,8 +196,10 @@ class _Job:
 
     def _check(self) -> None:
         if self.part == "vae" and (self.target.scaled or self.target.blocks):
-            raise WanError(f"{self.checkpoint.path} is a VAE: it is small and stays in full precision. Expected --to "
-                           "bf16, fp16, fp32, official, comfyui or diffusers.")  # fmt: skip
+            raise WanError(
+                f"{self.checkpoint.path} is a VAE: it is small and stays in full precision. Expected --to "
+                "bf16, fp16, fp32, official, comfyui or diffusers."
+            )
 
     def _renames(self) -> Renames:
         dialects, layout = self.module.DIALECTS, self.target.layout
@@ -213,8 +219,10 @@ class _Job:
             if self.target.blocks in BLOCK_TYPES:
                 if source.shape[-1] % BLOCK_TYPES[self.target.blocks].weights == 0:
                     return [_blocks(source, name, self.target.blocks, error)]
-                self.report.notes.append(f"{name} has rows of {source.shape[-1]}, which {self.target.blocks} cannot "
-                                         "cut into blocks; it is F16.")  # fmt: skip
+                self.report.notes.append(
+                    f"{name} has rows of {source.shape[-1]}, which {self.target.blocks} cannot "
+                    "cut into blocks; it is F16."
+                )
                 return [_cast(source, name, torch.float16, error)]
         return [_cast(source, name, self._dtype(own, source), error)]
 
@@ -223,8 +231,10 @@ class _Job:
         block = getattr(self.target.scaled, "block", 1)
         if all(side % block == 0 for side in source.shape):
             return True
-        self.report.notes.append(f"{name} is {list(source.shape)}, which {self.target.scaled.name} cannot cut into "
-                                 f"blocks of {block}; it stays as it is.")  # fmt: skip
+        self.report.notes.append(
+            f"{name} is {list(source.shape)}, which {self.target.scaled.name} cannot cut into "
+            f"blocks of {block}; it stays as it is."
+        )
         return False
 
     def _is_quantised(self, own: str) -> bool:
@@ -256,8 +266,11 @@ class _Job:
         _give_back()
 
     def _write_gguf(self, path: Path) -> None:
-        fields: dict[str, Any] = {"general.architecture": {"dit": "wan", "text": "t5encoder"}[self.part],
-                                  "general.quantization_version": 2, MARK: mark(self.to)}  # fmt: skip
+        fields: dict[str, Any] = {
+            "general.architecture": {"dit": "wan", "text": "t5encoder"}[self.part],
+            "general.quantization_version": 2,
+            MARK: mark(self.to),
+        }
         if self.part == "text":
             fields |= gguf_vocabulary(self.spiece, self.shapes[text.TABLE][0]) if self.spiece else {}
             self._note_tokenizer()
@@ -274,8 +287,10 @@ class _Job:
 
     def _note_tokenizer(self) -> None:
         if not self.spiece:
-            self.report.notes.append("No spiece.model was found inside or beside the text encoder, so the new file "
-                                     "carries no tokenizer, which ComfyUI needs.")  # fmt: skip
+            self.report.notes.append(
+                "No spiece.model was found inside or beside the text encoder, so the new file "
+                "carries no tokenizer, which ComfyUI needs."
+            )
 
     def _metadata(self) -> dict[str, str]:
         marks = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": self.marks})}
@@ -295,8 +310,10 @@ class _Job:
         if self.target.layout != "official" or self.part != "dit":
             return {}, {}
         parts = _shards(self.tensors)
-        shards = {f"diffusion_pytorch_model-{number:05d}-of-{len(parts):05d}.safetensors": part
-                  for number, part in enumerate(parts, 1)}  # fmt: skip
+        shards = {
+            f"diffusion_pytorch_model-{number:05d}-of-{len(parts):05d}.safetensors": part
+            for number, part in enumerate(parts, 1)
+        }
         weight_map = {one.name: name for name, part in shards.items() for one in part}
         index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
         config, _ = dit.config_of(self.checkpoint, self.shapes)
@@ -433,8 +450,9 @@ def _in_blocks(
 
     weight = Planned(name, shape, dtype, data)
     tiles = tiles_shape(source.shape[0], source.shape[1] // kind.block)
-    scale = Planned(f"{name}_scale", tiles, kind.scale_dtype,
-                    lambda: [in_tiles(torch.cat(scales)).view(kind.scale_dtype)])  # fmt: skip
+    scale = Planned(
+        f"{name}_scale", tiles, kind.scale_dtype, lambda: [in_tiles(torch.cat(scales)).view(kind.scale_dtype)]
+    )
     return [weight, scale, *([Planned(f"{name}_scale_2", (), torch.float32, lambda: whole)] if kind.whole else [])]
 
 

@@ -96,28 +96,47 @@ def make_tiny(task: str, *, seed: int = 0, sizes: TinySizes | None = None) -> Ti
     variant, sizes = VARIANTS[task], sizes or TinySizes()
     spec = VAES[variant.vae]
     spiece = train_tiny_tokenizer(_VOCABULARY_TEXTS)
-    clip = ClipConfig(_CLIP_WIDTH, sizes.clip_mlp, _CLIP_WIDTH // 80, sizes.clip_layers, patch=14, positions=257,
-                      fused=False) if variant.clip else None  # fmt: skip
+    clip = (
+        ClipConfig(
+            _CLIP_WIDTH, sizes.clip_mlp, _CLIP_WIDTH // 80, sizes.clip_layers, patch=14, positions=257, fused=False
+        )
+        if variant.clip
+        else None
+    )
     pictures = () if clip is None else (ClipTokensConfig(_CLIP_WIDTH, 514 if variant.clip == 2 else 0),)
-    dit = Architecture(variant.in_channels, spec.channels, sizes.dim, sizes.ffn_dim, sizes.layers, sizes.text_dim,
-                    freq_dim=256, heads=sizes.dim // 128, features=pictures)  # fmt: skip
+    dit = Architecture(
+        variant.in_channels,
+        spec.channels,
+        sizes.dim,
+        sizes.ffn_dim,
+        sizes.layers,
+        sizes.text_dim,
+        freq_dim=256,
+        heads=sizes.dim // 128,
+        features=pictures,
+    )
     vae = VAEConfig(spec.kind, spec.channels, encoder_dim=sizes.vae_dim, decoder_dim=sizes.vae_dim)
-    text = TextConfig(_pieces(spiece), sizes.text_dim, sizes.text_attention, sizes.text_ffn, sizes.text_heads,
-                      sizes.text_layers)  # fmt: skip
+    text = TextConfig(
+        _pieces(spiece), sizes.text_dim, sizes.text_attention, sizes.text_ffn, sizes.text_heads, sizes.text_layers
+    )
     generator = torch.Generator().manual_seed(seed)
     return TinyModels(
-        variant, dit, vae, text,
+        variant,
+        dit,
+        vae,
+        text,
         experts=tuple(_random_weights(WanDiT, dit, generator) for _ in range(variant.experts)),
         vae_weights=_random_weights(VAE_CLASSES[spec.kind], vae, generator),
         text_weights=_random_weights(Umt5Encoder, text, generator),
         spiece=spiece,
         clip=_random_clip(clip, generator) if clip else None,
         clip_config=clip,
-    )  # fmt: skip
+    )
 
 
-def write_tiny(folder: str | Path, task: str, *, layout: str = "official", seed: int = 0,
-               sizes: TinySizes | None = None) -> list[Path]:  # fmt: skip
+def write_tiny(
+    folder: str | Path, task: str, *, layout: str = "official", seed: int = 0, sizes: TinySizes | None = None
+) -> list[Path]:
     """Write a small checkpoint and return its files.
 
     Args:
@@ -262,33 +281,51 @@ def _pieces(spiece: bytes) -> int:
 def _image_processor(config: ClipConfig) -> dict:
     side = {"height": config.size, "width": config.size}
     return {
-        "image_processor_type": "CLIPImageProcessor", "crop_size": side, "size": {"shortest_edge": config.size},
-        "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
-        "image_mean": list(MEAN), "image_std": list(STD), "resample": 3, "rescale_factor": 1 / 255,
-    }  # fmt: skip
+        "image_processor_type": "CLIPImageProcessor",
+        "crop_size": side,
+        "size": {"shortest_edge": config.size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
 
 
 def _scheduler_config(variant: Variant) -> dict:
     return {
-        "_class_name": "UniPCMultistepScheduler", "_diffusers_version": "0.35.0", "solver_order": 2,
-        "num_train_timesteps": TRAIN_STEPS, "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+        "_class_name": "UniPCMultistepScheduler",
+        "_diffusers_version": "0.35.0",
+        "solver_order": 2,
+        "num_train_timesteps": TRAIN_STEPS,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
         "flow_shift": variant.shift,
-    }  # fmt: skip
+    }
 
 
 def _model_index(variant: Variant) -> dict:
     from_image = variant.image == "channels"
     encoder = {"image_encoder": [None, None], "image_processor": [None, None]} if from_image else {}
     if variant.clip:
-        encoder = {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
-                   "image_processor": ["transformers", "CLIPImageProcessor"]}  # fmt: skip
+        encoder = {
+            "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+            "image_processor": ["transformers", "CLIPImageProcessor"],
+        }
     kind = "WanImageToVideoPipeline" if from_image else "WanPipeline"
     return encoder | {
-        "_class_name": kind, "_diffusers_version": "0.35.0", "boundary_ratio": variant.boundary,
-        "expand_timesteps": variant.image == "frame", "transformer": ["diffusers", "WanTransformer3DModel"],
+        "_class_name": kind,
+        "_diffusers_version": "0.35.0",
+        "boundary_ratio": variant.boundary,
+        "expand_timesteps": variant.image == "frame",
+        "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": ["diffusers", "WanTransformer3DModel"] if variant.experts == 2 else [None, None],
-        "vae": ["diffusers", "AutoencoderKLWan"], "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "T5TokenizerFast"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-    }  # fmt: skip
-
-
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    }

@@ -94,9 +94,17 @@ class Latents:
         clip, clip_key: of CLIP's picture encoder, for variants that need it.
     """
 
-    def __init__(self, cache: Cache, vae: Callable[[], VideoVAE], vae_key: str, variant: Variant,
-                 on_chunk: OnChunk | None = None, *, clip: Callable[[], ClipVision] | None = None,
-                 clip_key: str = ""):  # fmt: skip
+    def __init__(
+        self,
+        cache: Cache,
+        vae: Callable[[], VideoVAE],
+        vae_key: str,
+        variant: Variant,
+        on_chunk: OnChunk | None = None,
+        *,
+        clip: Callable[[], ClipVision] | None = None,
+        clip_key: str = "",
+    ):
         self.cache, self.vae_key, self.variant, self.on_chunk = cache, vae_key, variant, on_chunk
         self.clip_key = clip_key
         self._load, self._vae = vae, None
@@ -181,8 +189,9 @@ class Latents:
 class Texts:
     """Prompts through a text encoder: [n, D] without padding. ``on_block`` may raise to end the work."""
 
-    def __init__(self, cache: Cache, encoder: Callable[[], TextEncoder], encoder_key: str,
-                 on_block: OnBlock | None = None):  # fmt: skip
+    def __init__(
+        self, cache: Cache, encoder: Callable[[], TextEncoder], encoder_key: str, on_block: OnBlock | None = None
+    ):
         self.cache, self.encoder_key, self.on_block = cache, encoder_key, on_block
         self._load, self._encoder = encoder, None
 

@@ -100,8 +100,10 @@ def read_table(table: Path) -> tuple[str, list[dict[str, str]]]:
     except UnicodeDecodeError as error:
         raise WanError(f"{table} is not a table in UTF-8 ({error}): save it as CSV UTF-8.") from error
     except csv.Error as error:
-        raise WanError(f"{table} cannot be read ({error}): look for a quotation mark that is not closed, and write one "
-                       'within a prompt twice ("").') from error  # fmt: skip
+        raise WanError(
+            f"{table} cannot be read ({error}): look for a quotation mark that is not closed, and write one "
+            'within a prompt twice ("").'
+        ) from error
     column = next((name for name in _FILE_COLUMNS if name in columns), None)
     if column is None or "prompt" not in columns:
         raise WanError(f"{shown(table)} has the columns {some(columns, 10) or '(none)'}; expected video,prompt.")
@@ -115,10 +117,12 @@ def read_table(table: Path) -> tuple[str, list[dict[str, str]]]:
 def _check_row(place: str, row: dict[str | None, str], column: str) -> None:
     """A comma without quotes around the prompt would cut it short."""
     if row[column] is None or row["prompt"] is None:
-        raise WanError(f"{place}: no prompt behind {shown(row[column])!r}. Write clip.mp4,\"the prompt\".")
+        raise WanError(f'{place}: no prompt behind {shown(row[column])!r}. Write clip.mp4,"the prompt".')
     if beyond := "".join(row.get(None, ())).strip():
-        raise WanError(f"{place}: {shown(beyond)!r} stands beyond the last column. Put a prompt with commas in "
-                       'quotation marks: clip.mp4,"a red, round ball".')  # fmt: skip
+        raise WanError(
+            f"{place}: {shown(beyond)!r} stands beyond the last column. Put a prompt with commas in "
+            'quotation marks: clip.mp4,"a red, round ball".'
+        )
 
 
 def files_of(folder: Path, root: Path | None = None) -> list[Path]:
@@ -141,9 +145,11 @@ def inside(folder: Path, name: str, root: Path) -> Path:
     """
     place = Path(os.path.normpath(folder.absolute() / name))
     if "\0" in name or not place.is_relative_to(os.path.normpath(root.absolute())):
-        raise WanError(f"The table names {shown(name)!r}, which is not inside {shown(root)}: move the file there, or "
-                       "name the folder above both as the data folder. On the command line the option "
-                       "dataset_outside_files allows others.")
+        raise WanError(
+            f"The table names {shown(name)!r}, which is not inside {shown(root)}: move the file there, or "
+            "name the folder above both as the data folder. On the command line the option "
+            "dataset_outside_files allows others."
+        )
     return folder / name
 
 
@@ -159,9 +165,13 @@ def _clip(folder: Path, row: dict[str, str], column: str, frame: Frame, root: Pa
         given()
 
     return Clip(
-        name=row[column] or "(empty)", prompt=row["prompt"], key=_key(file, images, frame), check=check, given=given,
+        name=row[column] or "(empty)",
+        prompt=row["prompt"],
+        key=_key(file, images, frame),
+        check=check,
+        given=given,
         pixels=lambda: read_pixels(file, frame),
-    )  # fmt: skip
+    )
 
 
 def _picture(file: Path, frame: Frame) -> Tensor:
@@ -184,8 +194,11 @@ def _key(clip: Path, images: Mapping[int, Path], frame: Frame) -> str:
             digest.update(f"{place}:".encode())
         if file.is_file():
             with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest() if hasattr(hashlib, "file_digest")
-                              else hashlib.sha256(content.read()).digest())  # fmt: skip
+                digest.update(
+                    hashlib.file_digest(content, "sha256").digest()
+                    if hasattr(hashlib, "file_digest")
+                    else hashlib.sha256(content.read()).digest()
+                )
         digest.update(b"|")
     return digest.hexdigest()[:32]
 
@@ -286,8 +299,10 @@ def usable(clips: Sequence[Clip], prepare: Callable[[Clip], object], *, skip_bad
         except ClipProblem as problem:
             bad.append(f"{clip.name} {problem}")
     if bad and not skip_bad:
-        raise WanError(f"{len(bad)} of {len(clips)} clips cannot be used: {'; '.join(bad)}. Mend or remove them, or "
-                       "skip them: option skip_bad_clips.")
+        raise WanError(
+            f"{len(bad)} of {len(clips)} clips cannot be used: {'; '.join(bad)}. Mend or remove them, or "
+            "skip them: option skip_bad_clips."
+        )
     for line in bad:
         log.warning("Skipped: %s.", line)
     if not good:

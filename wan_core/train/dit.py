@@ -101,9 +101,17 @@ class DiTTask:
 
     def describe(self) -> dict[str, object]:
         recipe = self.recipe
-        told = {"task": recipe.variant.task, "noise": recipe.noise, "batch": recipe.batch, "data": self.data.key,
-                "caption_dropout": recipe.caption_dropout, "image_dropout": recipe.image_dropout,
-                "precision": self.precision, "lora_rank": 0, "model": self.model.config}  # fmt: skip
+        told = {
+            "task": recipe.variant.task,
+            "noise": recipe.noise,
+            "batch": recipe.batch,
+            "data": self.data.key,
+            "caption_dropout": recipe.caption_dropout,
+            "image_dropout": recipe.image_dropout,
+            "precision": self.precision,
+            "lora_rank": 0,
+            "model": self.model.config,
+        }
         if recipe.base:
             told["base"] = recipe.base
         if recipe.emphasis:
@@ -147,8 +155,11 @@ class DiTTask:
     def save(self, file: Path, dtype: str = "auto") -> None:
         """The LoRA, or the whole model, as the pack's and ComfyUI's loaders read them."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"wan_task": self.recipe.variant.task, "noise_from": f"{self.recipe.noise.low}",
-                    "noise_to": f"{self.recipe.noise.high}"}  # fmt: skip
+        metadata = {
+            "wan_task": self.recipe.variant.task,
+            "noise_from": f"{self.recipe.noise.low}",
+            "noise_to": f"{self.recipe.noise.high}",
+        }
         if self.adapted:
             lora.save_lora(self.adapted, file, metadata)
         else:
@@ -186,8 +197,10 @@ def check_variant(config: Architecture, variant: Variant, name: str | Path) -> N
         WanError: another network than the variant's, by its channels or the CLIP tokens that it hears.
     """
     if signature_of(config) != variant.signature:
-        raise WanError(f"{name} takes {_inputs(signature_of(config))}, but {variant.display_name} takes "
-                       f"{_inputs(variant.signature)}: choose its --task.")
+        raise WanError(
+            f"{name} takes {_inputs(signature_of(config))}, but {variant.display_name} takes "
+            f"{_inputs(variant.signature)}: choose its --task."
+        )
 
 
 def _inputs(signature: tuple[int, int, int]) -> str:

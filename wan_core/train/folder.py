@@ -31,12 +31,16 @@ def read_state(file: Path, *, mmap: bool = False) -> dict:
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch.load fails in every way that there is on damaged files
-        raise WanError(f"{file} is damaged, or no state of a run ({type(error).__name__}). It is left as it is. To "
-                       "begin anew, move it away or choose another output folder; a copy of an earlier state in its "
-                       "place goes on from there.") from error  # fmt: skip
+        raise WanError(
+            f"{file} is damaged, or no state of a run ({type(error).__name__}). It is left as it is. To "
+            "begin anew, move it away or choose another output folder; a copy of an earlier state in its "
+            "place goes on from there."
+        ) from error
     if not (isinstance(saved, dict) and all(isinstance(saved.get(key, ...), kind) for key, kind in _PARTS.items())):
-        raise WanError(f"{file} is no state of a run: expected {', '.join(_PARTS)} in it. Move it away, or choose "
-                       "another output folder.")
+        raise WanError(
+            f"{file} is no state of a run: expected {', '.join(_PARTS)} in it. Move it away, or choose "
+            "another output folder."
+        )
     return saved
 
 
@@ -62,8 +66,10 @@ def check_folder(folder: Path, *results: str, samples: bool = False) -> None:
         foreign += [file for file in pictures if _there(file) and not made_here(file)]
         foreign += [file for file in (folder / LOG,) if _there(file) and not _is_log(file)]
     if foreign:
-        raise WanError(f"The output folder holds {', '.join(file.name for file in foreign)}, not written by a training "
-                       f"here, which this run would replace: choose another folder than {folder}, or move that away.")
+        raise WanError(
+            f"The output folder holds {', '.join(file.name for file in foreign)}, not written by a training "
+            f"here, which this run would replace: choose another folder than {folder}, or move that away."
+        )
 
 
 def set_aside(file: Path) -> Path | None:

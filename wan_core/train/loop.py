@@ -25,8 +25,18 @@ from .optim import cosine, make_optimiser
 from .parallel import Processes
 from .report import Log, plot_loss, read_log
 
-__all__ = ["LOG", "PLOT", "STATE", "Plan", "StepReport", "Task", "check_resumable", "forget", "save_atomically",
-           "train"]  # fmt: skip
+__all__ = [
+    "LOG",
+    "PLOT",
+    "STATE",
+    "Plan",
+    "StepReport",
+    "Task",
+    "check_resumable",
+    "forget",
+    "save_atomically",
+    "train",
+]
 
 
 @dataclass(frozen=True)
@@ -171,8 +181,10 @@ def _step(
     total = processes.mean(total)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), plan.clip or float("inf")).item()
     if not (total == total and norm < float("inf")):
-        raise WanError(f"Step {state.step + 1}: the loss is {total} and its gradient {norm}. Lower the learning rate "
-                       f"(now {rate:g}), or train in fp32; the state before this step is kept.")
+        raise WanError(
+            f"Step {state.step + 1}: the loss is {total} and its gradient {norm}. Lower the learning rate "
+            f"(now {rate:g}), or train in fp32; the state before this step is kept."
+        )
     state.whole = False
     state.optimiser.step()
     state.step += 1
@@ -229,8 +241,10 @@ def _start(task: Task, plan: Plan, parameters: Mapping[str, nn.Parameter], file:
         optimiser.load_state_dict(saved["optimiser"])
         average = {name: t.to(devices[name]) for name, t in saved["average"].items()} if saved["average"] else None
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise WanError(f"{file} is damaged: what it holds is not the state of these weights ({type(error).__name__}). "
-                       "It is left as it is. To begin anew, move it away or choose another output folder.") from error
+        raise WanError(
+            f"{file} is damaged: what it holds is not the state of these weights ({type(error).__name__}). "
+            "It is left as it is. To begin anew, move it away or choose another output folder."
+        ) from error
     return _State(saved["step"], optimiser, average)
 
 
@@ -239,13 +253,16 @@ def _save(
 ) -> None:
     if not processes.first:
         return
-    save_atomically(folder / STATE, {
-        "step": state.step,
-        "weights": {name: parameter.detach() for name, parameter in parameters.items()},
-        "optimiser": state.optimiser.state_dict(),
-        "average": state.average,
-        "describes": _describe(task, plan),
-    })  # fmt: skip
+    save_atomically(
+        folder / STATE,
+        {
+            "step": state.step,
+            "weights": {name: parameter.detach() for name, parameter in parameters.items()},
+            "optimiser": state.optimiser.state_dict(),
+            "average": state.average,
+            "describes": _describe(task, plan),
+        },
+    )
     plot_loss([float(row["loss"]) for row in read_log(folder / LOG)], folder / PLOT)
 
 
@@ -283,11 +300,16 @@ def check_resumable(file: Path, plan: Plan, *, steps: bool = True) -> None:
 
 
 def _check_same(file: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    changed = [_DIGESTS.get(key) or f"{key} was {saved.get(key)}, now {now.get(key)}"
-               for key in sorted({*saved, *now}) if saved.get(key) != now.get(key)]  # fmt: skip
+    changed = [
+        _DIGESTS.get(key) or f"{key} was {saved.get(key)}, now {now.get(key)}"
+        for key in sorted({*saved, *now})
+        if saved.get(key) != now.get(key)
+    ]
     if changed:
-        raise WanError(f"{file} is the state of another run: {'; '.join(changed)}. Give a new output folder, or "
-                       "the old options to go on.")
+        raise WanError(
+            f"{file} is the state of another run: {'; '.join(changed)}. Give a new output folder, or "
+            "the old options to go on."
+        )
 
 
 _DIGESTS = {"data": "the clips, their prompts, size or number are others", "base": "the model's weights are others"}

@@ -83,8 +83,11 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linea
     Raises:
         WanError: a target that no layer has.
     """
-    layers = {name: layer for name, layer in model.named_modules()
-              if name.startswith(_OWNERS) and isinstance(layer, nn.Linear)}  # fmt: skip
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if name.startswith(_OWNERS) and isinstance(layer, nn.Linear)
+    }
     _check_targets([target for target in targets if target != ALL] or targets, layers)
     return {name: layer for name, layer in layers.items() if _names(targets, name)}
 
@@ -97,8 +100,12 @@ def describe(adapted: Mapping[str, AdaptedLinear]) -> dict[str, object]:
     """What a run that is gone on with must share."""
     one = next(iter(adapted.values()))
     layers = sorted({_BLOCK.sub("", name) for name in adapted})  # the same in each block
-    return {"lora_rank": len(one.lora_A), "lora_alpha": one.scale * len(one.lora_A), "lora_layers": layers,
-            "base_dtype": one.base.weight.dtype}  # fmt: skip
+    return {
+        "lora_rank": len(one.lora_A),
+        "lora_alpha": one.scale * len(one.lora_A),
+        "lora_layers": layers,
+        "base_dtype": one.base.weight.dtype,
+    }
 
 
 def lora_tensors(adapted: Mapping[str, AdaptedLinear], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -137,7 +144,10 @@ def merge_lora(weights: Mapping[str, Tensor], file: str | Path, strength: float 
 def _check_targets(targets: Sequence[str], layers: Mapping[str, nn.Linear]) -> None:
     unknown = [target for target in targets if not any(_names([target], name) for name in layers)]
     if unknown or not targets:
-        ends = dict.fromkeys(_BLOCK.sub("", name).removeprefix("self_attn.").removeprefix("cross_attn.")
-                             for name in layers)  # fmt: skip
-        raise WanError(f"LoRA targets {', '.join(unknown) or '(none)'} are no linear layers of this model: choose "
-                       f"among {','.join(ends)}, or {ALL}.")
+        ends = dict.fromkeys(
+            _BLOCK.sub("", name).removeprefix("self_attn.").removeprefix("cross_attn.") for name in layers
+        )
+        raise WanError(
+            f"LoRA targets {', '.join(unknown) or '(none)'} are no linear layers of this model: choose "
+            f"among {','.join(ends)}, or {ALL}."
+        )

@@ -30,9 +30,7 @@ class TrainedDiT(WanDiT):
         inner = self.head.forward
         self.head.forward = lambda *args: _in_float32(self, inner, *args)
 
-    def text_states(
-        self, context: Tensor | Sequence[Tensor], *, keep: bool = True, inputs: tuple = ()
-    ) -> TextStates:
+    def text_states(self, context: Tensor | Sequence[Tensor], *, keep: bool = True, inputs: tuple = ()) -> TextStates:
         """Text [B, 512, D] as always, or a list of prompts [n, D] without their padding."""
         if isinstance(context, Tensor):
             return super().text_states(context, keep=keep, inputs=inputs)
@@ -42,7 +40,7 @@ class TrainedDiT(WanDiT):
 
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor | Sequence[Tensor] | TextStates, *, inputs: tuple = (), **options
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         text = context if isinstance(context, TextStates) else self.text_states(context, keep=False, inputs=inputs)
         self.attend = text.attend if isinstance(text, BriefText) else _attend
         return super().forward(x, t, text, **options)

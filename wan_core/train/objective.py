@@ -31,8 +31,9 @@ class NoiseRange:
 
     def __post_init__(self):
         if not 0 <= self.low < self.high <= 1:
-            raise WanError(f"Timestep boundaries {self.low} to {self.high}: expected fractions with "
-                           "0 <= minimum < maximum <= 1.")
+            raise WanError(
+                f"Timestep boundaries {self.low} to {self.high}: expected fractions with 0 <= minimum < maximum <= 1."
+            )
         if self.shift <= 0:
             raise WanError(f"shift is {self.shift}: expected a number above 0.")
 

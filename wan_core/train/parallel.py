@@ -87,8 +87,10 @@ def _device_of(place: int, wanted: torch.device) -> torch.device:
     if cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     if place >= torch.cuda.device_count():
-        raise WanError(f"Process {place + 1} of this machine has no GPU: there are {torch.cuda.device_count()}. Start "
-                       "as many processes as there are GPUs.")
+        raise WanError(
+            f"Process {place + 1} of this machine has no GPU: there are {torch.cuda.device_count()}. Start "
+            "as many processes as there are GPUs."
+        )
     return torch.device("cuda", place)
 
 

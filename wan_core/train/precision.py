@@ -12,7 +12,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 
 
 def resolve_precision(name: str, device: torch.device | str) -> str:
-    """"bf16" or "fp32"; "auto" is bf16 on a GPU that has it and on a CPU with matrix tiles (AMX).
+    """ "bf16" or "fp32"; "auto" is bf16 on a GPU that has it and on a CPU with matrix tiles (AMX).
 
     Without the tiles a CPU multiplies bfloat16 many times slower than float32.
 

@@ -45,8 +45,9 @@ class Log:
                     writer.writeheader()
                 writer.writerow(row)
         except OSError as error:
-            raise WanError(f"Cannot write {self.file}: {error.strerror}. Make room and start the same training again: "
-                           "it goes on.") from error
+            raise WanError(
+                f"Cannot write {self.file}: {error.strerror}. Make room and start the same training again: it goes on."
+            ) from error
 
 
 def read_log(file: Path) -> list[dict[str, str]]:
@@ -83,8 +84,10 @@ def draw_loss(losses: Sequence[float], *, title: str = "loss", size: tuple[int, 
 
         def points(row: Sequence[float]) -> list[tuple[float, float]]:
             across = (right - left) / max(1, len(row) - 1)
-            return [(left + i * across, bottom - (bottom - top) * (math.log10(v) - low) / (high - low))
-                    for i, v in enumerate(row)]  # fmt: skip
+            return [
+                (left + i * across, bottom - (bottom - top) * (math.log10(v) - low) / (high - low))
+                for i, v in enumerate(row)
+            ]
 
         if len(values) > 1:
             draw.line(points(values), fill="#c5d8f0")
@@ -124,8 +127,15 @@ def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> None
     draw.text(place, text if font else text.encode("latin-1", "replace").decode("latin-1"), fill="black", font=font)
 
 
-_WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSerifCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "msyh.ttc",
-               "PingFang.ttc", "Arial Unicode.ttf")  # fmt: skip
+_WIDE_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "NotoSerifCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "msyh.ttc",
+    "PingFang.ttc",
+    "Arial Unicode.ttf",
+)
 
 
 @cache

@@ -123,8 +123,18 @@ class Request:
             raise WanError(f"caption_dropout is {self.caption_dropout}: expected a fraction of the captions, 0 to 1.")
 
 
-_LEAST = {"rank": 0, "repeat": 1, "steps": 0, "epochs": 1, "batch": 1, "accumulate": 1, "weight_decay": 0,
-          "save_every": 0, "sample_every": 0, "sample_steps": 1}  # fmt: skip
+_LEAST = {
+    "rank": 0,
+    "repeat": 1,
+    "steps": 0,
+    "epochs": 1,
+    "batch": 1,
+    "accumulate": 1,
+    "weight_decay": 0,
+    "save_every": 0,
+    "sample_every": 0,
+    "sample_steps": 1,
+}
 
 
 def experts_of(variant: Variant) -> tuple[str, ...]:
@@ -139,8 +149,9 @@ def files_in(folder: Path | None, task: str, expert: str, **own: Path | None) ->
     """
     variant, own = VARIANTS[task], {part: file for part, file in own.items() if file}
     if expert not in experts_of(variant):
-        raise WanError(f"{variant.display_name} has no expert {expert!r}: choose --expert "
-                       f"{' or '.join(experts_of(variant))}.")
+        raise WanError(
+            f"{variant.display_name} has no expert {expert!r}: choose --expert {' or '.join(experts_of(variant))}."
+        )
     dit = "low" if expert == "low" else "high"
     needed = (dit, "vae", "text_encoder", *(("clip",) if variant.clip else ()))
     wanted = [part for part in needed if own.get("dit" if part == dit else part) is None]
@@ -151,8 +162,13 @@ def files_in(folder: Path | None, task: str, expert: str, **own: Path | None) ->
         raise WanError(f"Where are the weights? Give --ckpt_dir, or all of --dit, --vae{clip}.")
     parts = find_parts(folder, variant, wanted)
     tokenizer = None if "text_encoder" in own else parts.tokenizer
-    found = {"dit": getattr(parts, dit), "vae": parts.vae, "text_encoder": parts.text_encoder, "tokenizer": tokenizer,
-             "clip": parts.clip}  # fmt: skip
+    found = {
+        "dit": getattr(parts, dit),
+        "vae": parts.vae,
+        "text_encoder": parts.text_encoder,
+        "tokenizer": tokenizer,
+        "clip": parts.clip,
+    }
     return TrainFiles(**found | own)
 
 
@@ -207,9 +223,15 @@ def run(
     hooks.before_load()
     data, wishes = prepare(request, clips, files, variant, device, torch.device(text_device), hooks)
     model, adapted = _model(request, base, device)
-    recipe = Recipe(variant, _noise(request, variant), request.batch, request.caption_dropout,
-                    precision=request.precision, seed=request.seed,
-                    base=digest(*map(file_key, base.checkpoint.files)))  # fmt: skip
+    recipe = Recipe(
+        variant,
+        _noise(request, variant),
+        request.batch,
+        request.caption_dropout,
+        precision=request.precision,
+        seed=request.seed,
+        base=digest(*map(file_key, base.checkpoint.files)),
+    )
     task = DiTTask(model, data, recipe, adapted=adapted, on_block=hooks.check)
     if wishes:
         task.sampler = _grids(request, task, wishes, files.vae)
@@ -284,11 +306,15 @@ def check_files(files: TrainFiles, variant: Variant) -> DiTFile:
     base, vae, text = read_dit(files.dit), read_vae(files.vae), read_text_encoder(files.text_encoder, files.tokenizer)
     check_variant(base.config, variant, files.dit)
     if vae.config.kind != variant.vae:
-        raise WanError(f"{files.vae} is a {vae.config.kind} VAE, but {variant.display_name} needs {variant.vae}: "
-                       f"use {VAES[variant.vae].comfy_name} or {VAES[variant.vae].checkpoint}.")
+        raise WanError(
+            f"{files.vae} is a {vae.config.kind} VAE, but {variant.display_name} needs {variant.vae}: "
+            f"use {VAES[variant.vae].comfy_name} or {VAES[variant.vae].checkpoint}."
+        )
     if text.config.dim != base.config.text_dim:
-        raise WanError(f"{files.text_encoder} gives embeddings {text.config.dim} wide, but {files.dit} takes "
-                       f"{base.config.text_dim}. Use the text encoder of the same model.")
+        raise WanError(
+            f"{files.text_encoder} gives embeddings {text.config.dim} wide, but {files.dit} takes "
+            f"{base.config.text_dim}. Use the text encoder of the same model."
+        )
     _check_clip(files, base, variant)
     return base
 
@@ -302,12 +328,15 @@ def _check_clip(files: TrainFiles, base: DiTFile, variant: Variant) -> None:
     if not variant.clip:
         return
     if files.clip is None:
-        raise WanError(f"{variant.display_name} hears its picture through CLIP, whose model is missing: give "
-                       f"{CLIP_COMFY_NAME} or {CLIP_CHECKPOINT} (option clip).")
+        raise WanError(
+            f"{variant.display_name} hears its picture through CLIP, whose model is missing: give "
+            f"{CLIP_COMFY_NAME} or {CLIP_CHECKPOINT} (option clip)."
+        )
     found, wanted = read_clip(files.clip).config.dim, base.config.feature(ClipTokensConfig).width
     if found != wanted:
-        raise WanError(f"{files.clip} gives CLIP tokens {found} wide, but {files.dit} takes {wanted}: use "
-                       f"{CLIP_COMFY_NAME}.")
+        raise WanError(
+            f"{files.clip} gives CLIP tokens {found} wide, but {files.dit} takes {wanted}: use {CLIP_COMFY_NAME}."
+        )
 
 
 def check_trainable(file: DiTFile, *, whole: bool) -> None:
@@ -318,12 +347,18 @@ def check_trainable(file: DiTFile, *, whole: bool) -> None:
     """
     formats = sorted({info.format.name for info in file.checkpoint.tensors.values() if info.format})
     if formats and whole:
-        raise WanError(f"{file.checkpoint.path} is quantised ({', '.join(formats)}): training a whole model needs the "
-                       "weights in bfloat16, float16 or float32. Choose such a file of the same model, or train a "
-                       "LoRA.")
+        raise WanError(
+            f"{file.checkpoint.path} is quantised ({', '.join(formats)}): training a whole model needs the "
+            "weights in bfloat16, float16 or float32. Choose such a file of the same model, or train a "
+            "LoRA."
+        )
     if formats:
-        log.info("wan_core: %s is quantised (%s) and will be dequantised: the training takes as much memory as on "
-                 "bfloat16 weights, and the LoRA suits these weights best.", file.checkpoint.path, ", ".join(formats))
+        log.info(
+            "wan_core: %s is quantised (%s) and will be dequantised: the training takes as much memory as on "
+            "bfloat16 weights, and the LoRA suits these weights best.",
+            file.checkpoint.path,
+            ", ".join(formats),
+        )
 
 
 def prepare(
@@ -341,15 +376,20 @@ def prepare(
     """
     folder = request.cache or request.out / "cache"
     latents = Latents(
-        Cache(folder / "latents"), lambda: load_vae(files.vae, device=device, dtype=torch.float32),
-        file_key(files.vae), variant, hooks.check, clip=lambda: load_clip_vision(files.clip, device=device),
+        Cache(folder / "latents"),
+        lambda: load_vae(files.vae, device=device, dtype=torch.float32),
+        file_key(files.vae),
+        variant,
+        hooks.check,
+        clip=lambda: load_clip_vision(files.clip, device=device),
         clip_key=file_key(files.clip) if variant.clip else "",
-    )  # fmt: skip
+    )
     texts = Texts(
         Cache(folder / "texts"),
         lambda: load_text_encoder(files.text_encoder, tokenizer=files.tokenizer, device=text_device),
-        file_key(files.text_encoder), hooks.check,
-    )  # fmt: skip
+        file_key(files.text_encoder),
+        hooks.check,
+    )
     shapes: dict[str, tuple] = {}
     wanted = len({clip.key for clip in clips})
 
@@ -370,8 +410,9 @@ def prepare(
 
     encoders = (latents.vae_key, texts.encoder_key, *filter(None, (latents.clip_key,)))
     key = digest(*(clip.key + clip.prompt for clip in rows), *encoders)
-    return Data(lambda i: latents(rows[i]), lambda i: texts(rows[i].prompt), empty,
-                [shapes[clip.key] for clip in rows], key), wishes  # fmt: skip
+    return Data(
+        lambda i: latents(rows[i]), lambda i: texts(rows[i].prompt), empty, [shapes[clip.key] for clip in rows], key
+    ), wishes
 
 
 def _share(clips: Sequence[Clip], ready: Callable[[Clip], None]) -> None:
@@ -418,9 +459,7 @@ def _grids(request: Request, task: DiTTask, wishes: Sequence[Wish], vae: Path) -
     return Grids(task.model, wishes, task.data.empty, shape, how, variant, decode, request.seed)
 
 
-def _model(
-    request: Request, base: DiTFile, device: torch.device
-) -> tuple[TrainedDiT, dict[str, AdaptedLinear] | None]:
+def _model(request: Request, base: DiTFile, device: torch.device) -> tuple[TrainedDiT, dict[str, AdaptedLinear] | None]:
     dtype = resolve_dtype(request.dtype, device) if request.rank else torch.float32
     if dtype is torch.float16 and resolve_precision(request.precision, device) == "bf16":
         dtype = torch.bfloat16  # autocast computes in it, and does not take the other 16 bits
@@ -441,7 +480,12 @@ def _noise(request: Request, variant: Variant) -> NoiseRange:
 def _plan(request: Request, clips: int) -> Plan:
     per_epoch = max(1, -(-clips // (request.batch * request.accumulate * Processes.current().count)))
     return Plan(
-        request.steps or request.epochs * per_epoch, request.learning_rate, seed=request.seed, ema=request.ema,
-        accumulate=request.accumulate, weight_decay=request.weight_decay, save_every=request.save_every,
+        request.steps or request.epochs * per_epoch,
+        request.learning_rate,
+        seed=request.seed,
+        ema=request.ema,
+        accumulate=request.accumulate,
+        weight_decay=request.weight_decay,
+        save_every=request.save_every,
         sample_every=request.sample_every,
-    )  # fmt: skip
+    )

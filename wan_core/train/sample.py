@@ -118,5 +118,15 @@ class Grids:
 
     def _draw(self, wish: Wish) -> Tensor:
         first = None if wish.first is None else wish.first[None]
-        return sample(self.model, self.model, [wish.text], self.empty, self.shape, self.how, self.variant,
-                      seed=self.seed, inputs=wish.inputs, first=first)  # fmt: skip
+        return sample(
+            self.model,
+            self.model,
+            [wish.text],
+            self.empty,
+            self.shape,
+            self.how,
+            self.variant,
+            seed=self.seed,
+            inputs=wish.inputs,
+            first=first,
+        )

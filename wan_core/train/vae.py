@@ -109,8 +109,14 @@ class VAETask:
         return dict(self.vae.named_parameters())
 
     def describe(self) -> dict[str, object]:
-        return {"vae": self.vae.config, "data": self.key, "precision": self.precision, "phases": self.recipe.phases,
-                "losses": self.recipe.losses, "latent_noise": self.recipe.noise}  # fmt: skip
+        return {
+            "vae": self.vae.config,
+            "data": self.key,
+            "precision": self.precision,
+            "phases": self.recipe.phases,
+            "losses": self.recipe.losses,
+            "latent_noise": self.recipe.noise,
+        }
 
     def loss(self, batch: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         phase = self.recipe.phase(batch)
@@ -128,8 +134,9 @@ class VAETask:
 
     def _cut(self, phase: Phase, generator: torch.Generator) -> Tensor:
         clip = self.clips(generator, phase.frames)
-        top, left = (int(torch.randint(max(1, side - phase.side + 1), (), generator=generator))
-                     for side in clip.shape[2:])  # fmt: skip
+        top, left = (
+            int(torch.randint(max(1, side - phase.side + 1), (), generator=generator)) for side in clip.shape[2:]
+        )
         return clip[:, :, top : top + phase.side, left : left + phase.side]
 
 

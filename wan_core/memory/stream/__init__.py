@@ -6,4 +6,3 @@ While a block computes, the next ones are read and copied; behind the last comes
 of the guidance or the next step. Nothing is written back, and once the ring stands nothing is allocated but a small
 buffer where a dtype changes.
 """
-

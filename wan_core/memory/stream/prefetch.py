@@ -16,7 +16,7 @@ class Prefetcher:
 
     def __init__(
         self, transfers: dict[int, BlockTransfer], backend: TransferBackend, ring: Ring, check: Callable[[], None]
-    ):  # fmt: skip
+    ):
         self.transfers, self.backend, self.ring, self.check = transfers, backend, ring, check
         self._changed = threading.Condition()
         self._closed = False

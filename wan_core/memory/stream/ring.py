@@ -16,8 +16,9 @@ def spread(count: int, layers: int) -> tuple[int, ...]:
 
 def check_count(count: int, layers: int) -> None:
     if not 0 <= count <= layers:
-        raise WanError(f"Cannot keep {count} blocks off the device: this model has {layers} blocks. "
-                       f"Choose 0 to {layers}.")
+        raise WanError(
+            f"Cannot keep {count} blocks off the device: this model has {layers} blocks. Choose 0 to {layers}."
+        )
 
 
 class Ring:

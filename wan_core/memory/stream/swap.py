@@ -74,9 +74,11 @@ class BlockSwap:
         return self
 
     def carry(
-        self, beside: Mapping[int, Iterable[Passenger]], apart: Iterable[tuple[nn.Module, str]],
+        self,
+        beside: Mapping[int, Iterable[Passenger]],
+        apart: Iterable[tuple[nn.Module, str]],
         checks: Iterable[Callable[[], None]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Bring other tensors with the blocks from now on; with nothing given, the blocks' own weights alone again.
 
         Args:
@@ -167,7 +169,7 @@ def _all_of(checks: Sequence[Callable[[], None]]) -> Callable[[], None]:
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """"cuda" is the current CUDA device; tensors there name it with its number."""
+    """ "cuda" is the current CUDA device; tensors there name it with its number."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -112,7 +112,7 @@ class Block(nn.Module):
         self.norm2 = Norm(config.dim, config.eps)
         self.mlp = nn.Sequential(
             nn.Linear(config.dim, config.mlp_dim), nn.GELU(), nn.Linear(config.mlp_dim, config.dim)
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))

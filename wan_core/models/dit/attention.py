@@ -77,9 +77,12 @@ def flash2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, kind: KIND = "s
 
 
 @backend(
-    "flash3", package="flash_attn_interface", devices=("cuda",), dtypes=_HALF,
+    "flash3",
+    package="flash_attn_interface",
+    devices=("cuda",),
+    dtypes=_HALF,
     install="build the `hopper` folder of the flash-attention repository (Hopper cards only)",
-)  # fmt: skip
+)
 def flash3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, kind: KIND = "self") -> torch.Tensor:
     """FlashAttention 3 (arXiv 2407.08608)."""
     from flash_attn_interface import flash_attn_func
@@ -102,7 +105,9 @@ def find_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> B
     if not found.installed:
         raise WanError(f"Attention backend {name!r} is not installed: {found.install}. Or choose sdpa.")
     if not found.fits(torch.device(device), dtype):
-        raise WanError(f"Attention backend {name!r} does not run with {dtype} on {device}: it needs "
-                       f"{' or '.join(found.devices or ('any device',))} and "
-                       f"{' or '.join(map(str, found.dtypes or ('any dtype',)))}. Choose sdpa.")
+        raise WanError(
+            f"Attention backend {name!r} does not run with {dtype} on {device}: it needs "
+            f"{' or '.join(found.devices or ('any device',))} and "
+            f"{' or '.join(map(str, found.dtypes or ('any dtype',)))}. Choose sdpa."
+        )
     return found

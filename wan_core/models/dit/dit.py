@@ -52,9 +52,7 @@ class TextStates:
     ``keep=False`` computes keys and values anew on every call, for devices where they do not fit.
     """
 
-    def __init__(
-        self, embedded: torch.Tensor, layers: int, *, keep: bool = True, branches: tuple[Branch, ...] = ()
-    ):  # fmt: skip
+    def __init__(self, embedded: torch.Tensor, layers: int, *, keep: bool = True, branches: tuple[Branch, ...] = ()):
         self.embedded = embedded  # [B, L, dim]
         self.keep = keep
         self.branches = branches
@@ -233,9 +231,7 @@ class WanDiT(nn.Module):
         self.config = config
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=PATCH, stride=PATCH)
-        self.text_embedding = nn.Sequential(
-            Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim)
-        )
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, dim * 6))
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
@@ -262,8 +258,10 @@ class WanDiT(nn.Module):
             WanError: embeddings of another width than this model's.
         """
         if context.shape[-1] != self.config.text_dim:
-            raise WanError(f"The text embedding is {context.shape[-1]} wide, but this model takes "
-                           f"{self.config.text_dim}: use a umT5-XXL text encoder (ComfyUI: CLIPLoader with type wan).")
+            raise WanError(
+                f"The text embedding is {context.shape[-1]} wide, but this model takes "
+                f"{self.config.text_dim}: use a umT5-XXL text encoder (ComfyUI: CLIPLoader with type wan)."
+            )
         embedded = self.text_embedding(context.to(self.device, self.dtype))
         return TextStates(embedded, self.config.layers, keep=keep, branches=self.branches(inputs, len(embedded)))
 
@@ -304,11 +302,7 @@ class WanDiT(nn.Module):
         return x.requires_grad or text.requires_grad or any(p.requires_grad for p in self.parameters())
 
     def _velocity(
-        self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        text: TextStates,
-        on_block: Callable[[int], None] | None,
+        self, x: torch.Tensor, t: torch.Tensor, text: TextStates, on_block: Callable[[int], None] | None
     ) -> torch.Tensor:
         height, width = x.shape[-2:]
         x = _pad_to_patches(x)
@@ -328,8 +322,10 @@ class WanDiT(nn.Module):
         if x.ndim != 5 or x.shape[1] != self.config.in_channels:
             raise WanError(f"The latent has shape {list(x.shape)}; expected [B, {self.config.in_channels}, T, h, w].")
         if t.shape not in (x.shape[:1], (x.shape[0], x.shape[2])):
-            raise WanError(f"Timesteps have shape {list(t.shape)}; expected [{x.shape[0]}] or "
-                           f"[{x.shape[0]}, {x.shape[2]}] (one for each latent frame).")
+            raise WanError(
+                f"Timesteps have shape {list(t.shape)}; expected [{x.shape[0]}] or "
+                f"[{x.shape[0]}, {x.shape[2]}] (one for each latent frame)."
+            )
 
     def _embed_patches(self, x: torch.Tensor) -> torch.Tensor:
         # A convolution whose stride is its kernel is a matrix product over patches, and faster as one.

@@ -28,11 +28,14 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
     """
     axes = [_rotations(n, pairs) for n, pairs in zip(grid, axis_pairs(head_dim), strict=True)]
     t, h, w = grid
-    table = torch.cat([
-        axes[0].view(t, 1, 1, -1).expand(t, h, w, -1),
-        axes[1].view(1, h, 1, -1).expand(t, h, w, -1),
-        axes[2].view(1, 1, w, -1).expand(t, h, w, -1),
-    ], dim=-1)  # fmt: skip
+    table = torch.cat(
+        [
+            axes[0].view(t, 1, 1, -1).expand(t, h, w, -1),
+            axes[1].view(1, h, 1, -1).expand(t, h, w, -1),
+            axes[2].view(1, 1, w, -1).expand(t, h, w, -1),
+        ],
+        dim=-1,
+    )
     return table.reshape(t * h * w, 1, head_dim // 2).to(torch.complex64).to(device)
 
 

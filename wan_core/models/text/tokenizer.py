@@ -130,13 +130,26 @@ def train_tiny_tokenizer(
 
     model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=vocabulary,
-        hard_vocab_limit=False, byte_fallback=True, remove_extra_whitespaces=False,
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=vocabulary,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
         normalization_rule_name="nmt_nfkc_cf" if fold_case else "identity",
         user_defined_symbols=[phrase.replace(" ", "▁") for phrase in phrases],
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece=_END, bos_piece="<s>", unk_piece="<unk>",
-        num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece=_END,
+        bos_piece="<s>",
+        unk_piece="<unk>",
+        num_threads=1,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
@@ -146,9 +159,16 @@ def write_tokenizer_folder(folder: str | Path, model: bytes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SPIECE_FILE).write_bytes(model)
     (folder / FAST_FILE).write_text(_fast_json(model), encoding="utf-8")
-    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "additional_special_tokens": [],
-              "pad_token": "<pad>", "eos_token": _END, "bos_token": "<s>", "unk_token": "<unk>",
-              "model_max_length": TEXT_LENGTH}  # fmt: skip
+    config = {
+        "tokenizer_class": "T5Tokenizer",
+        "extra_ids": 0,
+        "additional_special_tokens": [],
+        "pad_token": "<pad>",
+        "eos_token": _END,
+        "bos_token": "<s>",
+        "unk_token": "<unk>",
+        "model_max_length": TEXT_LENGTH,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
@@ -166,8 +186,12 @@ def _from_json(file: Path) -> Tokenizer:
     eos = fast.token_to_id(_END)
     if eos is None:
         raise WanError(f"{file} has no {_END} token, so it is not umT5's tokenizer. Use the one of google/umt5-xxl.")
-    return Tokenizer(lambda text: _fast_ids(fast, text, file),
-                     size=fast.get_vocab_size(with_added_tokens=False), eos=eos, source=str(file))
+    return Tokenizer(
+        lambda text: _fast_ids(fast, text, file),
+        size=fast.get_vocab_size(with_added_tokens=False),
+        eos=eos,
+        source=str(file),
+    )
 
 
 def _fast_ids(fast: FastTokenizer, text: str, file: Path) -> list[int]:
@@ -176,8 +200,10 @@ def _fast_ids(fast: FastTokenizer, text: str, file: Path) -> list[int]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library panics with BaseException, which would end a worker for good
-        raise WanError(f"{file} fails on this prompt ({_first_line(error)}). Download google/umt5-xxl again, or take "
-                       "characters out of the prompt that are no text.") from error  # fmt: skip
+        raise WanError(
+            f"{file} fails on this prompt ({_first_line(error)}). Download google/umt5-xxl again, or take "
+            "characters out of the prompt that are no text."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -188,8 +214,9 @@ def _from_spiece(model: bytes, source: str) -> Tokenizer:
     processor = _processor(model, source)
     if processor.eos_id() < 0:
         raise WanError(f"{source} has no {_END} token, so it is not umT5's tokenizer. Use the one of google/umt5-xxl.")
-    return Tokenizer(lambda text: processor.encode(text), size=processor.get_piece_size(), eos=processor.eos_id(),
-                     source=source)
+    return Tokenizer(
+        lambda text: processor.encode(text), size=processor.get_piece_size(), eos=processor.eos_id(), source=source
+    )
 
 
 def _processor(model: bytes, source: str):
@@ -198,8 +225,10 @@ def _processor(model: bytes, source: str):
     try:
         return SentencePieceProcessor(model_proto=model)
     except (RuntimeError, ValueError) as error:
-        raise WanError(f"{source} is no SentencePiece model ({len(model)} bytes). Expected {SPIECE_FILE} of "
-                       "google/umt5-xxl; download it again.") from error
+        raise WanError(
+            f"{source} is no SentencePiece model ({len(model)} bytes). Expected {SPIECE_FILE} of "
+            "google/umt5-xxl; download it again."
+        ) from error
 
 
 def _folders_beside(path: Path) -> list[Path]:

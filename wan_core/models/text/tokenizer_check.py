@@ -79,8 +79,11 @@ def _misfit(pieces: Pieces, rows: int, larger: bool) -> str | None:
     if not _REAL_SIZES[0] <= pieces.size <= _REAL_SIZES[1]:
         return f"is not umT5's: it knows {pieces.size} tokens, expected {_REAL_SIZES[0]} to {_REAL_SIZES[1]}"
     wrong = next((i for i, piece in _REAL_PIECES.items() if pieces.at(i) != piece), None)
-    return None if wrong is None else (f"is not umT5's: its token {wrong} is {pieces.at(wrong)!r}, expected "
-                                       f"{_REAL_PIECES[wrong]!r}")  # fmt: skip
+    return (
+        None
+        if wrong is None
+        else (f"is not umT5's: its token {wrong} is {pieces.at(wrong)!r}, expected {_REAL_PIECES[wrong]!r}")
+    )
 
 
 def _pieces_of(source: bytes | Path) -> Pieces:
@@ -93,8 +96,11 @@ def _pieces_of(source: bytes | Path) -> Pieces:
     except RuntimeError as error:
         raise ValueError("no SentencePiece model") from error
     size, unknown = processor.get_piece_size(), processor.unk_id()
-    return Pieces(size, lambda i: processor.id_to_piece(i) if i < size else None,
-                  lambda piece: processor.piece_to_id(piece) != unknown)  # fmt: skip
+    return Pieces(
+        size,
+        lambda i: processor.id_to_piece(i) if i < size else None,
+        lambda piece: processor.piece_to_id(piece) != unknown,
+    )
 
 
 def _pieces_of_json(description: dict) -> Pieces:

@@ -136,10 +136,14 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.residual = nn.ModuleDict({
-            "0": RMSNorm(in_channels, 3), "2": CausalConv3d(in_channels, out_channels, (3, 3, 3)),
-            "3": RMSNorm(out_channels, 3), "6": CausalConv3d(out_channels, out_channels, (3, 3, 3)),
-        })  # fmt: skip
+        self.residual = nn.ModuleDict(
+            {
+                "0": RMSNorm(in_channels, 3),
+                "2": CausalConv3d(in_channels, out_channels, (3, 3, 3)),
+                "3": RMSNorm(out_channels, 3),
+                "6": CausalConv3d(out_channels, out_channels, (3, 3, 3)),
+            }
+        )
         self.shortcut = PointConv3d(in_channels, out_channels) if in_channels != out_channels else None
 
     def forward(self, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:

@@ -36,8 +36,10 @@ class Tiles:
 
     def __post_init__(self):
         if min(self.height, self.width) < 2 * self.overlap or self.overlap < 0:
-            raise WanError(f"Tiles of {self.width}x{self.height} with an overlap of {self.overlap}: an overlap can be "
-                           "half a tile at most. Choose larger tiles or a smaller overlap.")
+            raise WanError(
+                f"Tiles of {self.width}x{self.height} with an overlap of {self.overlap}: an overlap can be "
+                "half a tile at most. Choose larger tiles or a smaller overlap."
+            )
         if self.ramp is not None and not 0 <= self.ramp <= self.overlap:
             raise WanError(f"A ramp of {self.ramp} does not fit into an overlap of {self.overlap}.")
 
@@ -68,11 +70,15 @@ def cut(height: int, width: int, tiles: Tiles, stride: int) -> list[Tile]:
     columns = _side(width, max(1, tiles.width // stride), overlap)
 
     def weight(i: int, j: int, scale: int) -> Tensor:
-        return torch.outer(*(_weight(side, index, scale, ramp * scale / stride)
-                             for side, index in ((rows, i), (columns, j))))  # fmt: skip
+        return torch.outer(
+            *(_weight(side, index, scale, ramp * scale / stride) for side, index in ((rows, i), (columns, j)))
+        )
 
-    return [Tile(rows[i], columns[j], weight(i, j, 1), weight(i, j, stride))
-            for i in range(len(rows)) for j in range(len(columns))]  # fmt: skip
+    return [
+        Tile(rows[i], columns[j], weight(i, j, 1), weight(i, j, stride))
+        for i in range(len(rows))
+        for j in range(len(columns))
+    ]
 
 
 def _side(length: int, size: int, overlap: int) -> list[slice]:

@@ -94,11 +94,15 @@ def check_features(features: torch.Tensor, config: ClipTokensConfig) -> None:
         WanError: they are not [B, N, width], or more tokens than the model has positions for.
     """
     if features.ndim != 3 or features.shape[-1] != config.width:
-        raise WanError(f"The CLIP features have shape {list(features.shape)}; this model takes [B, N, {config.width}]. "
-                       "Use the CLIP vision model of Wan2.1, ViT-H/14 (clip_vision_h.safetensors).")
+        raise WanError(
+            f"The CLIP features have shape {list(features.shape)}; this model takes [B, N, {config.width}]. "
+            "Use the CLIP vision model of Wan2.1, ViT-H/14 (clip_vision_h.safetensors)."
+        )
     if config.positions and features.shape[1] > config.positions:
-        raise WanError(f"The CLIP features hold {features.shape[1]} tokens, but this model has positions for "
-                       f"{config.positions}: a start and an end picture.")
+        raise WanError(
+            f"The CLIP features hold {features.shape[1]} tokens, but this model has positions for "
+            f"{config.positions}: a start and an end picture."
+        )
 
 
 class ImageBranch:
@@ -121,9 +125,12 @@ class ImageEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.proj = nn.Sequential(
-            _Norm(config.width, eps=_EPS), Linear(config.width, config.width), nn.GELU(),
-            Linear(config.width, dim), _Norm(dim, eps=_EPS),
-        )  # fmt: skip
+            _Norm(config.width, eps=_EPS),
+            Linear(config.width, config.width),
+            nn.GELU(),
+            Linear(config.width, dim),
+            _Norm(dim, eps=_EPS),
+        )
         if config.positions:
             self.emb_pos = nn.Parameter(torch.empty(1, config.positions, config.width))
 
