@@ -12,38 +12,12 @@ UNDERSTOOD = frozenset({"concat_latent_image", "concat_mask", "clip_vision_outpu
 
 # Nothing of them reaches a Wan model, in ComfyUI neither: marks of text encoders, sizes for other families, and what
 # ComfyUI's samplers themselves add before they ask the model.
-HARMLESS = frozenset(
-    {
-        "pooled_output",
-        "attention_mask",
-        "prompt_type",
-        "strength",
-        "set_area_to_bounds",
-        "mask_strength",
-        "default",
-        "width",
-        "height",
-        "crop_w",
-        "crop_h",
-        "target_width",
-        "target_height",
-        "aesthetic_score",
-        "frame_rate",
-        "fps",
-        "device",
-        "noise",
-        "latent_image",
-        "denoise_mask",
-        "seed",
-        "cross_attn",
-        "uuid",
-        "model_conds",
-        "latent_shapes",
-        "timestep_start",
-        "timestep_end",
-        "additional_models",
-    }
-)
+HARMLESS = frozenset({
+    "pooled_output", "attention_mask", "prompt_type", "strength", "set_area_to_bounds", "mask_strength", "default",
+    "width", "height", "crop_w", "crop_h", "target_width", "target_height", "aesthetic_score", "frame_rate", "fps",
+    "device", "noise", "latent_image", "denoise_mask", "seed", "cross_attn", "uuid", "model_conds", "latent_shapes",
+    "timestep_start", "timestep_end", "additional_models",
+})  # fmt: skip
 
 NEEDS_MODEL = {
     "vace_frames": "a VACE model", "vace_mask": "a VACE model", "vace_strength": "a VACE model",

@@ -36,15 +36,8 @@ FILES = {
     "umt5_xxl_fp8_e4m3fn_scaled.safetensors": "nano_umt5.safetensors",
 }
 SMALL = {
-    "width": 64,
-    "height": 64,
-    "frames": 17,
-    "steps": 20,
-    "cfg_high": 3.0,
-    "cfg_low": 3.0,
-    "shift": 5.0,
-    "fps": 8.0,
-}
+    "width": 64, "height": 64, "frames": 17, "steps": 20, "cfg_high": 3.0, "cfg_low": 3.0, "shift": 5.0, "fps": 8.0,
+}  # fmt: skip
 SHOWN = {
     "t2v-A14B": ("A red circle moves to the right over the ocean.", None),
     "i2v-A14B": ("A yellow triangle moves up in front of the grey studio.", "nano_i2v.png"),

@@ -21,15 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / ".cache/screenshots"
 FRONTENDS = ("pinned", "newest")  # the one ComfyUI pins; the one that users of a current ComfyUI have
 SCREEN = {"width": 1600, "height": 1000}
-CHROMIUM_FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-component-update",
-    "--disable-background-networking",
-    "--disable-sync",
-)
+CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
+                  "--disable-background-networking", "--disable-sync")  # fmt: skip
 
 # Errors in the browser's console that ComfyUI itself makes; everything else fails the test in which it appears.
 # Each is a pattern on "message @ source".

@@ -11,18 +11,8 @@ from torch import Tensor
 from wan_core.layouts.dit import DIALECTS
 
 RANK, ALPHA, STRENGTH = 4, 6.0, 0.7
-LAYERS = (
-    "self_attn.q",
-    "self_attn.o",
-    "cross_attn.k",
-    "cross_attn.v",
-    "ffn.0",
-    "ffn.2",
-    "cross_attn.k_img",
-    "cross_attn.v_img",
-    "img_emb.proj.1",
-    "img_emb.proj.3",
-)
+LAYERS = ("self_attn.q", "self_attn.o", "cross_attn.k", "cross_attn.v", "ffn.0", "ffn.2",
+          "cross_attn.k_img", "cross_attn.v_img", "img_emb.proj.1", "img_emb.proj.3")  # fmt: skip
 Weights = Mapping[str, Tensor]
 Made = tuple[dict[str, Tensor], dict[str, Tensor]]  # the file's tensors; the weights it should give
 

@@ -15,16 +15,8 @@ from wan_core.errors import WanError
 from wan_core.loading.clip import read_clip
 from wan_core.models.clip.vit import MEAN, STD, prepare
 
-SIZES = {
-    "hidden_size": 160,
-    "intermediate_size": 320,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 56,
-    "patch_size": 14,
-    "hidden_act": "gelu",
-    "projection_dim": 32,
-}
+SIZES = {"hidden_size": 160, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 2,
+         "image_size": 56, "patch_size": 14, "hidden_act": "gelu", "projection_dim": 32}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -39,21 +39,9 @@ PARTS = (".data", ".scale", ".tiles", ".whole")  # of a packed matrix
 FOLDERS = ("official", "diffusers")
 
 # Relative root mean square error of the worst matrix of random normal weights, measured, plus a tenth.
-WORST = {
-    "fp8_scaled": 0.030,
-    "int8": 0.0083,
-    "mxfp8": 0.030,
-    "nvfp4": 0.11,
-    "gguf:Q8_0": 0.0060,
-    "gguf:Q5_1": 0.043,
-    "gguf:Q5_0": 0.048,
-    "gguf:Q4_1": 0.087,
-    "gguf:Q4_0": 0.096,
-    "gguf:F16": 0.0003,
-    "gguf:BF16": 0.0019,
-    "bf16": 0.0026,
-    "fp16": 0.0004,
-}
+WORST = {"fp8_scaled": 0.030, "int8": 0.0083, "mxfp8": 0.030, "nvfp4": 0.11, "gguf:Q8_0": 0.0060, "gguf:Q5_1": 0.043,
+         "gguf:Q5_0": 0.048, "gguf:Q4_1": 0.087, "gguf:Q4_0": 0.096, "gguf:F16": 0.0003, "gguf:BF16": 0.0019,
+         "bf16": 0.0026, "fp16": 0.0004}  # fmt: skip
 EXACT = ("fp32", "official", "comfyui", "diffusers")
 
 

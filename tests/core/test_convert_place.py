@@ -109,19 +109,9 @@ def pipe(target: Path, ours: Path) -> None:
     os.mkfifo(target)
 
 
-FOREIGN = (
-    foreign_file,
-    foreign_safetensors,
-    foreign_folder,
-    folder_of_single_files,
-    folder_with_a_note,
-    folder_with_an_edited_config,
-    folder_with_a_link,
-    link_to_a_file,
-    link_to_ours,
-    dangling_link,
-    pipe,
-)
+FOREIGN = (foreign_file, foreign_safetensors, foreign_folder, folder_of_single_files, folder_with_a_note,
+           folder_with_an_edited_config, folder_with_a_link, link_to_a_file, link_to_ours, dangling_link,
+           pipe)  # fmt: skip
 
 
 @pytest.mark.parametrize("to", NAMES)

@@ -67,21 +67,12 @@ def as_peft_finds(patterns: Mapping[str, float], module: str, otherwise: float) 
 SETTINGS = {
     "alpha": {"r": RANK, "lora_alpha": 8},
     "stabilised": {"r": RANK, "lora_alpha": 8, "use_rslora": True},
-    "patterns": {
-        "r": RANK,
-        "lora_alpha": 6,
-        "alpha_pattern": {
-            "to_k": 7,
-            r"blocks\.[01]\.ffn\.net\.2": 1,
-            "blocks.0.attn1.to_out.0": 12,
-            "^blocks.1.attn2.to_v": 20,
-            r".*ffn.*proj": 3,
-            r"blocks\.\d+\.attn1\.(to_q|to_v)": 5,
-            "k": 99,
-        },
-    },
+    "patterns": {"r": RANK, "lora_alpha": 6, "alpha_pattern": {
+        "to_k": 7, r"blocks\.[01]\.ffn\.net\.2": 1, "blocks.0.attn1.to_out.0": 12, "^blocks.1.attn2.to_v": 20,
+        r".*ffn.*proj": 3, r"blocks\.\d+\.attn1\.(to_q|to_v)": 5, "k": 99,
+    }},
     "first_wins": {"r": RANK, "lora_alpha": 6, "alpha_pattern": {"attn1.to_q": 2, "blocks.0.attn1.to_q": 9}},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))

@@ -199,28 +199,12 @@ def test_convert_says_what_it_leaves_out(parts: dict[str, Weights], tiny: TinyMo
 # What is left over -------------------------------------------------------------------------------------------------
 
 HARMLESS = {
-    "dit": [
-        "blocks.0.to_gate_compress.weight",
-        "blocks.1.to_gate_compress.bias",
-        "logit_scale",
-        "freqs",
-        "rope.freqs_cos",
-        "v_pred",
-        "ema_decay",
-        "optimizer.state.0.exp_avg",
-        "scaler.scale",
-        "loss.logvar",
-    ],
-    "vae": [
-        "logit_scale",
-        "loss.discriminator.main.0.weight",
-        "loss.perceptual_loss.lin0.model.1.weight",
-        "scale_factor",
-        "model_ema.decay",
-        "mean",
-    ],
+    "dit": ["blocks.0.to_gate_compress.weight", "blocks.1.to_gate_compress.bias", "logit_scale", "freqs",
+            "rope.freqs_cos", "v_pred", "ema_decay", "optimizer.state.0.exp_avg", "scaler.scale", "loss.logvar"],
+    "vae": ["logit_scale", "loss.discriminator.main.0.weight", "loss.perceptual_loss.lin0.model.1.weight",
+            "scale_factor", "model_ema.decay", "mean"],
     "text": ["logit_scale", "text_projection.weight", "num_batches_tracked", "umt5xxl.logit_scale"],
-}
+}  # fmt: skip
 READERS = {"dit": read_dit, "vae": read_vae, "text": read_text_encoder}
 
 
@@ -235,20 +219,12 @@ def test_what_is_left_over_is_said_and_ignored(part: str, key: str, prefix: str,
 
 
 CHANGING = {
-    "dit": [
-        "blocks.0.self_attn.q.lora_A.weight",
-        "blocks.0.ffn.0.weight_zero_point",
-        "blocks.0.self_attn.q_scale",
-        "blocks.1.self_attn.o.diff",
-        "patch_embedding.weight.absmax",
-        "blocks.0.norm3.extra",
-        "blocks.7.norm3.weight",
-        "blocks.0.ffn.4.weight",
-        "head.head.g_idx",
-    ],
+    "dit": ["blocks.0.self_attn.q.lora_A.weight", "blocks.0.ffn.0.weight_zero_point", "blocks.0.self_attn.q_scale",
+            "blocks.1.self_attn.o.diff", "patch_embedding.weight.absmax", "blocks.0.norm3.extra",
+            "blocks.7.norm3.weight", "blocks.0.ffn.4.weight", "head.head.g_idx"],
     "vae": ["decoder.head.2.extra", "decoder.upsamples.15.residual.0.gamma", "conv1.lora_down.weight"],
     "text": ["blocks.0.attn.q.bias", "blocks.2.norm1.weight", "blocks.0.ffn.fc1.qzeros"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("part", "key"), [(part, key) for part, keys in CHANGING.items() for key in keys])

@@ -51,15 +51,8 @@ def test_diffusers_grid_is_diffusers(steps: int, shift: float):
     assert torch.equal(ours.timesteps.long(), theirs.timesteps)
 
 
-COMFY_CASES = [
-    (1, 8.0, 1.0),
-    (4, 5.0, 1.0),
-    (20, 8.0, 1.0),
-    (30, 1.0, 1.0),
-    (7, 3.0, 0.5),
-    (20, 12.0, 0.37),
-    (1000, 5.0, 1.0),
-]
+COMFY_CASES = [(1, 8.0, 1.0), (4, 5.0, 1.0), (20, 8.0, 1.0), (30, 1.0, 1.0),
+               (7, 3.0, 0.5), (20, 12.0, 0.37), (1000, 5.0, 1.0)]  # fmt: skip
 
 
 def test_simple_and_denoise_are_comfyui_s(in_comfyui):

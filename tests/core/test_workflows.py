@@ -14,15 +14,9 @@ from PIL import Image
 from wan_core.config import VAES, VARIANTS, Variant
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
-TASKS = {
-    "t2v-A14B": "wan22_t2v_a14b",
-    "i2v-A14B": "wan22_i2v_a14b",
-    "ti2v-5B": "wan22_ti2v_5b",
-    "i2v-14B": "wan21_i2v_14b_480p",
-    "flf2v-14B": "wan21_flf2v_14b",
-    "t2v-A14B fast": "wan22_t2v_a14b_4steps",
-    "i2v-A14B fast": "wan22_i2v_a14b_4steps",
-}
+TASKS = {"t2v-A14B": "wan22_t2v_a14b", "i2v-A14B": "wan22_i2v_a14b", "ti2v-5B": "wan22_ti2v_5b",
+         "i2v-14B": "wan21_i2v_14b_480p", "flf2v-14B": "wan21_flf2v_14b",
+         "t2v-A14B fast": "wan22_t2v_a14b_4steps", "i2v-A14B fast": "wan22_i2v_a14b_4steps"}  # fmt: skip
 SIZES = {"i2v-14B": (832, 480)}
 FAST = {"steps": 4, "cfg_high": 1.0, "cfg_low": 1.0, "shift": 5.0, "solver": "euler", "schedule": "simple"}
 TITLE = 30  # pixels of a node's title bar, above its position

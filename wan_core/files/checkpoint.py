@@ -319,23 +319,8 @@ def _wanted(error: Exception) -> str:
 
 
 # The names under which trainers keep a model's weights, likeliest first; averaged weights come last.
-_WRAPPERS = (
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "model_state",
-    "module",
-    "generator",
-    "transformer",
-    "dit",
-    "weights",
-    "params",
-    "ema",
-    "ema_model",
-    "model_ema",
-    "generator_ema",
-    "params_ema",
-)
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "module", "generator", "transformer", "dit",
+             "weights", "params", "ema", "ema_model", "model_ema", "generator_ema", "params_ema")  # fmt: skip
 _DEEPEST = 3
 
 

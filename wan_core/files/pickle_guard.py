@@ -39,18 +39,8 @@ _STORAGE_BYTES = {
 _REBUILD = "torch._utils._rebuild_"
 _TENSORS = {f"{_REBUILD}tensor", f"{_REBUILD}tensor_v2", f"{_REBUILD}tensor_v3"}
 _WRAPPED = {f"{_REBUILD}parameter", f"{_REBUILD}parameter_with_state"}
-_COPIES = {
-    "collections.Counter",
-    "builtins.set",
-    "__builtin__.set",
-    "torch.Size",
-    "torch.device",
-    "builtins.complex",
-    "__builtin__.complex",
-    "_codecs.encode",
-    "builtins.bytearray",
-    "__builtin__.bytearray",
-}
+_COPIES = {"collections.Counter", "builtins.set", "__builtin__.set", "torch.Size", "torch.device", "builtins.complex",
+           "__builtin__.complex", "_codecs.encode", "builtins.bytearray", "__builtin__.bytearray"}  # fmt: skip
 
 
 class Refused(Damage):

@@ -121,22 +121,13 @@ FAMILIES: tuple[Family, ...] = (
 
 # Files that lie where models lie and are none.
 PATCHES: tuple[Family, ...] = (
-    Family(
-        "a speed control for T2V-1.3B",
-        lambda f: f.has("linear.0.weight", "linear.4.weight") and len(f.shapes) < 8,
-        instead=_PATCH_FILE.format("it goes beside Wan2.1 T2V-1.3B."),
-    ),
-    Family(
-        "a MultiTalk or InfiniteTalk patch",
-        lambda f: f.begins("audio_proj.proj1."),
-        instead=_PATCH_FILE.format("ComfyUI loads it with Load Model Patch, beside I2V-14B."),
-    ),
-    Family(
-        "a Uni3C control network",
-        lambda f: f.begins("controlnet_patch_embedding."),
-        instead=_PATCH_FILE.format("ComfyUI loads it beside I2V-14B."),
-    ),
-)
+    Family("a speed control for T2V-1.3B", lambda f: f.has("linear.0.weight", "linear.4.weight") and len(f.shapes) < 8,
+           instead=_PATCH_FILE.format("it goes beside Wan2.1 T2V-1.3B.")),
+    Family("a MultiTalk or InfiniteTalk patch", lambda f: f.begins("audio_proj.proj1."),
+           instead=_PATCH_FILE.format("ComfyUI loads it with Load Model Patch, beside I2V-14B.")),
+    Family("a Uni3C control network", lambda f: f.begins("controlnet_patch_embedding."),
+           instead=_PATCH_FILE.format("ComfyUI loads it beside I2V-14B.")),
+)  # fmt: skip
 
 
 def family_of(shapes: Shapes, metadata: Metadata | None = None) -> Family | None:

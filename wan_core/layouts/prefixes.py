@@ -17,19 +17,8 @@ from ..errors import WanError
 from .keys import Renames
 
 # Modules that hold nothing but the module they wrap: torch.compile, DDP, FSDP, checkpointing, DeepSpeed and PEFT.
-_WRAPPERS = frozenset(
-    (
-        "_orig_mod",
-        "_orig_module",
-        "module",
-        "_module",
-        "_fsdp_wrapped_module",
-        "_fpw_module",
-        "_checkpoint_wrapped_module",
-        "_forward_module",
-        "base_layer",
-    )
-)
+_WRAPPERS = frozenset(("_orig_mod", "_orig_module", "module", "_module", "_fsdp_wrapped_module", "_fpw_module",
+                       "_checkpoint_wrapped_module", "_forward_module", "base_layer"))  # fmt: skip
 _AVERAGES = frozenset(("ema", "shadow", "averaged"))  # words in the prefix of weights that were averaged in training
 
 # Dialect -> groups of keys: of each group one must be there. The likelier dialect comes first.

@@ -15,50 +15,19 @@ from dataclasses import dataclass, field
 from ..layouts.dit import DIALECTS
 
 # Modules that stand around a model, or around a layer inside it, and change nothing: compilers', trainers' and savers'.
-_AROUND_LAYERS = frozenset(
-    {
-        "_orig_mod",
-        "orig_mod",
-        "module",
-        "_fsdp_wrapped_module",
-        "_checkpoint_wrapped_module",
-        "_forward_module",
-        "inner_module",
-        "wrapped_module",
-        "processor",
-    }
-)
+_AROUND_LAYERS = frozenset({
+    "_orig_mod", "orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module",
+    "inner_module", "wrapped_module", "processor",
+})  # fmt: skip
 _EXPERTS = {
     "transformer": "high", "dit": "high", "high_noise_model": "high",
     "transformer_2": "low", "dit2": "low", "low_noise_model": "low",
 }  # fmt: skip
-_AROUND_MODELS = (
-    _AROUND_LAYERS
-    | _EXPERTS.keys()
-    | {
-        "base_model",
-        "model",
-        "inner_model",
-        "wrapped_model",
-        "diffusion_model",
-        "diffusion",
-        "pipe",
-        "pipeline",
-        "unet",
-        "net",
-        "network",
-        "wan",
-        "generator",
-        "generator_ema",
-        "student",
-        "ema",
-        "ema_model",
-        "model_ema",
-        "backbone",
-        "denoiser",
-        "state_dict",
-    }
-)
+_AROUND_MODELS = _AROUND_LAYERS | _EXPERTS.keys() | {
+    "base_model", "model", "inner_model", "wrapped_model", "diffusion_model", "diffusion", "pipe", "pipeline", "unet",
+    "net", "network", "wan", "generator", "generator_ema", "student", "ema", "ema_model", "model_ema", "backbone",
+    "denoiser", "state_dict",
+}  # fmt: skip
 _PARTS = {"vace": "vace_"}  # a part of a model under its own name, and how its layers begin
 
 _FLAT_PREFIXES = ("lora_unet", "lora_transformer", "lora_dit", "lora_wan", "lycoris", "lora")

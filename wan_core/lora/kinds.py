@@ -13,16 +13,8 @@ from .lycoris import Generalised, Hadamard, Kronecker
 from .orthogonal import Butterfly, Orthogonal
 
 KINDS: tuple[type[Adapter], ...] = (
-    LowRank,
-    Hadamard,
-    Kronecker,
-    Generalised,
-    Orthogonal,
-    Butterfly,
-    Difference,
-    BiasOfUp,
-    Replacement,
-)
+    LowRank, Hadamard, Kronecker, Generalised, Orthogonal, Butterfly, Difference, BiasOfUp, Replacement,
+)  # fmt: skip
 
 _AT_ONCE = {"cpu": 1 << 20}  # numbers merged in one go
 _AT_ONCE_ELSEWHERE = 1 << 24

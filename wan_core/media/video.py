@@ -22,17 +22,8 @@ from ..files.atomic import WriteFailed, check_writable, unfinished, write_proble
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = [
-    "ENDINGS",
-    "check_ending",
-    "check_writable",
-    "in_the_way",
-    "made_here",
-    "marked",
-    "save_video",
-    "to_bytes",
-    "unfinished",
-]
+__all__ = ["ENDINGS", "check_ending", "check_writable", "in_the_way", "made_here", "marked", "save_video", "to_bytes",
+           "unfinished"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 

@@ -25,18 +25,8 @@ from .optim import cosine, make_optimiser
 from .parallel import Processes
 from .report import Log, plot_loss, read_log
 
-__all__ = [
-    "LOG",
-    "PLOT",
-    "STATE",
-    "Plan",
-    "StepReport",
-    "Task",
-    "check_resumable",
-    "forget",
-    "save_atomically",
-    "train",
-]
+__all__ = ["LOG", "PLOT", "STATE", "Plan", "StepReport", "Task", "check_resumable", "forget", "save_atomically",
+           "train"]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -127,15 +127,8 @@ def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> None
     draw.text(place, text if font else text.encode("latin-1", "replace").decode("latin-1"), fill="black", font=font)
 
 
-_WIDE_FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "NotoSerifCJK-Regular.ttc",
-    "wqy-microhei.ttc",
-    "wqy-zenhei.ttc",
-    "msyh.ttc",
-    "PingFang.ttc",
-    "Arial Unicode.ttf",
-)
+_WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSerifCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "msyh.ttc",
+               "PingFang.ttc", "Arial Unicode.ttf")  # fmt: skip
 
 
 @cache

@@ -123,18 +123,8 @@ class Request:
             raise WanError(f"caption_dropout is {self.caption_dropout}: expected a fraction of the captions, 0 to 1.")
 
 
-_LEAST = {
-    "rank": 0,
-    "repeat": 1,
-    "steps": 0,
-    "epochs": 1,
-    "batch": 1,
-    "accumulate": 1,
-    "weight_decay": 0,
-    "save_every": 0,
-    "sample_every": 0,
-    "sample_steps": 1,
-}
+_LEAST = {"rank": 0, "repeat": 1, "steps": 0, "epochs": 1, "batch": 1, "accumulate": 1, "weight_decay": 0,
+          "save_every": 0, "sample_every": 0, "sample_steps": 1}  # fmt: skip
 
 
 def experts_of(variant: Variant) -> tuple[str, ...]:
