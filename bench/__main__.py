@@ -8,6 +8,7 @@ import sys
 
 COMMANDS = {
     "cpu": "DiT and VAEs beside diffusers and ComfyUI: time and peak memory, on the CPU",
+    "gpu": "one card: ours beside diffusers and ComfyUI, attention, linears, streaming, VAEs",
     "handoff": "one sampler over both experts beside two that hand over: distance from a 200-step reference",
     "import": "what the pack adds to ComfyUI's start, and how long reading a checkpoint's header takes",
     "memory": "what the planner says of device memory beside what was measured, for the three variants",

@@ -132,7 +132,7 @@ def _diffusers_vae(config: VAEConfig, weights: Weights) -> Coder:
         vae = AutoencoderKLWan(**_arguments(vae_diffusers_config(config)))
     renames = VAE_DIALECTS[diffusers_dialect(config.kind)]
     _filled(vae, {renames.to_theirs(key): tensor for key, tensor in weights.items()})
-    mean, std = _statistics(config)
+    mean, std = _statistics(config, weights)
     return Coder(
         lambda video: (vae.encode(video, return_dict=False)[0].mode() - mean) / std,
         lambda latent: vae.decode(latent * std + mean, return_dict=False)[0],
@@ -144,7 +144,7 @@ def _comfyui_vae(config: VAEConfig, weights: Weights) -> Coder:
     with torch.device("meta"):
         vae = _comfyui_vae_module(config)
     _filled(vae, weights)
-    mean, std = _statistics(config)
+    mean, std = _statistics(config, weights)
     return Coder(
         lambda video: (vae.encode(video) - mean) / std, lambda latent: vae.decode(latent * std + mean).clamp_(-1, 1)
     )
@@ -189,7 +189,7 @@ def use_comfyui() -> None:
         sys.path.insert(0, root)
     from comfy.cli_args import args  # noqa: TID251 - ComfyUI parses no command line unless asked
 
-    args.cpu = True
+    args.cpu = not torch.cuda.is_available()
     args.use_pytorch_cross_attention = True
 
 
@@ -202,6 +202,8 @@ def _arguments(config: dict) -> dict:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def _statistics(config: VAEConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, std = LATENT_MEAN[config.kind], LATENT_STD[config.kind]
-    return torch.tensor(mean).view(-1, 1, 1, 1), torch.tensor(std).view(-1, 1, 1, 1)
+def _statistics(config: VAEConfig, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of each channel, as the weights are stored."""
+    like = weights["conv2.weight"]
+    mean, std = (torch.tensor(values[config.kind]).to(like) for values in (LATENT_MEAN, LATENT_STD))
+    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)

@@ -1,0 +1,77 @@
+"""A forward pass of 8 layers at the real widths: ours, diffusers and ComfyUI on the same random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from wan_core.models.dit.dit import WanDiT, keeps_float32
+
+from .. import peers
+from ..peers import COMFYUI, DIFFUSERS, PREPARED
+from .card import Card, relative
+from .shapes import Size, sizes
+
+LAYERS = 8
+TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-4}  # of a contender's answer to ours, in the norm
+
+
+def rows(card: Card) -> dict:
+    found = {}
+    for size in sizes(card):
+        size = size.shortened(2 if card.quick else LAYERS)
+        found |= compete(card, size)
+        card.clear()
+    return found
+
+
+def compete(card: Card, size: Size) -> dict:
+    weights, inputs = random_weights(card, size), size.inputs(card)
+    calls = {name: contender(name, card, size, weights) for name in (PREPARED, DIFFUSERS, COMFYUI)}
+    answers = {name: call(*inputs) for name, call in calls.items()}
+    errors = {name: relative(answer, answers[PREPARED]) for name, answer in answers.items()}
+    for name, error in errors.items():
+        if not error <= TOLERANCE[card.dtype]:
+            raise SystemExit(f"{size.name}: {name} and ours differ by {error:.1e}. A wrong answer is not timed.")
+    del answers
+    peaks = {name: card.peak_gb(lambda call=call: call(*inputs)) for name, call in calls.items()}
+    times = card.interleaved({name: (lambda call=call: call(*inputs)) for name, call in calls.items()}, 3)
+    flops = size.block_flops() * size.config.layers
+    return {
+        f"{size.name}, {size.tokens} tokens, {size.config.layers} layers, {name}": {
+            "seconds": seconds,
+            "tflops": flops / seconds / 1e12,
+            "ours_over_it": times[PREPARED] / seconds,
+            "peak_gb": peaks[name],
+            "difference": errors[name],
+        }
+        for name, seconds in times.items()
+    }
+
+
+def random_weights(card: Card, size: Size) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        shapes = {key: slot.shape for key, slot in WanDiT(size.config).state_dict().items()}
+    torch.manual_seed(0)
+    with torch.device(card.device):
+        made = {key: peers._random_weight(key, shape).to(card.dtype) for key, shape in shapes.items()}
+    return {key: value.float() if keeps_float32(key) else value for key, value in made.items()}
+
+
+def contender(name: str, card: Card, size: Size, weights: dict[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Each in the dtypes that its own loader would leave."""
+    if name == PREPARED:
+        return peers.DITS[name](size.config, weights)
+    exact = _float32_of_diffusers if name == DIFFUSERS else _float32_of_comfyui
+    theirs = {key: value.to(torch.float32 if exact(key) else card.dtype) for key, value in weights.items()}
+    call = peers.DITS[name](size.config, theirs)
+    return lambda x, t, text: call(x.to(card.dtype), t, text.to(card.dtype)).float()
+
+
+def _float32_of_diffusers(key: str) -> bool:
+    return ".norm3." in key or key.endswith("modulation") or key.startswith("time_embedding.")
+
+
+def _float32_of_comfyui(key: str) -> bool:
+    return key.startswith("patch_embedding.")

@@ -1,0 +1,246 @@
+"""What only a CUDA device can show: the same results as on the CPU, streaming that changes no bit, memory as planned.
+
+Skipped where there is none; nothing else is needed, neither ComfyUI nor a network.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wan_core.config import VARIANTS, Architecture, PerExpert, VAEConfig
+from wan_core.errors import WanError
+from wan_core.loading.dit import read_dit
+from wan_core.memory.build import build_dit
+from wan_core.memory.engine import Engine
+from wan_core.memory.plan import activation_bytes, plan
+from wan_core.models.dit.attention import BACKENDS
+from wan_core.models.dit.dit import WanDiT
+from wan_core.models.vae.tiles import Tiles, decode_tiled, encode_tiled
+from wan_core.models.vae.wan21 import Wan21VAE
+from wan_core.models.vae.wan22 import Wan22VAE
+from wan_core.pipeline import Request, generate, read_models
+from wan_core.recipe import ModelRecipe
+from wan_core.tools.convert import convert
+from wan_core.tools.tiny import TinySizes, _random_weights, write_tiny
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SIZES = TinySizes(dim=256, ffn_dim=512, layers=3, text_dim=64)
+CONFIG = Architecture(16, 16, 512, 1024, layers=6, text_dim=64, freq_dim=256, heads=4)
+TASKS = ("t2v-A14B", "i2v-A14B", "ti2v-5B", "t2v-1.3B", "i2v-14B", "flf2v-14B")
+
+
+@pytest.fixture(autouse=True)
+def _exact_products():
+    """The CPU's float32 is the reference: the device's must be float32 too, where by default it rounds to TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformer in bfloat16."""
+    weights = _random_weights(WanDiT, CONFIG, torch.Generator().manual_seed(0))
+    file = tmp_path_factory.mktemp("dit") / "model.safetensors"
+    save_file({key: value.bfloat16() for key, value in weights.items()}, file)
+    return file
+
+
+def inputs(frames: int = 3, side: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(shape, generator=generator).cuda()  # noqa: E731
+    return draw(1, 16, frames, side, side), torch.tensor([937.0]).cuda(), draw(1, 20, 64)
+
+
+def relative(ours: Tensor, expected: Tensor) -> float:
+    ours, expected = ours.float().cpu(), expected.float().cpu()
+    return ((ours - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_gives_what_it_gives_on_the_cpu(task: str, tmp_path: Path):
+    """Latent and video, from the same seed, in float32."""
+    write_tiny(tmp_path / "model", task, layout="diffusers" if "A14B" in task else "official", sizes=SIZES)
+    across = np.linspace(0, 255, 96, dtype=np.uint8)
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.stack([np.tile(across, (64, 1))] * 3, -1)).save(picture)
+    image = {"image": picture} if task.startswith(("i2v", "flf2v", "ti2v")) else {}
+    image |= {"end_image": picture} if task == "flf2v-14B" else {}
+    request = Request("a cat", "blurred", size=(96, 64), frames=9, steps=4, seed=7, **image)
+    models = read_models(tmp_path / "model", task, dtype="float32")
+    results = [generate(models, request, Engine(), device=device) for device in (CPU, CUDA)]
+    expected, ours = results
+    assert relative(ours.latent, expected.latent) < 1e-4
+    videos = [torch.cat(list(result.video()), dim=1) for result in results]
+    assert (videos[1] - videos[0]).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "fp8_e4m3fn", "int8"])
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+def test_swapped_equals_resident_to_the_last_bit(stored: Path, dtype: str, prefetch: int):
+    file, args = read_dit(stored), inputs()
+    resident = build_dit(file, device=CUDA, dtype=dtype)(*args)
+    for blocks in (1, 3, 6):
+        dit = build_dit(file, device=CUDA, dtype=dtype, swap_blocks=blocks, prefetch=prefetch)
+        assert all(torch.equal(dit(*args), resident) for _ in range(4)), blocks
+
+
+@pytest.mark.parametrize("kind", ["fp8_scaled", "int8", "mxfp8", "nvfp4", "gguf:Q8_0", "gguf:Q4_0"])
+def test_quantised_files_answer_as_on_the_cpu(stored: Path, tmp_path: Path, kind: str):
+    """The CPU dequantises; the device may multiply the packed numbers, which rounds activations too."""
+    target = tmp_path / ("model.gguf" if kind.startswith("gguf") else "model.safetensors")
+    convert(stored, target, kind)
+    file, args = read_dit(target), inputs()
+    expected = build_dit(file, dtype="float32")(*(value.cpu() for value in args))
+    assert relative(build_dit(file, device=CUDA, dtype="float32")(*args), expected) < 1e-4
+    assert relative(build_dit(file, device=CUDA, dtype="bfloat16")(*args), expected) < 0.06
+    swapped = build_dit(file, device=CUDA, dtype="bfloat16", swap_blocks=4)
+    assert torch.equal(swapped(*args), build_dit(file, device=CUDA, dtype="bfloat16")(*args))
+
+
+@pytest.mark.parametrize("swapped", [0, 6])
+@pytest.mark.parametrize("frames", [5, 21])
+def test_memory_is_what_the_plan_says(stored: Path, swapped: int, frames: int):
+    """Peaks of the allocator beside the plan's, which counts tensors: at most 3 % and 16 MB apart."""
+    file, (x, t, text) = read_dit(stored), inputs(frames, 64)
+    recipe = ModelRecipe(file, variant=VARIANTS["t2v-14B"], dtype="bfloat16", swap_blocks=swapped)
+    found = plan(recipe, tuple(x.shape), CUDA, guided=False)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    dit = build_dit(file, device=CUDA, dtype="bfloat16", swap_blocks=found.swapped, prefetch=found.prefetch)
+    with torch.inference_mode():
+        states = dit.text_states(text, keep=False)
+        for _ in range(2):
+            dit(x, t, states)
+    measured = torch.cuda.max_memory_allocated() - before
+    tokens = frames * 32 * 32
+    planned = found.weights + found.stream + activation_bytes(CONFIG, 1, tokens, torch.bfloat16)
+    assert abs(measured - planned) < 0.03 * planned + 16e6, (measured, planned)
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_with_less(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """For real: most of the device is taken away while the run is under way."""
+    sizes = replace(SIZES, dim=2048, ffn_dim=4096, layers=6)
+    write_tiny(tmp_path / "model", "t2v-1.3B", layout="official", sizes=sizes)
+    models = read_models(tmp_path / "model", "t2v-1.3B", dtype="bfloat16")
+    request = Request("a cat", "", size=(256, 256), frames=9, steps=4, seed=1, guidance=PerExpert(1.0, 1.0))
+    expected = generate(models, request, Engine(), device=CUDA).latent
+    gc.collect()
+    torch.cuda.empty_cache()
+    taken: list[Tensor] = []
+
+    def take(report) -> None:
+        if report.done == 2 and not taken:
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info()
+            taken.append(torch.empty(max(0, free - 2**20), dtype=torch.uint8, device=CUDA))
+
+    ours = generate(models, request, Engine(), device=CUDA, on_step=take).latent
+    taken.clear()
+    torch.cuda.empty_cache()
+    assert torch.equal(ours, expected)
+    print(caplog.text)
+
+
+def test_release_gives_the_memory_back(tmp_path: Path):
+    write_tiny(tmp_path / "model", "t2v-A14B", layout="diffusers", sizes=SIZES)
+    models = read_models(tmp_path / "model", "t2v-A14B", dtype="bfloat16")
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    engine = Engine()
+    request = Request("a cat", "", size=(96, 64), frames=9, steps=4, seed=1)
+    for swap in (0, 3):
+        list(generate(replace(models, dit=replace(models.dit, swap_blocks=swap)), request, engine, device=CUDA).video())
+    assert torch.cuda.memory_allocated() > before
+    engine.release()
+    gc.collect()
+    left = torch.cuda.memory_allocated() - before
+    assert left < 24e6, left  # cuBLAS' workspace stays
+
+
+def test_a_cancel_in_the_midst_of_streaming(stored: Path):
+    file, args = read_dit(stored), inputs()
+    dit = build_dit(file, device=CUDA, dtype="bfloat16", swap_blocks=6, prefetch=2)
+    expected = dit(*args)
+
+    def stop(index: int) -> None:
+        if index == 3:
+            raise WanError("stopped")
+
+    for _ in range(3):
+        with pytest.raises(WanError, match="stopped"):
+            dit(*args, on_block=stop)
+        assert torch.equal(dit(*args), expected)
+
+
+VAES = {"wan2.1": (Wan21VAE, VAEConfig("wan2.1", 16, 32, 32)), "wan2.2": (Wan22VAE, VAEConfig("wan2.2", 48, 32, 64))}
+
+
+@pytest.mark.parametrize("kind", VAES)
+def test_vaes_answer_as_on_the_cpu(kind: str):
+    """Encoding and decoding, whole and in tiles, in float32; bfloat16 near it."""
+    made, config = VAES[kind]
+    vae = made(config)
+    weights = _random_weights(made, config, torch.Generator().manual_seed(0))
+    vae.load_state_dict(weights)
+    vae.eval().requires_grad_(False)
+    video = torch.rand(1, 3, 9, 192, 256, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latent = vae.encode(video)
+    expected = vae.decode(latent)
+    tiles = Tiles.square(128)
+    tiled = decode_tiled(vae, latent, tiles), encode_tiled(vae, video, tiles)
+    vae.cuda()
+    assert relative(vae.encode(video.cuda()), latent) < 1e-4
+    assert relative(vae.decode(latent.cuda()), expected) < 1e-4
+    assert relative(decode_tiled(vae, latent.cuda(), tiles), tiled[0]) < 1e-4
+    assert relative(encode_tiled(vae, video.cuda(), tiles), tiled[1]) < 1e-4
+    vae.bfloat16()
+    assert relative(vae.decode(latent.cuda()), expected) < 0.05
+
+
+@pytest.mark.parametrize("shape", [(1, 300, 4, 128), (1, 9000, 2, 128)])
+def test_attention_backends_agree(shape: tuple[int, ...]):
+    """Every backend that is installed and fits, beside float64."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(shape, device=CUDA, dtype=torch.bfloat16) for _ in range(3))
+    exact = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2).double() for x in (q, k, v)))
+    exact = exact.transpose(1, 2)
+    for backend in BACKENDS.values():
+        if backend.installed and backend.fits(CUDA, torch.bfloat16):
+            found = relative(backend.run(q, k, v, kind="self"), exact)
+            print(backend.name, found)
+            assert found < (0.1 if backend.name.startswith("sage") else 0.01), backend.name
+
+
+def test_training_has_the_gradients_of_the_cpu():
+    from tests.core.test_train import random_data, random_dit
+    from wan_core.train.dit import DiTTask, Recipe
+    from wan_core.train.objective import NoiseRange
+
+    losses = []
+    for device in (CPU, CUDA):
+        task = DiTTask(
+            random_dit().to(device),
+            random_data(),
+            Recipe(VARIANTS["t2v-A14B"], NoiseRange(0.2, 0.9, 3.0), batch=2, caption_dropout=0.0, precision="fp32"),
+        )
+        loss, _ = task.loss(1, torch.Generator().manual_seed(1))
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten().cpu() for p in task.model.parameters() if p.grad is not None])
+        losses.append((loss.item(), gradients))
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-4)
+    assert relative(losses[1][1], losses[0][1]) < 1e-3
