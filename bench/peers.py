@@ -195,6 +195,7 @@ def use_comfyui() -> None:
 
 def _filled(module: nn.Module, weights: Weights) -> nn.Module:
     module.load_state_dict(weights, strict=True, assign=True)
+    module.to(next(iter(weights.values())).device)  # buffers that no file has, such as tables of rotations
     return module.eval().requires_grad_(False)
 
 

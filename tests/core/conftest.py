@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton asks when it is imported: without a device kernels run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _WORKER = """
 import sys, traceback, torch
 sys.argv[1:] = ["--cpu"]

@@ -82,7 +82,7 @@ def test_a_run_gives_what_it_gives_on_the_cpu(task: str, tmp_path: Path):
     models = read_models(tmp_path / "model", task, dtype="float32")
     results = [generate(models, request, Engine(), device=device) for device in (CPU, CUDA)]
     expected, ours = results
-    assert relative(ours.latent, expected.latent) < 1e-4
+    assert relative(ours.latent, expected.latent) < 1e-3  # measured: below 1e-4, with CLIP's tokens 3e-4
     videos = [torch.cat(list(result.video()), dim=1) for result in results]
     assert (videos[1] - videos[0]).abs().max() < 5e-3
 
@@ -141,19 +141,20 @@ def test_a_run_that_ran_out_of_memory_goes_on_with_less(tmp_path: Path, caplog: 
     expected = generate(models, request, Engine(), device=CUDA).latent
     gc.collect()
     torch.cuda.empty_cache()
-    taken: list[Tensor] = []
 
     def take(report) -> None:
-        if report.done == 2 and not taken:
+        """What is there stays; nothing can be added, as if another program had taken the rest."""
+        if report.done == 2 and not caplog.records:
             torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info()
-            taken.append(torch.empty(max(0, free - 2**20), dtype=torch.uint8, device=CUDA))
+            total = torch.cuda.get_device_properties(CUDA).total_memory
+            torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
 
-    ours = generate(models, request, Engine(), device=CUDA, on_step=take).latent
-    taken.clear()
-    torch.cuda.empty_cache()
+    try:
+        ours = generate(models, request, Engine(), device=CUDA, on_step=take).latent
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "Sampling goes on from there, with" in caplog.text
     assert torch.equal(ours, expected)
-    print(caplog.text)
 
 
 def test_release_gives_the_memory_back(tmp_path: Path):

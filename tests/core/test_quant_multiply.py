@@ -11,6 +11,7 @@ from wan_core.quant.base import Packed
 from wan_core.quant.fp8 import FP8
 from wan_core.quant.int8 import Int8
 from wan_core.quant.linear import QuantLinear
+from wan_core.quant.scaled import quantised_rows
 from wan_core.quant.scratch import Scratch
 
 ROWS, COLUMNS, TOKENS = 96, 64, 40
@@ -54,10 +55,16 @@ def test_multiply_is_the_layers_product_in_pieces(x: Tensor, kind: FP8 | Int8, m
     """As on a device that can: several pieces of tokens, any shape of input, with the bias."""
     monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
     monkeypatch.setattr(int8, "has_int8", lambda device: True)
+    monkeypatch.setattr(fp8, "available", lambda device: True)
+    monkeypatch.setattr(int8, "available", lambda device: True)
     monkeypatch.setattr(fp8, "_TOKENS_AT_ONCE", 20)
     monkeypatch.setattr(int8, "_TOKENS_AT_ONCE", 20)
     if kind == FP8(torch.float8_e5m2):  # the CPU has no product of the two kinds of fp8
-        monkeypatch.setattr(fp8, "scaled_product", lambda x, data, scale: x.float() @ (data.float() * scale).T)
+        monkeypatch.setattr(
+            fp8,
+            "scaled_product",
+            lambda x, data, scale, bias, out: out.copy_(x.float() @ (data.float() * scale).T + bias),
+        )
     matrix, bias = packed(kind), torch.randn(ROWS).bfloat16()
     layer = QuantLinear(matrix, bias, Scratch())
     with torch.no_grad():
@@ -71,11 +78,12 @@ def test_multiply_is_the_layers_product_in_pieces(x: Tensor, kind: FP8 | Int8, m
 def test_a_product_that_fails_is_not_tried_again(x: Tensor, monkeypatch: pytest.MonkeyPatch, caplog):
     calls = []
 
-    def fails(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
-        calls.append(x)
+    def fails(*args: Tensor) -> Tensor:
+        calls.append(args)
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED when calling")
 
     monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
+    monkeypatch.setattr(fp8, "available", lambda device: True)
     monkeypatch.setattr(fp8, "scaled_product", fails)
     monkeypatch.setattr("wan_core.quant.linear._broken", set())
     matrix = packed(FP8(torch.float8_e4m3fn))
@@ -89,11 +97,30 @@ def test_a_product_that_fails_is_not_tried_again(x: Tensor, monkeypatch: pytest.
 
 def test_full_precision_files_and_float32_are_never_rounded(x: Tensor, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
+    monkeypatch.setattr(fp8, "available", lambda device: True)
     matrix = packed(FP8(torch.float8_e4m3fn, full_precision=True))
     assert matrix.format.multiply(x, matrix.parts) is None
     matrix = packed(FP8(torch.float8_e4m3fn))
     assert matrix.format.multiply(x.float(), matrix.parts) is None
     assert matrix.format.multiply(x[:, :60], {"data": matrix.parts["data"][:, :60]}) is None  # no multiple of 16
+
+
+def test_without_kernels_and_row_scales_matrices_are_dequantised(x: Tensor, monkeypatch: pytest.MonkeyPatch):
+    """Scaling products step by step moves more bytes than the packed matrix saves."""
+    monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
+    monkeypatch.setattr(int8, "has_int8", lambda device: True)
+    for kind in (FP8(torch.float8_e4m3fn), Int8()):
+        matrix = packed(kind)
+        assert matrix.format.multiply(x, matrix.parts) is None
+
+
+def test_activations_packed_in_half_precision_stay_in_range(x: Tensor):
+    """The largest number of each row, after both roundings, is one that fp8 has."""
+    data, scale = quantised_rows(x, fp8.ACTIVATIONS)
+    assert data.float().isfinite().all() and data.float().abs().amax() <= 448
+    assert row_error(data.float() * scale, x.float()) < 0.04
+    zeros, _ = quantised_rows(torch.zeros(3, 16, dtype=torch.bfloat16), fp8.ACTIVATIONS)
+    assert not zeros.float().any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

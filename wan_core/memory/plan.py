@@ -193,7 +193,7 @@ def activation_bytes(config: Architecture, batch: int, tokens: int, dtype: torch
         2 * x + 2 * whole + part + text,  # hearing the text
         2 * x + piece(TOKENS_AT_ONCE, item, config.ffn_dim) + part + given,  # feed-forward
         2 * x + whole + piece(SLICE, 3 * wide),  # adding with a gate
-        (3 * x if tokens > SLICE else x) + bool(wide) * piece(SLICE, 2 * wide + (tokens <= SLICE) * item),  # norm
+        2 * x + bool(wide) * piece(SLICE, 2 * wide),  # norm
     )
     table = tokens * config.dim // config.heads // 2 * 8  # complex64
     return max(moments) + table

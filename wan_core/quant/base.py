@@ -59,8 +59,9 @@ class Format(ABC):
         """Whether the format is made for products that this device does not have."""
         return False
 
-    def multiply(self, x: Tensor, parts: Parts) -> Tensor | None:
-        """``x @ matrix.T`` for x [..., columns] without dequantising, or None where the device or format cannot."""
+    def multiply(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor | None:
+        """``x @ matrix.T + bias`` for x [..., columns] without dequantising; None where the device or format cannot, or
+        where it would move more bytes than dequantising does."""
         return None
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import available
 from .base import Parts
-from .scaled import Scaled, quantised_rows
+from .scaled import Scaled, quantised_rows, rescaled
 
 _TOKENS_AT_ONCE = 16384
 
@@ -34,7 +35,7 @@ class FP8(Scaled):
     def lacks_arithmetic(self, device: torch.device) -> bool:
         return not has_fp8(device)
 
-    def multiply(self, x: Tensor, parts: Parts) -> Tensor | None:
+    def multiply(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor | None:
         data = parts["data"]
         if self.full_precision or not can_multiply(x, data):
             return None
@@ -42,7 +43,7 @@ class FP8(Scaled):
         tokens = x.reshape(-1, x.shape[-1])
         out = x.new_empty(len(tokens), len(data))
         for part, result in zip(tokens.split(_TOKENS_AT_ONCE), out.split(_TOKENS_AT_ONCE), strict=True):
-            result.copy_(scaled_product(part, data, scale))
+            scaled_product(part, data, scale, bias, result)
         return out.view(*x.shape[:-1], len(data))
 
 
@@ -50,7 +51,16 @@ def can_multiply(x: Tensor, data: Tensor) -> bool:
     """CUDA from compute capability 8.9 (Ada), in half precision, with sides that are multiples of 16."""
     if x.dtype not in (torch.bfloat16, torch.float16) or data.dtype.itemsize > 1 or any(n % 16 for n in data.shape):
         return False
-    return has_fp8(x.device)
+    return has_fp8(x.device) and (scales_by_row(x) or available(x.device))
+
+
+def scales_by_row(x: Tensor) -> bool:
+    """Whether the product itself takes a scale for each row: without that, and without a kernel for the scales, more
+    bytes are moved than dequantising would."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cuda" and str(x.device) not in _no_row_scales
+
+
+_no_row_scales: set[str] = set()  # devices whose product refused them once
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -58,16 +68,36 @@ def has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def scaled_product(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
-    """``x @ (data * scale).T`` for x [tokens, columns] that is itself rounded to fp8, token by token.
+def scaled_product(
+    x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """``x @ (data * scale).T + bias`` for x [tokens, columns] that is itself rounded to fp8, token by token.
 
-    The scales of tokens and rows are applied to the product, which every device with fp8 can do; scaling by row inside
-    the product is the privilege of a few.
+    Where the product takes no scale for each row (before Hopper), they are applied to what it answers.
     """
+    out = x.new_empty(len(x), len(data)) if out is None else out
     packed, size = quantised_rows(x, ACTIVATIONS)
+    if scales_by_row(x):
+        try:
+            return torch._scaled_mm(
+                packed,
+                data.t(),
+                scale_a=size,
+                scale_b=scale.view(1, -1).expand(1, len(data)).contiguous(),
+                bias=None if bias is None else bias.to(out.dtype),
+                out_dtype=out.dtype,
+                use_fast_accum=True,
+                out=out,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            _no_row_scales.add(str(x.device))
     one = torch.ones((), device=x.device)
-    product = torch._scaled_mm(packed, data.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
-    return product.float().mul_(size).mul_(scale.view(1, -1))
+    product = torch._scaled_mm(
+        packed, data.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return rescaled(product, size, scale, bias, out)
 
 
 ACTIVATIONS = FP8(torch.float8_e4m3fn)

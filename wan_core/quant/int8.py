@@ -12,8 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..kernels import available
 from .base import Parts
-from .scaled import Scaled, quantised_rows
+from .scaled import Scaled, quantised_rows, rescaled
 
 _TOKENS_AT_ONCE = 8192  # products are int32: twice the bytes of the result
 
@@ -42,7 +43,7 @@ class Int8(Scaled):
     def lacks_arithmetic(self, device: torch.device) -> bool:
         return not has_int8(device)
 
-    def multiply(self, x: Tensor, parts: Parts) -> Tensor | None:
+    def multiply(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor | None:
         data = parts["data"]
         tokens = x.reshape(-1, x.shape[-1])
         if not can_multiply(x, data) or len(tokens) <= 16:
@@ -51,15 +52,16 @@ class Int8(Scaled):
         out = x.new_empty(len(tokens), len(data))
         step = _even_step(len(tokens))
         for part, result in zip(tokens.split(step), out.split(step), strict=True):
-            result.copy_(scaled_product(part, data, parts["scale"]))
+            scaled_product(part, data, parts["scale"], bias, result)
         return out.view(*x.shape[:-1], len(data))
 
 
 def can_multiply(x: Tensor, data: Tensor) -> bool:
-    """CUDA from compute capability 7.5 (Turing), in half precision, with sides that are multiples of 8."""
+    """CUDA from compute capability 7.5 (Turing), in half precision, with sides that are multiples of 8; and only with
+    kernels for the scales, for int32 products that are scaled step by step move far more bytes than dequantising."""
     if x.dtype not in (torch.bfloat16, torch.float16) or any(n % 8 for n in data.shape):
         return False
-    return has_int8(x.device)
+    return has_int8(x.device) and available(x.device)
 
 
 def has_int8(device: torch.device) -> bool:
@@ -67,10 +69,13 @@ def has_int8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 5)
 
 
-def scaled_product(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
-    """``x @ (data * scale).T`` for x [tokens, columns] that is itself rounded to int8, token by token."""
+def scaled_product(
+    x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """``x @ (data * scale).T + bias`` for x [tokens, columns] that is itself rounded to int8, token by token."""
+    out = x.new_empty(len(x), len(data)) if out is None else out
     packed, size = quantised_rows(x, Int8())
-    return torch._int_mm(packed, data.t()).float().mul_(size).mul_(scale.view(1, -1))
+    return rescaled(torch._int_mm(packed, data.t()), size, scale, bias, out)
 
 
 def rotated(x: Tensor, group: int) -> Tensor:

@@ -41,8 +41,8 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]; ``scratch`` takes the place of the layer's own."""
         parts = dict(self.named_buffers(recurse=False))
-        if not torch.is_grad_enabled() and (product := _multiplied(self.format, x, parts)) is not None:
-            return product if self.bias is None else product.add_(self.bias)
+        if not torch.is_grad_enabled() and (product := _multiplied(self.format, x, parts, self.bias)) is not None:
+            return product
         if parts["data"].device != x.device:  # they stay where they are; this call takes a copy
             parts = {name: fetch(part, x.device) for name, part in parts.items()}
         shape = self.out_features, self.in_features
@@ -69,12 +69,12 @@ class QuantEmbedding(nn.Module):
         return Packed(self.format, dict(parts)).dequantise(like.dtype).to(like.device)
 
 
-def _multiplied(kind: Format, x: Tensor, parts: dict[str, Tensor]) -> Tensor | None:
+def _multiplied(kind: Format, x: Tensor, parts: dict[str, Tensor], bias: Tensor | None) -> Tensor | None:
     """The format's own product; a device that fails at it is told from then on to dequantise."""
     if (kind.name, str(x.device)) in _broken or parts["data"].device != x.device:
         return None
     try:
-        return kind.multiply(x, parts)
+        return kind.multiply(x, parts, bias)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

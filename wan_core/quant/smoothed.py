@@ -37,8 +37,8 @@ class Smoothed(Format):
     def lacks_arithmetic(self, device: torch.device) -> bool:
         return self.inner.lacks_arithmetic(device)
 
-    def multiply(self, x: Tensor, parts: Parts) -> Tensor | None:
-        return self.inner.multiply(x * parts["smooth"].to(x.dtype), _without(parts))
+    def multiply(self, x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor | None:
+        return self.inner.multiply(x * parts["smooth"].to(x.dtype), _without(parts), bias)
 
 
 def _without(parts: Parts) -> dict[str, Tensor]:

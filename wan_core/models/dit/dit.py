@@ -30,7 +30,7 @@ from .layers import (
     modulated_norm,
     sinusoid,
 )
-from .rope import rope_table, rotate, rotate_
+from .rope import rope_table, rotate
 
 Segments = list[tuple[int, int, Modulation]]
 TOKENS_AT_ONCE = 8192  # of a long video, where a whole second copy of the tokens would not fit
@@ -105,7 +105,7 @@ class SelfAttention(nn.Module):
     def _rotated(self, norm: RMSNorm, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             return rotate(split_heads(norm(x), self.heads), rope)
-        return rotate_(split_heads(norm.apply_(x), self.heads), rope)
+        return norm.apply_rotated_(x, rope, self.heads)
 
 
 class CrossAttention(nn.Module):
@@ -335,9 +335,10 @@ class WanDiT(nn.Module):
 
     def _embed_time(self, t: torch.Tensor, grid: tuple[int, int, int]) -> tuple[PerSegment, PerSegment]:
         """Timesteps -> their embedding (for the head) and its six modulations (for the blocks), run by run."""
-        columns, bounds = _segments(t.to(self.device), frames=grid[0], tokens_per_frame=grid[1] * grid[2])
+        columns, bounds = _segments(t, frames=grid[0], tokens_per_frame=grid[1] * grid[2])
         first, activation, second = self.time_embedding
-        e = linear_float32(second, activation(linear_float32(first, sinusoid(columns, self.config.freq_dim))))
+        waves = sinusoid(columns, self.config.freq_dim).to(self.device)
+        e = linear_float32(second, activation(linear_float32(first, waves)))
         six = linear_float32(self.time_projection[1], F.silu(e), parts=6).unflatten(-1, (6, -1))
         return PerSegment(bounds, e), PerSegment(bounds, six)
 

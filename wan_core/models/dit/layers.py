@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ... import kernels
 from ...mapped import fetch, is_mapped
 from ...quant.scratch import Scratch
+from .rope import rotate_
 
 SLICE = 4096  # tokens in one float32 slice
 READ_AT_ONCE = 32 * 1024**2  # bytes of a half-precision matrix that are read from its file in one go
@@ -46,7 +48,11 @@ class PerSegment:
 
 
 def sinusoid(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """Timesteps [...] -> [..., dim] float32, computed in float64 (official ``sinusoidal_embedding_1d``)."""
+    """Timesteps [...] -> [..., dim] float32, computed in float64 (official ``sinusoidal_embedding_1d``).
+
+    Where the device has no float64, on the CPU.
+    """
+    t = t.cpu() if t.device.type in ("mps", "privateuseone") else t
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float64, device=t.device) / half
     angles = t.to(torch.float64)[..., None] * torch.pow(10000.0, -exponents)
@@ -105,27 +111,57 @@ class RMSNorm(nn.Module):
 
     def apply_(self, x: torch.Tensor) -> torch.Tensor:
         """The same, overwriting x [B, L, dim]."""
+        for sample in x:
+            if not kernels.rms_norm_(sample, self.weight.float(), self.eps):
+                self._apply_(sample)
+        return x
+
+    def apply_rotated_(self, x: torch.Tensor, table: torch.Tensor, heads: int) -> torch.Tensor:
+        """The same, and each head rotated by a table [L, 1, pairs, 2]: x [B, L, dim] -> [B, L, heads, head_dim]."""
+        split = x.unflatten(-1, (heads, -1))
+        for i, sample in enumerate(x):
+            if not kernels.rms_norm_(sample, self.weight.float(), self.eps, table[:, 0]):
+                self._apply_(sample)
+                rotate_(split[i : i + 1], table)
+        return split
+
+    def _apply_(self, x: torch.Tensor) -> None:
         weight = self.weight.float()
-        for part in x.split(SLICE, dim=1):
+        for part in x.split(SLICE):
             wide = part.float()
             size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
             inverse = size.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
             part.copy_(wide.mul_(inverse).mul_(weight))
-        return x
 
 
 def layer_norm(x: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Layer norm of x [B, L, dim] in float32, in x's dtype."""
-    if x.dtype == torch.float32:
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    parts = [F.layer_norm(p.float(), x.shape[-1:], weight, bias, eps).to(x.dtype) for p in x.split(SLICE, dim=1)]
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    if x.dtype == torch.float32 or torch.is_grad_enabled():
+        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
+    out = torch.empty_like(x)
+    for sample, place in zip(x, out, strict=True):
+        _normed_into(place, sample, eps, weight, bias)
+    return out
+
+
+def _normed_into(out: torch.Tensor, x: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """The same for x [L, dim], into out."""
+    if kernels.layer_norm(x, weight, bias, eps, out):
+        return
+    for part, place in zip(x.split(SLICE), out.split(SLICE), strict=True):
+        place.copy_(F.layer_norm(part.float(), x.shape[-1:], weight, bias, eps))
 
 
 def modulated_norm(x: torch.Tensor, runs: list[tuple[int, int, Modulation]], eps: float) -> torch.Tensor:
     """``norm(x) * (1 + scale) + shift`` run by run, for x [B, L, dim]."""
-    parts = [modulate(x[:, start:end], m.shift, m.scale, eps) for start, end, m in runs]
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    if torch.is_grad_enabled() or (len(runs) == 1 and len(x) == 1 and x.dtype == torch.float32):
+        parts = [modulate(x[:, start:end], m.shift, m.scale, eps) for start, end, m in runs]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    out = torch.empty_like(x)
+    for start, end, m in runs:
+        for i in range(len(x)):  # the modulation is the norm's own affine
+            _normed_into(out[i, start:end], x[i, start:end], eps, 1 + m.scale[i, 0], m.shift[i, 0])
+    return out
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
@@ -142,12 +178,19 @@ def add_gated(x: torch.Tensor, y: torch.Tensor, runs: list[tuple[int, int, Modul
     if torch.is_grad_enabled():
         return torch.cat([_gated(x[:, a:b], y[:, a:b], m.gate) for a, b, m in runs], dim=1)
     for start, end, m in runs:
-        for part, update in zip(x[:, start:end].split(SLICE, 1), y[:, start:end].split(SLICE, 1), strict=True):
-            if x.dtype == torch.float32:
-                part.addcmul_(update, m.gate)
-            else:
-                part.copy_(_gated(part, update, m.gate))
+        for i in range(len(x)):
+            if not kernels.add_gated_(x[i, start:end], y[i, start:end], m.gate[i, 0]):
+                _add_gated_(x[i, start:end], y[i, start:end], m.gate[i])
     return x
+
+
+def _add_gated_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> None:
+    """For x and y [L, dim]; what is half precision goes slice by slice."""
+    for part, update in zip(x.split(SLICE), y.split(SLICE), strict=True):
+        if x.dtype == torch.float32:
+            part.addcmul_(update, gate)
+        else:
+            part.copy_(_gated(part, update, gate))
 
 
 def _gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
 @lru_cache(maxsize=2)  # a 720p table is 39 MB of device memory
 @torch.inference_mode(False)  # ComfyUI runs nodes in inference mode, whose tensors training could not use
 def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> torch.Tensor:
-    """Rotations of every token of a grid (frames, rows, columns): complex64 [L, 1, head_dim / 2].
+    """Cosine and sine of every token's rotations, for a grid (frames, rows, columns): float32 [L, 1, head_dim / 2, 2].
 
     Angles are computed in float64 and kept for the next call with the same shape.
     """
@@ -36,7 +36,8 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
         ],
         dim=-1,
     )
-    return table.reshape(t * h * w, 1, head_dim // 2).to(torch.complex64).to(device)
+    table = table.reshape(t * h * w, 1, head_dim // 2).to(torch.complex64)
+    return torch.view_as_real(table).contiguous().to(device)
 
 
 def _rotations(positions: int, pairs: int) -> torch.Tensor:
@@ -47,16 +48,26 @@ def _rotations(positions: int, pairs: int) -> torch.Tensor:
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys [B, L, heads, head_dim]; computed in float32, returned in x's dtype."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if _lacks_complex(x.device):
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return turned.flatten(-2).to(x.dtype)
 
 
 def rotate_(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The same, overwriting x; half precision goes slice by slice to keep the float32 copy small."""
-    if x.dtype == torch.float32:
-        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(table)
+    if x.dtype == torch.float32 and not _lacks_complex(x.device):
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(torch.view_as_complex(table))
         return x
     for a in range(0, x.shape[1], SLICE):
         b = a + SLICE
         x[:, a:b] = rotate(x[:, a:b], table[a:b])
     return x
+
+
+def _lacks_complex(device: torch.device) -> bool:
+    """Apple's and DirectML's backends have no complex numbers."""
+    return device.type in ("mps", "privateuseone")
