@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from workflow_format import BYPASSED, Graph, Output
+from workflow_format import BYPASSED, TITLE, Graph, Node, Output
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -23,9 +23,10 @@ from wan_core.config import CLIP_COMFY_NAME, VAES, VARIANTS, Variant  # noqa: E4
 
 MODELS, PROMPT, SIZE, SAMPLING, VIDEO = "#3f789e", "#4f8f5b", "#a1793d", "#8a4f9e", "#a14b4b"
 POSITIVE, NEGATIVE = ("#232", "#353"), ("#322", "#533")
-GAP, HALF, MARGIN, TITLE = 24, 12, 20, 30  # between groups; inside a group; above a node
-TOP = 120  # the first row of nodes: below a group's title and the model's lane
-MODEL_LANE, SEEN_LANE, CLIP_LANE, VAE_LANE, HEIGHT = 60, 870, 896, 922, 950
+GAP, HALF, MARGIN = 24, 12, 20  # between groups; half of it; inside a group
+TOP, MODEL_LANE = 120, 60  # the first row of nodes, below a group's title and the model's lane
+SEEN_LANE, CLIP_LANE, VAE_LANE, END = 18, 44, 70, 98  # below the floor: lanes of links, and where groups end
+APART = 30  # between nodes above each other: a badge of the classic canvas fits in, or a line that a node says
 
 TEXT_ENCODER = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 BOXING_CATS = "Two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted stage."
@@ -78,13 +79,23 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def describe(g: Graph, variant: Variant, prompt: str, *, fast: bool = False) -> None:
-    """The way of the data, left to right: models, prompt, size or image, sampling, video."""
+    """Laid out twice: the lanes lie below the highest column, which the first time finds."""
+    draft = Graph(g.name, g.schemas)
+    lay_out(draft, variant, prompt, fast)
+    *above, beside = [node.bottom for node in draft.nodes]  # the lanes; they end where the video's group begins
+    g.floor = max(*above, beside - END + MARGIN)
+    end = lay_out(g, variant, prompt, fast)
+    add_notes(g, end, variant, fast)
+
+
+def lay_out(g: Graph, variant: Variant, prompt: str, fast: bool) -> int:
+    """The way of the data, left to right: models, prompt, size or image, sampling, video. Returns where it ends."""
     model, clip, vae, seen, x = add_models(g, variant, fast)
-    model, clip = g.lead(model, (x - HALF, MODEL_LANE)), g.lead(clip, (x - HALF, CLIP_LANE))
-    vae, seen = g.lead(vae, (x - HALF, VAE_LANE)), seen and g.lead(seen, (x - HALF, SEEN_LANE))
+    model, clip = g.lead(model, (x - HALF, MODEL_LANE)), g.lead(clip, (x - HALF, g.floor + CLIP_LANE))
+    vae, seen = g.lead(vae, (x - HALF, g.floor + VAE_LANE)), seen and g.lead(seen, (x - HALF, g.floor + SEEN_LANE))
 
     positive, negative, x = add_prompts(g, x, clip, prompt, variant.negative)
-    model, vae = g.lead(model, (x - HALF, MODEL_LANE)), g.lead(vae, (x - HALF, VAE_LANE))
+    model, vae = g.lead(model, (x - HALF, MODEL_LANE)), g.lead(vae, (x - HALF, g.floor + VAE_LANE))
 
     if variant.image == "none":
         latent, x = add_size(g, x, variant, model)
@@ -93,49 +104,41 @@ def describe(g: Graph, variant: Variant, prompt: str, *, fast: bool = False) -> 
     model = g.lead(model, (x - HALF, MODEL_LANE))
 
     sampled, x = add_sampler(g, x, variant, model, positive, negative, latent, fast)
-    vae = g.lead(vae, (x - HALF, VAE_LANE), (x - HALF, TOP + 40))
+    vae = g.lead(vae, (x - HALF, g.floor + VAE_LANE), (x - HALF, TOP + 40))
+    return add_video(g, x, variant, sampled, vae)
 
-    x = add_video(g, x, variant, sampled, vae)
-    add_notes(g, x, variant, fast)
+
+def below(*nodes: Node) -> int:
+    """Where a node stands beneath these, from top to bottom: its position is the lower edge of its title."""
+    return max((node.bottom + APART + TITLE for node in nodes), default=TOP)
 
 
 def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, Output, Output | None, int]:
-    width, row = 340, 190
+    column: list[Node] = []
+
+    def loader(kind: str, *models: dict[str, str], **values: Any) -> Output:
+        column.append(g.node(kind, (MARGIN, below(*column)), (340, 0), models=list(models), **values))
+        return column[-1][0]
+
     files = [download("diffusion_models", name) for name in variant.comfy_names]
     titles = ["High-noise expert", "Low-noise expert"] if variant.experts == 2 else [None]
     loaded = [
-        g.node(
-            "WanCoreLoadModel",
-            (MARGIN, TOP + row * i),
-            (width, 110),
-            title=titles[i],
-            models=[file],
-            model_name=file["name"],
-        )[0]
-        for i, file in enumerate(files)
+        loader("WanCoreLoadModel", file, title=title, model_name=file["name"])
+        for file, title in zip(files, titles, strict=True)
     ]
     text_encoder = download("text_encoders", TEXT_ENCODER)
-    vae = download("vae", VAES[variant.vae].comfy_name)
-    y = TOP + row * len(loaded)
-    clip = g.node(
-        "WanCoreLoadTextEncoder",
-        (MARGIN, y),
-        (width, 110),
-        models=[text_encoder],
-        text_encoder_name=text_encoder["name"],
-    )[0]
-    vae = g.node("WanCoreLoadVAE", (MARGIN, y + row), (width, 85), models=[vae], vae_name=vae["name"])[0]
+    clip = loader("WanCoreLoadTextEncoder", text_encoder, text_encoder_name=text_encoder["name"])
+    file = download("vae", VAES[variant.vae].comfy_name)
+    vae = loader("WanCoreLoadVAE", file, vae_name=file["name"])
     seen = None
     if variant.clip:
         vision = download("clip_vision", CLIP_COMFY_NAME)
-        seen = g.node(
-            "WanCoreLoadClipVision", (MARGIN, y + 2 * row - 20), (width, 60), models=[vision], clip_name=vision["name"]
-        )[0]
+        seen = loader("WanCoreLoadClipVision", vision, clip_name=vision["name"])
 
-    x, model = MARGIN + width + 35, loaded[0]
+    x, model = MARGIN + 340 + 35, loaded[0]
     if variant.experts == 2:
         model = g.node(
-            "WanCoreExpertSwitch", (x, TOP), (230, 105), high=loaded[0], low=loaded[1], boundary=variant.boundary
+            "WanCoreExpertSwitch", (x, TOP), (230, 0), high=loaded[0], low=loaded[1], boundary=variant.boundary
         )[0]
         x += 230 + 30
     if fast:
@@ -150,31 +153,31 @@ def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, 
             lora_name=loras[0]["name"],
         )[0]
         x += 340 + 30
-    model = g.node("WanCoreBlockSwap", (x, TOP), (230, 60), mode=BYPASSED, model=model)[0]
+    model = g.node("WanCoreBlockSwap", (x, TOP), (230, 0), mode=BYPASSED, model=model)[0]
     x += 230 + MARGIN
-    g.group("1 · Models", (0, 0), (x, HEIGHT), MODELS)
+    g.group("1 · Models", (0, 0), (x, g.floor + END), MODELS)
     return model, clip, vae, seen, x + GAP
 
 
 def add_prompts(g: Graph, x: int, clip: Output, prompt: str, avoided: str) -> tuple[Output, Output, int]:
-    left, right, width = x + MARGIN, x + MARGIN + 290 + 45, 290
+    left, right = x + MARGIN, x + MARGIN + 290 + 45
     worded = g.node("WanCoreAestheticPrompt", (left, TOP), (290, 735), colours=POSITIVE, text=prompt)[0]
-    clip = g.lead(clip, (right - 22, CLIP_LANE), (right - 22, TOP + 220))
+    clip = g.lead(clip, (right - 22, g.floor + CLIP_LANE), (right - 22, TOP + 220))
     positive = g.node(
-        "CLIPTextEncode", (right, TOP), (width, 100), title="Positive prompt", colours=POSITIVE, clip=clip, text=worded
-    )[0]
+        "CLIPTextEncode", (right, TOP), (290, 100), title="Positive prompt", colours=POSITIVE, clip=clip, text=worded
+    )
     negative = g.node(
         "CLIPTextEncode",
-        (right, TOP + 200),
-        (width, 240),
+        (right, below(positive) + APART),
+        (290, 240),
         title="Negative prompt",
         colours=NEGATIVE,
         clip=clip,
         text=avoided,
-    )[0]
-    end = right + width + MARGIN
-    g.group("2 · Prompt", (x, 0), (end - x, HEIGHT), PROMPT)
-    return positive, negative, end + GAP
+    )
+    end = right + 290 + MARGIN
+    g.group("2 · Prompt", (x, 0), (end - x, g.floor + END), PROMPT)
+    return positive[0], negative[0], end + GAP
 
 
 def add_size(g: Graph, x: int, variant: Variant, model: Output) -> tuple[Output, int]:
@@ -182,14 +185,14 @@ def add_size(g: Graph, x: int, variant: Variant, model: Output) -> tuple[Output,
     latent = g.node(
         "WanCoreEmptyLatent",
         (x + MARGIN, TOP + 280),
-        (250, 135),
+        (250, 0),
         model=model,
         width=width,
         height=height,
         frames=variant.frames,
     )[0]
     end = x + 250 + 2 * MARGIN
-    g.group("3 · Size", (x, 0), (end - x, HEIGHT), SIZE)
+    g.group("3 · Size", (x, 0), (end - x, g.floor + END), SIZE)
     return latent, end + GAP
 
 
@@ -204,20 +207,25 @@ def add_image(
     negative: Output,
 ) -> tuple[Output, Output, Output, Output, int]:
     width, height = size_of(variant)
-    left, pictures = x + MARGIN, {}
-    for name in ("start", "end")[: 2 if variant.needs_end else 1]:
-        pictures[f"{name}_image"] = g.node(
-            "LoadImage", (left, TOP + 330), (250, 340), title=f"{name.title()} image", image="example.png"
+    count = 2 if variant.needs_end else 1
+    left = x + MARGIN + count * (250 + 20) + 25
+    pictures: dict[str, Any] = {
+        f"{name}_image": g.node(
+            "LoadImage",
+            (x + MARGIN + i * 270, TOP + 330),
+            (250, 340),
+            title=f"{name.title()} image",
+            image="example.png",
         )[0]
-        left += 250 + 20
-    left += 25
-    vae = g.lead(vae, (left - 22, VAE_LANE))
+        for i, name in enumerate(("start", "end")[:count])
+    }
+    vae = g.lead(vae, (left - 22, g.floor + VAE_LANE))
     if seen:
-        pictures["clip_vision"] = g.lead(seen, (left - 34, SEEN_LANE), (left - 34, TOP + 180))
+        pictures["clip_vision"] = g.lead(seen, (left - 34, g.floor + SEEN_LANE), (left - 34, TOP + 180))
     start = g.node(
         "WanCoreImageToVideo",
         (left, TOP),
-        (270, 310),
+        (270, 0),
         model=model,
         vae=g.lead(vae, (left - 22, TOP + 60)),
         positive=positive,
@@ -228,7 +236,7 @@ def add_image(
         **pictures,
     )
     end = left + 270 + MARGIN
-    g.group("3 · Image and size", (x, 0), (end - x, HEIGHT), SIZE)
+    g.group("3 · Image and size", (x, 0), (end - x, g.floor + END), SIZE)
     return start[0], start[1], start[2], vae, end + GAP
 
 
@@ -244,7 +252,7 @@ def add_sampler(
     sampled = g.node(
         "WanCoreSampler",
         (x + MARGIN, TOP),
-        (290, 410),
+        (290, 0),
         model=model,
         positive=positive,
         negative=negative,
@@ -253,19 +261,21 @@ def add_sampler(
         **(FAST if fast else official),
     )[0]
     end = x + 290 + 2 * MARGIN
-    g.group("4 · Sampling", (x, 0), (end - x, HEIGHT), SAMPLING)
+    g.group("4 · Sampling", (x, 0), (end - x, g.floor + END), SAMPLING)
     return sampled, end + GAP
 
 
 def add_video(g: Graph, x: int, variant: Variant, latent: Output, vae: Output) -> int:
     left, width = x + MARGIN, 500
-    images = g.node("WanCoreVAEDecode", (left, TOP), (230, 50), vae=vae, samples=latent)[0]
-    video = g.node("CreateVideo", (left + 270, TOP), (230, 80), images=images, fps=float(variant.fps))[0]
-    row = TOP + 130
-    video = g.lead(video, (left + width - 10, row), (left + 10, row))
-    g.node("SaveVideo", (left, TOP + 200), (width, 560), video=video, filename_prefix=f"video/{g.name}")
+    images = g.node("WanCoreVAEDecode", (left, TOP), (230, 0), vae=vae, samples=latent)
+    video = g.node("CreateVideo", (left + 270, TOP), (230, 0), images=images[0], fps=float(variant.fps))
+    row = below(images, video)
+    led = g.lead(video[0], (left + width - 10, row - TITLE), (left + 10, row - TITLE))
+    top = row + APART
+    high = max(width + 120, g.floor + END - MARGIN - top)  # a square video fits in
+    g.node("SaveVideo", (left, top), (width, high), video=led, filename_prefix=f"video/{g.name}")
     end = left + width + MARGIN
-    g.group("5 · Video", (x, 0), (end - x, HEIGHT), VIDEO)
+    g.group("5 · Video", (x, 0), (end - x, g.floor + END), VIDEO)
     return end
 
 
@@ -277,7 +287,7 @@ def add_notes(g: Graph, end: int, variant: Variant, fast: bool) -> None:
     }
     width = (end - (len(notes) - 1) * GAP) // len(notes)
     for i, (title, text) in enumerate(notes.items()):
-        g.note(title, (i * (width + GAP), HEIGHT + GAP + TITLE), (width, 190), text)
+        g.note(title, (i * (width + GAP), g.floor + END + GAP + TITLE), (width, 190), text)
 
 
 def size_of(variant: Variant) -> tuple[int, int]:

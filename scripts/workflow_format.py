@@ -20,6 +20,14 @@ OUR_PACK, COMFYUI = {"cnr_id": "comfyui-wan22", "ver": "0.1.0"}, {"cnr_id": "com
 _EMPTY = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}  # what a widget without a default shows
 EDITOR_ONLY = {"MarkdownNote": {"input": {}, "output": [], "output_name": []}}
 
+# Heights in pixels of the graph, as the editor draws a node of ours: the classic canvas without the title above the
+# node's position, Nodes 2.0 (of frontend 1.58, where it is highest) with it. tests/browser compares what is drawn.
+TITLE = 30
+SLOT = 20  # a row with an input, an output, or one of each
+CLASSIC_FRAME, CLASSIC_WIDGET = 22, 24  # a frame counts the places of our texts and previews while they are empty
+NODES2_FRAME, NODES2_WIDGET = 76, 28
+TEXT_BOX = 30  # that a text of several lines has at least, besides a widget's height
+
 
 @dataclass(frozen=True)
 class Reroute:
@@ -99,6 +107,22 @@ class Node:
     def links(self) -> dict[str, Output]:
         return {name: value for name, value in self.values.items() if isinstance(value, Output)}
 
+    @property
+    def least(self) -> int:
+        """The height that the classic canvas needs, without the title."""
+        return self._height(CLASSIC_FRAME, CLASSIC_WIDGET)
+
+    @property
+    def bottom(self) -> int:
+        """Where the node ends in whichever renderer draws it higher, however high the file says it is."""
+        return self.pos[1] + max(self.size[1], self._height(NODES2_FRAME, NODES2_WIDGET) - TITLE)
+
+    def _height(self, frame: int, widget: int) -> int:
+        slots = list(self.inputs())
+        rows = max(sum(not slot.is_widget for slot in slots), len(self.schema["output"]))
+        texts = sum(bool(slot.options.get("multiline")) for slot in slots if slot.is_widget)
+        return frame + SLOT * rows + widget * len(list(_widgets_values(self))) + TEXT_BOX * texts
+
 
 def chosen(options: dict[str, Any], key: str) -> dict[str, Any]:
     """The inputs that a value of a choice brings, in sections as those of a node."""
@@ -110,6 +134,7 @@ class Graph:
 
     def __init__(self, name: str, schemas: Schemas) -> None:
         self.name, self.schemas = name, schemas | EDITOR_ONLY
+        self.floor = 0  # where the nodes of all groups have ended; see make_workflows.describe
         self.nodes: list[Node] = []
         self.groups: list[dict[str, Any]] = []
         self.reroutes: list[Reroute] = []
@@ -126,11 +151,13 @@ class Graph:
         colours: tuple[str, str] | None = None,
         **values: Any,
     ) -> Node:
+        """A node of this size, or as high as the editor will make it where that is more."""
         made = Node(
             len(self.nodes) + 1, type, self.schemas[type], values, pos, size, title, mode, models or [], colours
         )
         unknown = values.keys() - {slot.name for slot in made.inputs()} - {"text"}
         assert not unknown, f"{type} has no input {unknown}"
+        made.size = (size[0], max(size[1], made.least))
         self.nodes.append(made)
         return made
 

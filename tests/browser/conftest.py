@@ -10,6 +10,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Response, sync_pl
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / ".cache/screenshots"
 FRONTENDS = ("pinned", "newest")  # the one ComfyUI pins; the one that users of a current ComfyUI have
+ROOM = 10  # pixels of the graph that shipped nodes keep between them
 SCREEN = {"width": 1600, "height": 1000}
 CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
                   "--disable-background-networking", "--disable-sync")  # fmt: skip
@@ -104,6 +106,13 @@ class App:
         """Every link whose two ends exist: origin node and slot, target node and slot."""
         return [tuple(map(int, link)) for link in self.page.evaluate(_LINKS)]
 
+    def crowded(self) -> list[tuple[str, str]]:
+        """Nodes that are drawn less than ROOM apart, by their ids."""
+        self.fit()
+        boxes = self.page.evaluate(_DOM_BOXES if self.nodes2 else _BOXES)
+        assert len(boxes) == self.node_types().total()
+        return [(a[0], b[0]) for a, b in combinations(boxes, 2) if near(a[1:], b[1:])]
+
     def missing_nodes(self) -> list[str]:
         """Types on the canvas that the server does not offer."""
         known = "type => type in LiteGraph.registered_node_types"
@@ -151,6 +160,19 @@ class App:
         self.page.set_viewport_size(SCREEN)
         return path
 
+
+def near(a: list[float], b: list[float]) -> bool:
+    return a[0] < b[2] + ROOM and b[0] < a[2] + ROOM and a[1] < b[3] + ROOM and b[1] < a[3] + ROOM
+
+
+# Ids and places, in pixels of the graph: titles stand above a node's position.
+_BOXES = """() => app.graph.nodes.map(({id, pos, size}) =>
+    [String(id), pos[0], pos[1] - 30, pos[0] + size[0], pos[1] + size[1]])"""
+
+_DOM_BOXES = """() => [...document.querySelectorAll('[data-node-id]')].map(element => {
+    const {left, top, right, bottom} = element.getBoundingClientRect()
+    return [element.dataset.nodeId, ...[left, top, right, bottom].map(place => place / app.canvas.ds.scale)]
+})"""
 
 # True once neither canvas, view nor a node has changed for 30 frames.
 _STILL = """() => {

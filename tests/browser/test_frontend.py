@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +29,11 @@ def test_as_the_editor_reads_it(app, workflow: Path) -> None:
         twin = templates.to_api(json.loads(workflow.read_text(encoding="utf-8")), app.server.client.object_info())
     assert bare(sent) == bare(twin)
 
-    app.fit()
-    boxes = app.page.evaluate(_DOM_BOXES if app.nodes2 else _BOXES)
-    assert len(boxes) == len(json.loads(workflow.read_text(encoding="utf-8"))["nodes"])
-    assert [(a[0], b[0]) for a, b in combinations(boxes, 2) if overlap(a[1:], b[1:])] == []
+    assert app.crowded() == []
 
 
 def bare(graph: dict[str, Any]) -> dict[str, Any]:
     return {id: (node["class_type"], node["inputs"]) for id, node in graph.items()}
-
-
-def overlap(a: list[float], b: list[float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-_BOXES = """() => app.graph.nodes.map(({title, pos, size}) =>
-    [title, pos[0], pos[1] - 30, pos[0] + size[0], pos[1] + size[1]])"""
-
-_DOM_BOXES = """() => [...document.querySelectorAll('[data-node-id]')].map(element => {
-    const {left, top, right, bottom} = element.getBoundingClientRect()
-    return [element.dataset.nodeId, left, top, right, bottom]
-})"""
 
 
 def test_image_of_ti2v_can_be_bypassed(app) -> None:

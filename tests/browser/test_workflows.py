@@ -51,6 +51,7 @@ def test_dropped_and_run(app, workflow: Path, tmp_path: Path) -> None:
     outputs = app.server.client.get(f"/history/{prompt}")[prompt]["outputs"].values()
     (video,) = [file for output in outputs for file in output.get("images", []) if file["filename"].endswith(".mp4")]
     app.screenshot(f"{workflow.stem}-done")
+    assert app.crowded() == []  # with what the nodes say and show
 
     saved = tmp_path / "saved.mp4"
     saved.write_bytes(app.server.client.download(video))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from workflow_format import NODES2_FRAME, NODES2_WIDGET, SLOT, TITLE
 
 from wan_core.config import VAES, VARIANTS, Variant
 
@@ -19,7 +20,6 @@ TASKS = {"t2v-A14B": "wan22_t2v_a14b", "i2v-A14B": "wan22_i2v_a14b", "ti2v-5B": 
          "t2v-A14B fast": "wan22_t2v_a14b_4steps", "i2v-A14B fast": "wan22_i2v_a14b_4steps"}  # fmt: skip
 SIZES = {"i2v-14B": (832, 480)}
 FAST = {"steps": 4, "cfg_high": 1.0, "cfg_low": 1.0, "shift": 5.0, "solver": "euler", "schedule": "simple"}
-TITLE = 30  # pixels of a node's title bar, above its position
 ROOM = 10  # pixels that nodes keep between them
 
 each_task = pytest.mark.parametrize("task", TASKS)
@@ -75,14 +75,22 @@ def test_reroutes_belong_to_links(task: str) -> None:
 
 @each_task
 def test_nodes_lie_apart_and_inside_groups(task: str) -> None:
+    """In both renderers: Nodes 2.0 makes a node as high as its widgets, whatever the file says."""
     content = ui(task)
-    boxes = {node["id"]: box(*node["pos"], *node["size"], above=TITLE) for node in content["nodes"]}
+    boxes = {node["id"]: box(*node["pos"], *drawn_size(node), above=TITLE) for node in content["nodes"]}
     groups = [box(*group["bounding"]) for group in content["groups"]]
     for (a, first), (b, second) in combinations(boxes.items(), 2):
         assert not overlap(first, second, ROOM), f"nodes {a} and {b}"
     for node in content["nodes"]:
         inside = [group for group in groups if overlap(boxes[node["id"]], group)]
         assert len(inside) == (node["type"] != "MarkdownNote"), node["type"]
+
+
+def drawn_size(node: dict[str, Any]) -> tuple[float, float]:
+    width, height = node["size"]
+    sockets = sum("widget" not in slot for slot in node["inputs"])
+    rows, widgets = max(sockets, len(node["outputs"])), len(node["widgets_values"])
+    return width, max(height, NODES2_FRAME + SLOT * rows + NODES2_WIDGET * widgets - TITLE)
 
 
 @each_task
