@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,16 +61,16 @@ class LoadTextEncoder(WanNode):
 
     @classmethod
     def check_inputs(cls, text_encoder_name: str | None) -> None:
-        host.check_file(_read, FOLDER, text_encoder_name)
+        host.check_file(read_text_encoder, FOLDER, text_encoder_name)
 
     @classmethod
     def fingerprint_inputs(cls, text_encoder_name: str, dtype: str, device: str) -> tuple:
-        return host.fingerprint(FOLDER, text_encoder_name, _read)
+        return host.fingerprint(FOLDER, text_encoder_name, read_text_encoder)
 
     @classmethod
     def execute(cls, text_encoder_name: str, dtype: str, device: str) -> io.NodeOutput:
         resolve_dtype(dtype, "cpu")
-        file = host.read_header(_read, FOLDER, text_encoder_name)
+        file = host.read_header(read_text_encoder, FOLDER, text_encoder_name)
         return io.NodeOutput(WanCLIP(file, dtype, device), ui=host.told("\n".join(file.notes)))
 
 
@@ -139,9 +138,3 @@ class WanCLIP:
 
     def get_ram_usage(self) -> int:
         return 0
-
-
-def _read(path: Path) -> TextFile:
-    file = read_text_encoder(path)
-    file.checkpoint.close()  # the tokenizer inside has been copied out; the file need not stay mapped
-    return file

@@ -232,7 +232,9 @@ class WanVAE:
 
     def get_sd(self) -> dict[str, torch.Tensor]:
         """The weights by their official names, for VAESave."""
-        return {own: fetch(self.file.checkpoint.tensor(theirs)) for own, theirs in self.file.names.items()}
+        checkpoint = self.file.checkpoint
+        with checkpoint.reading():
+            return {own: fetch(checkpoint.tensor(theirs)) for own, theirs in self.file.names.items()}
 
     def get_ram_usage(self) -> int:
         return 0

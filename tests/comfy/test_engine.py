@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from comfy_server import Client, Run, Server
+from safetensors.torch import load_file
 
 from tests.comfy import graphs as wan
 from tests.comfy.graphs import Graph, Out
@@ -117,6 +118,20 @@ def test_free_memory_gives_everything_back(client: Client, server: Server) -> No
     assert wait_until(lambda: before - own_memory(server) > 0.8 * size), (before - own_memory(server), size)
     g.set(sampled, seed=7)
     assert client.run(g.nodes).ok
+
+
+def test_a_vae_that_was_saved_is_given_back(client: Client, server: Server) -> None:
+    """A node that reads the weights from their file, which the engine holds no part of."""
+    client.free()
+    g = Graph()
+    g.add("VAESave", vae=wan.vae(g, "ti2v"), filename_prefix="vae/saved")
+    run = client.run(g.nodes)
+    assert run.ok, run.error
+    (saved,) = (server.base / "output/vae").glob("saved*.safetensors")
+    written, read = load_file(saved), load_file(server.base / "models/vae" / wan.VAES["ti2v"])
+    assert written.keys() == read.keys() and all(written[key].equal(read[key]) for key in read)
+    client.free()
+    assert wait_until(lambda: not mapped_models(server)), mapped_models(server)
 
 
 def test_unloading_models_alone_keeps_results(client: Client, server: Server) -> None:

@@ -204,7 +204,6 @@ def _readers(folder: Path) -> list[Callable[[Path], object]]:
         checkpoint = open_checkpoint(path)
         for key in list(checkpoint.tensors)[:2] + list(checkpoint.tensors)[-2:]:
             checkpoint.tensor(key).float().sum()
-        checkpoint.close()
 
     def dit(path: Path) -> None:
         load_dit(path, dtype=torch.float32)

@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wan_core
+from wan_core import mapped
 from wan_core.config import VARIANTS, Architecture
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import open_checkpoint
 from wan_core.loading.dit import read_dit
-from wan_core.mapped import ALIGNMENT
+from wan_core.mapped import ALIGNMENT, is_mapped
 from wan_core.models.dit.dit import WanDiT
+from wan_core.tools.convert import convert
 from wan_core.tools.tiny import LAYOUTS, TinySizes, make_tiny, write_tiny
 
 SIZES = TinySizes(dim=128, ffn_dim=128, layers=2, text_dim=64)
@@ -96,6 +98,40 @@ def test_half_precision_keeps_norms_modulation_and_head_in_float32(folders):
     wide = {key for key, value in dit.state_dict().items() if value.dtype == torch.float32}
     assert {"head.head.weight", "head.modulation", "blocks.0.modulation", "blocks.0.norm3.weight"} <= wide
     assert dit.blocks[0].self_attn.q.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pickle", "gguf"])
+def test_a_checkpoint_keeps_no_file_mapped(folders, tmp_path: Path, kind: str):
+    """Whoever reads its tensors, and however that ends: only a tensor that lives holds its file."""
+    path = as_kind(experts(folders["t2v-A14B", "comfyui"], "t2v-A14B", "comfyui")[0], tmp_path, kind)
+    checkpoint = open_checkpoint(path)
+    whole = checkpoint.only(checkpoint.tensors)
+    tensor = checkpoint.tensor("head.modulation")
+    assert is_mapped(tensor) and mapped_files(path)
+    del tensor
+    assert not mapped_files(path)
+    with pytest.raises(KeyError), checkpoint.reading():
+        for key in (*list(whole.tensors)[:3], "missing"):
+            with whole.reading():
+                whole.tensor(key)
+            assert mapped_files(path) == 1  # opened once for all that read at the time
+    assert not mapped_files(path)
+
+
+def as_kind(source: Path, folder: Path, kind: str) -> Path:
+    if kind == "safetensors":
+        return source
+    path = folder / f"dit.{kind}"
+    if kind == "gguf":
+        convert(source, path, "gguf:Q8_0")
+    else:
+        torch.save(load_file(source), path)
+    return path
+
+
+def mapped_files(path: Path) -> int:
+    gc.collect()
+    return sum(one.file == path for one in mapped._maps)
 
 
 # Damage and mistakes ---------------------------------------------------------

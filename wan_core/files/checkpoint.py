@@ -13,8 +13,9 @@ import math
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -45,16 +46,18 @@ class Checkpoint:
     """The tensors of one model, wherever they lie.
 
     Only headers are read when this is made. ``tensor`` returns memory-mapped data that costs no RAM of its own
-    until it is touched, and then only clean pages that the system may drop again.
+    until it is touched, and then only clean pages that the system may drop again. A checkpoint outlives its model in
+    every recipe, so it holds no file itself: a file is mapped while one of its tensors lives, or inside ``reading``.
     """
 
     def __init__(self, path: Path, stored: Mapping[str, TensorInfo], metadata: Mapping[str, str]):
         self.path = path
         self.metadata = dict(metadata)
         self._stored = dict(stored)  # the tensors as they lie in the file, the pieces of packed matrices among them
-        self.tensors = understand(path, self._stored, self.metadata, self._piece)
+        self._open = _OpenFiles()  # one for all that ``only`` makes of this
+        with self.reading():
+            self.tensors = understand(path, self._stored, self.metadata, self._piece)
         self.beside: tuple[Path, ...] = ()  # files that reading the model looked for or at, there or not
-        self.close()
 
     def __contains__(self, key: str) -> bool:
         return key in self.tensors
@@ -87,6 +90,17 @@ class Checkpoint:
         part.tensors = {key: self.tensors[key] for key in keys}
         return part
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While many tensors are read: each file is opened once, and let go at the end. Outside, each call opens it."""
+        self._open.readers += 1
+        try:
+            yield
+        finally:
+            self._open.readers -= 1
+            if not self._open.readers:
+                self._open.files.clear()
+
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype that most of the numbers are stored in; packed matrices count as what they are packed in."""
@@ -104,7 +118,8 @@ class Checkpoint:
     def packed(self, key: str) -> Packed:
         """A matrix in its quantised format, memory-mapped; only for keys whose ``TensorInfo`` names one."""
         info = self.tensors[key]
-        return Packed(info.format, info.format.prepared({name: self._piece(piece) for name, piece in info.parts}))
+        with self.reading():
+            return Packed(info.format, info.format.prepared({name: self._piece(piece) for name, piece in info.parts}))
 
     def stored_bytes(self, key: str) -> int:
         """What a tensor takes in its file; a packed matrix with its scales."""
@@ -127,18 +142,19 @@ class Checkpoint:
         except KeyError as error:
             raise changed(info.file) from error
 
-    def close(self) -> None:
-        """Let go of the mapped files; tensors handed out keep theirs alive."""
-        self._open.clear()
-
     def _mapped(self, file: Path) -> Mapping[str, torch.Tensor]:
-        if file not in self._open:
-            self._open[file] = _open_file(file)
-        return self._open[file]
+        with self.reading():
+            if file not in self._open.files:
+                self._open.files[file] = _open_file(file)
+            return self._open.files[file]
 
-    @cached_property
-    def _open(self) -> dict[Path, Mapping[str, torch.Tensor]]:
-        return {}
+
+@dataclass
+class _OpenFiles:
+    """The files that are mapped while somebody reads, by the names of their tensors."""
+
+    readers: int = 0
+    files: dict[Path, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
 
 def _state_beside(file: Path) -> tuple:

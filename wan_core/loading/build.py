@@ -57,21 +57,22 @@ def load_strict(
     _check_shapes(wanted, names, checkpoint)
     packed: dict[str, Packed] = {}
     scratch, device, reads = Scratch(), torch.device(device), []
-    for key, slot in wanted.items():
-        if packs(key) and (make(key) or _is_packed(checkpoint, names[key])):
-            matrix = _packed(checkpoint, names[key], make(key), device)
-            packed[key] = matrix.to(device) if place(key) or device.type == "cpu" else matrix
-            continue
-        tensor = checkpoint.tensor(names[key])
-        target = torch.float32 if keep_float32(key) else dtype
-        target = target if target and tensor.is_floating_point() else tensor.dtype
-        if not _stays(module, key, tensor, device, target, streams=not place(key), spare=spare(key)):
-            if is_mapped(tensor):
-                reads.append((tensor, room_for(tensor, device, target)))
-                tensor = reads[-1][1]
-            else:
-                tensor = fetch(tensor, device, target, aligned=True)
-        assign(module, key, tensor, is_parameter=isinstance(slot, nn.Parameter))
+    with checkpoint.reading():
+        for key, slot in wanted.items():
+            if packs(key) and (make(key) or _is_packed(checkpoint, names[key])):
+                matrix = _packed(checkpoint, names[key], make(key), device)
+                packed[key] = matrix.to(device) if place(key) or device.type == "cpu" else matrix
+                continue
+            tensor = checkpoint.tensor(names[key])
+            target = torch.float32 if keep_float32(key) else dtype
+            target = target if target and tensor.is_floating_point() else tensor.dtype
+            if not _stays(module, key, tensor, device, target, streams=not place(key), spare=spare(key)):
+                if is_mapped(tensor):
+                    reads.append((tensor, room_for(tensor, device, target)))
+                    tensor = reads[-1][1]
+                else:
+                    tensor = fetch(tensor, device, target, aligned=True)
+            assign(module, key, tensor, is_parameter=isinstance(slot, nn.Parameter))
     read_into(reads)
     _lend(module, scratch)
     pack_layers(module, packed, scratch)

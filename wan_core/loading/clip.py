@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,6 @@ def build_clip(
         encoder = ClipVision(file.config)
     tensors = _FlatEmbeddings(file.checkpoint)
     load_strict(encoder, tensors, file.names, device=device, dtype=dtype, keep_float32=lambda key: "norm" in key)
-    file.checkpoint.close()
     return encoder
 
 
@@ -89,6 +89,9 @@ class _FlatEmbeddings:
 
     def tensor(self, key: str) -> torch.Tensor:
         return self._checkpoint.tensor(key).reshape(self.tensors[key].shape)
+
+    def reading(self) -> AbstractContextManager[None]:
+        return self._checkpoint.reading()
 
     def packed(self, key: str):
         return self._checkpoint.packed(key)

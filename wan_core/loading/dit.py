@@ -118,7 +118,6 @@ def fill_dit(
         make=lambda key: make,
         spare=lambda key: swap is not None and not key.startswith("blocks."),
     )
-    file.checkpoint.close()  # the recipe outlives the weights; the mapping must not outlive them too
     model.attend = backend.run
     model.swap = swap.adopt() if swap else None
     return model

@@ -142,7 +142,6 @@ def build_text_encoder(
         packs=layout.packs,
         make=lambda key: make if layout.is_matrix(key) else None,
     )
-    file.checkpoint.close()  # the tensors keep the mapping; it must not outlive them
     return TextEncoder(encoder, file.tokenizer)
 
 

@@ -68,7 +68,6 @@ def build_vae(file: VAEFile, *, device: torch.device | str = "cpu", dtype: torch
         vae = VAE_CLASSES[file.config.kind](file.config)
     dtype = resolve_dtype(dtype, device, file.checkpoint.dtype)
     load_strict(vae, file.checkpoint, file.names, device=device, dtype=dtype)
-    file.checkpoint.close()  # the tensors keep the mapping; it must not outlive them
     return vae
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -122,13 +123,20 @@ class Adaptation:
         if same and list(strengths) == self._strengths:
             return
         self.revision += 1
+        with ExitStack() as files:
+            for one in (self.file, *loras):
+                files.enter_context(one.checkpoint.reading())
+            self._change(None if same else tuple(loras), strengths, merge=merge)
+
+    def _change(self, loras: tuple[LoraFile, ...] | None, strengths: Sequence[float], *, merge: bool) -> None:
+        """Put these LoRAs in the place of those that are there; None only changes the strengths."""
         try:
-            if same:
+            if loras is None:
                 self._strengths[:] = strengths
                 self._merge_all()
             else:
                 self._undo()
-                self._loras, self._merge, self._strengths = tuple(loras), merge, list(strengths)
+                self._loras, self._merge, self._strengths = loras, merge, list(strengths)
                 self._build()
         except BaseException:  # out of memory, or cancelled: half of it would be worse than nothing
             self._undo()
@@ -151,7 +159,6 @@ class Adaptation:
         if self.model.swap:
             self.model.swap.carry(beside, apart, [partial(check_unchanged, lora) for lora in self._loras])
         self._merge_all()
-        self._close()
 
     def _stays_beside(self, key: str, parts: Sequence[tuple[int, LoraFile, Part]]) -> bool:
         """Whether a weight is left as it is, and its adapters work beside it."""
@@ -195,7 +202,6 @@ class Adaptation:
         for merged in self._merged:
             active = [(adapter, self._strengths[place]) for adapter, place in merged.adapters if self._strengths[place]]
             self._put(merged.key, active)
-        self._close()
 
     @torch.no_grad()
     def _put(self, key: str, active: Sequence[tuple[Adapter, float]]) -> None:
@@ -220,7 +226,6 @@ class Adaptation:
         for merged in self._merged:
             if self._streamed_block(merged.key) is None or not self.model.swap.brings(*self._slot(merged.key)):
                 self._put(merged.key, [])
-        self._close()
         self._patched, self._merged, self._loras, self._strengths = [], [], (), []
 
     def _streamed_block(self, key: str) -> int | None:
@@ -236,10 +241,6 @@ class Adaptation:
         path, _, name = key.rpartition(".")
         owner = self.model.get_submodule(path)
         return owner.base if isinstance(owner, PatchedLinear) else owner, name
-
-    def _close(self) -> None:
-        for one in (self.file, *self._loras):
-            one.checkpoint.close()
 
 
 def adaptation_of(model: WanDiT, file: DiTFile) -> Adaptation:

@@ -184,7 +184,8 @@ class _Job:
             "diffusers": self._write_folder,
         }
         try:
-            writers[self.target.layout](path)
+            with self.checkpoint.reading():
+                writers[self.target.layout](path)
         except WanError:  # a read may have noticed first
             self._check_unchanged()
             raise

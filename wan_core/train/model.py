@@ -128,7 +128,6 @@ def load_trained(
     with torch.device("meta"):
         model = TrainedDiT(file.config)
     load_strict(model, file.checkpoint, file.names, device=device, dtype=dtype)
-    file.checkpoint.close()
     return model.requires_grad_(True)
 
 
