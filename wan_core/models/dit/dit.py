@@ -282,7 +282,7 @@ class WanDiT(nn.Module):
         """
         Args:
             x: noisy latent, with condition channels if the model takes them, [B, C_in, T, h, w], normalised.
-            t: timestep 0..1000, [B], or [B, T] with one for each latent frame.
+            t: timestep 0..1000, [B], or [B, T] with one for each latent frame; best on the CPU: it is looked at.
             context: text embedding [B, L, text_dim], or what ``text_states`` made of it.
             on_block: called with the block's index before each block; may raise to cancel.
             inputs: what the network's features take, such as ``ClipTokens``; part of ``text_states`` where those are
@@ -335,9 +335,11 @@ class WanDiT(nn.Module):
 
     def _embed_time(self, t: torch.Tensor, grid: tuple[int, int, int]) -> tuple[PerSegment, PerSegment]:
         """Timesteps -> their embedding (for the head) and its six modulations (for the blocks), run by run."""
-        columns, bounds = _segments(t.to(self.device), frames=grid[0], tokens_per_frame=grid[1] * grid[2])
+        columns, bounds = _segments(t, frames=grid[0], tokens_per_frame=grid[1] * grid[2])
         first, activation, second = self.time_embedding
-        e = linear_float32(second, activation(linear_float32(first, sinusoid(columns, self.config.freq_dim))))
+        e = linear_float32(
+            second, activation(linear_float32(first, sinusoid(columns.to(self.device), self.config.freq_dim)))
+        )
         six = linear_float32(self.time_projection[1], F.silu(e), parts=6).unflatten(-1, (6, -1))
         return PerSegment(bounds, e), PerSegment(bounds, six)
 
