@@ -53,7 +53,7 @@ def near(ours: Tensor, expected: Tensor, least: float = 1e-2) -> None:
     ours, expected = ours.float(), expected.float()
     off = (ours - expected).abs() / expected.abs().clamp(min=least)
     assert off.max() <= ROUNDED, off.max()
-    assert (off > 0).float().mean() < (0.02 if CUDA else 0.6)  # the interpreter rounds to bfloat16 by cutting off
+    assert (off > 0).float().mean() < (0.02 if CUDA else 0.8)  # the interpreter rounds to bfloat16 by cutting off
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -282,7 +282,7 @@ class WanDiT(nn.Module):
         """
         Args:
             x: noisy latent, with condition channels if the model takes them, [B, C_in, T, h, w], normalised.
-            t: timestep 0..1000, [B], or [B, T] with one for each latent frame.
+            t: timestep 0..1000, [B], or [B, T] with one for each latent frame; best on the CPU: it is looked at.
             context: text embedding [B, L, text_dim], or what ``text_states`` made of it.
             on_block: called with the block's index before each block; may raise to cancel.
             inputs: what the network's features take, such as ``ClipTokens``; part of ``text_states`` where those are
