@@ -27,9 +27,9 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
-from wan_core import mapped
+from wan_core import kernels, mapped
 
-from .tally import Tally, cost_of, tensors_in
+from .tally import Cost, Tally, cost_of, tensors_in, touched
 
 aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
@@ -59,12 +59,15 @@ class Machine(TorchDispatchMode):
     Args:
         total: bytes of its memory. More is an ``OutOfMemoryError``, as on a real one.
         capability: the compute capability that a CUDA device names.
+        kernels: whether it has Triton, which the pack's own kernels need.
     """
 
-    def __init__(self, total: float = 80e9, *, kind: str = "cuda", capability: tuple[int, int] = (9, 0)):
+    def __init__(
+        self, total: float = 80e9, *, kind: str = "cuda", capability: tuple[int, int] = (9, 0), kernels: bool = True
+    ):
         super().__init__()
         self.device = torch.device(kind, 0)
-        self.total, self.capability = int(total), capability
+        self.total, self.capability, self.kernels = int(total), capability, kernels and kind == "cuda"
         self.fake = _Fake(allow_non_fake_inputs=True)
         self.tally = Tally(self.total)
         self._pinned: dict[int, int] = {}
@@ -306,6 +309,32 @@ class _Event:
         self._tally.synchronised("waits for an event")
 
 
+class _Rows:
+    """The pack's own kernels: each reads what it is given once and writes once."""
+
+    def __init__(self, tally: Tally):
+        self._tally = tally
+
+    def _ran(self, name: str, read: Iterable[Tensor | None], written: Iterable[Tensor]) -> None:
+        given = sum(touched(one) for one in read if one is not None)
+        self._tally.computed(Cost(f"kernel {name}", given, sum(map(touched, written))), [])
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> None:
+        self._ran("layer_norm", (x, weight, bias), (out,))
+
+    def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, table: Tensor | None) -> None:
+        self._ran("rms_norm", (x, weight, table), (x,))
+
+    def add_gated_(self, x: Tensor, y: Tensor, gate: Tensor) -> None:
+        self._ran("add_gated", (x, y, gate), (x,))
+
+    def quantise_rows(self, x: Tensor, packed: Tensor, scale: Tensor, largest: float) -> None:
+        self._ran("quantise_rows", (x,), (packed, scale))
+
+    def rescale(self, out: Tensor, product: Tensor, of_row: Tensor, of_column: Tensor, bias: Tensor | None) -> None:
+        self._ran("rescale", (product, of_row, of_column, bias), (out,))
+
+
 def _patches(machine: Machine) -> Iterator[mock._patch]:
     """What PyTorch and the pack ask of a device beside operations."""
     tally = machine.tally
@@ -327,6 +356,8 @@ def _patches(machine: Machine) -> Iterator[mock._patch]:
         "current_stream": lambda device=None: _Stream(tally),
         "stream": lambda stream: nullcontext(),
     }
+    yield mock.patch.object(kernels, "available", lambda device: machine.kernels and device.type == "cuda")
+    yield mock.patch.object(kernels, "rows", _Rows(tally), create=True)
     for name, answer in answers.items():
         yield mock.patch.object(torch.cuda, name, answer)
     yield mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None)
