@@ -42,7 +42,7 @@ def traced_block(config: Architecture, batch: int, tokens: int, dtype: torch.dty
         block: Block = model.blocks[0]
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if keeps_float32(name) else dtype)
-        rope = torch.empty(tokens, 1, config.dim // config.heads // 2, dtype=torch.complex64)
+        rope = torch.empty(tokens, 1, config.dim // config.heads // 2, 2)
         seen = tuple(ClipTokens(torch.empty(batch, feature.positions or 257, 1280)) for feature in config.features)
         text = TextStates(
             torch.empty(batch, TEXT_LENGTH, config.dim, dtype=dtype),

@@ -186,16 +186,17 @@ def activation_bytes(config: Architecture, batch: int, tokens: int, dtype: torch
     part = piece(TOKENS_AT_ONCE, item)  # what a layer answers before it is written over its argument
     given = part if batch > 1 and tokens > TOKENS_AT_ONCE else 0  # a part of several videos is gathered first
     text = 2 * batch * context_tokens(config) * dim * item
+    branches = context_tokens(config) > TEXT_LENGTH  # which are heard beside the text, a part of the tokens at a time
     whole = 0 if tokens > TOKENS_AT_ONCE else x  # a short video's answer is a copy of its own
     moments = (
         4 * x + part + given,  # tokens; queries, keys, values; a part of what is seen
         4 * x + bool(wide) * piece(ROTATED_AT_ONCE, 2 * wide + item),  # rotating the keys
-        2 * x + 2 * whole + part + text,  # hearing the text
+        (3 * x + 2 * part if branches else 4 * x) + text,  # tokens, the same normed, queries, what is heard
         2 * x + piece(TOKENS_AT_ONCE, item, config.ffn_dim) + part + given,  # feed-forward
         2 * x + whole + piece(SLICE, 3 * wide),  # adding with a gate
         2 * x + bool(wide) * piece(SLICE, 2 * wide),  # norm
     )
-    table = tokens * config.dim // config.heads // 2 * 8  # complex64
+    table = tokens * config.dim // config.heads // 2 * 8  # cosine and sine
     return max(moments) + table
 
 

@@ -26,6 +26,7 @@ from .layers import (
     add_gated,
     layer_norm,
     linear_float32,
+    linear_gelu,
     modulate,
     modulated_norm,
     sinusoid,
@@ -122,19 +123,25 @@ class CrossAttention(nn.Module):
         return split_heads(self.norm_k(self.k(text)), self.heads), split_heads(self.v(text), self.heads)
 
     def forward(self, x: torch.Tensor, sources: tuple[Source, ...], attend: Attend) -> torch.Tensor:
-        """Tokens [B, L, dim] -> the sum of what they hear of each source; may overwrite x."""
-        q = over(self.q, x)
-        q = self.norm_q(q) if torch.is_grad_enabled() else self.norm_q.apply_(q)
+        """Tokens [B, L, dim] -> the sum of what they hear of each source."""
+        q = self.q(x)
+        q = split_heads(self.norm_q(q) if torch.is_grad_enabled() else self.norm_q.apply_(q), self.heads)
+        first, *others = sources
+        if not others:
+            heard = attend(q, first.keys, first.values, kind=first.kind)
+        else:  # some tokens at a time: a second whole answer would not fit
+            heard = over(lambda part: _sum_of(part, sources, attend), q)
+        del q
+        return self.o(heard.flatten(2))
 
-        def heard(part: torch.Tensor) -> torch.Tensor:
-            first, *others = sources
-            answer = attend(part, first.keys, first.values, kind=first.kind)
-            for source in others:
-                more = attend(part, source.keys, source.values, kind=source.kind)
-                answer = answer + more if torch.is_grad_enabled() else answer.add_(more)
-            return answer
 
-        return over(self.o, over(heard, split_heads(q, self.heads)).flatten(2))
+def _sum_of(q: torch.Tensor, sources: tuple[Source, ...], attend: Attend) -> torch.Tensor:
+    first, *others = sources
+    answer = attend(q, first.keys, first.values, kind=first.kind)
+    for source in others:
+        more = attend(q, source.keys, source.values, kind=source.kind)
+        answer = answer + more if torch.is_grad_enabled() else answer.add_(more)
+    return answer
 
 
 class AffineNorm(nn.Module):
@@ -159,11 +166,7 @@ class FeedForward(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             return super().forward(x)
-        return over(lambda part: self[2](_gelu_(self[0](part))), x)
-
-
-def _gelu_(x: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten.gelu_(x, approximate="tanh")
+        return over(lambda part: self[2](linear_gelu(self[0], part)), x)
 
 
 class Block(nn.Module):

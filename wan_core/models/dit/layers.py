@@ -19,6 +19,7 @@ from ...mapped import fetch, is_mapped
 from ...quant.scratch import Scratch
 from .rope import rotate_
 
+_HALF = (torch.bfloat16, torch.float16)
 SLICE = 4096  # tokens in one float32 slice
 READ_AT_ONCE = 32 * 1024**2  # bytes of a half-precision matrix that are read from its file in one go
 
@@ -80,6 +81,15 @@ class Linear(nn.Linear):
             weight = self.scratch.fitted(self.weight[rows], like=self.weight)
             y[..., rows] = F.linear(x, weight, None if self.bias is None else self.bias[rows])
         return y
+
+
+def linear_gelu(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``gelu(layer(x))``, approximated by tanh; where the device has it, within the product itself."""
+    plain = type(layer) is Linear and layer.bias is not None and layer.weight.dtype == x.dtype
+    if plain and kernels.available(x.device) and x.dtype in _HALF and layer.weight.device == x.device:
+        flat = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
+        return flat.unflatten(0, x.shape[:-1])
+    return torch.ops.aten.gelu_(layer(x), approximate="tanh")
 
 
 def rows_at_once(rows: int, columns: int, dtype: torch.dtype) -> int:
