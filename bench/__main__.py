@@ -13,6 +13,7 @@ COMMANDS = {
     "import": "what the pack adds to ComfyUI's start, and how long reading a checkpoint's header takes",
     "memory": "what the planner says of device memory beside what was measured, for the three variants",
     "nano": "what the nano family's clips show: words, pairs, motion, first frames, and what each expert adds",
+    "rehearse": "the real code on a device without data: kernels, bytes, waits and memory against the plan",
     "peak": "peak memory of one contender (what cpu runs in a process of its own)",
     "preview": "what a moving preview costs the sampler, and its size",
     "soak": "a ComfyUI server after many prompts and interrupts: memory, threads, open files",

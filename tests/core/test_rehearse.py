@@ -1,0 +1,157 @@
+"""The real code on a device without data, held against the committed table; and the device itself."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench.rehearse.machine import Machine
+from bench.rehearse.report import Report, grown, load, rehearsed, tables
+
+MB = 1024**2
+
+
+# --- the device
+
+
+def test_the_host_stays_real_and_the_device_has_no_data():
+    machine = Machine()
+    with machine.running():
+        here, there = torch.arange(6).view(2, 3), torch.zeros(2, 3, device="cuda:0")
+        assert here.sum().item() == 15 and type(here) is torch.Tensor
+        assert there.device == torch.device("cuda", 0) and torch.cuda.is_available()
+        back = (there + 1).cpu()
+        assert type(back) is torch.Tensor and back.device.type == "cpu" and back.shape == (2, 3)
+        assert torch.empty(3, device="cuda").device == torch.device("cuda", 0)
+    assert here.sum().item() == 15
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_two_devices_do_not_mix(inference: bool):
+    with Machine().running(), torch.inference_mode(inference):
+        there = torch.zeros(4, 4, device="cuda:0")
+        assert (there * torch.tensor(2.0)).device.type == "cuda"  # a number is no tensor of the host
+        for wrong in (lambda: there + torch.ones(4, 4), lambda: F.linear(there, torch.ones(4, 4))):
+            for _ in range(2):  # also where the answer could be remembered
+                with pytest.raises((RuntimeError, torch._subclasses.fake_tensor.DynamicOutputShapeException)):
+                    wrong()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_kernels_and_bytes_of_operations_that_are_known(inference: bool):
+    machine = Machine()
+    with machine.running() as tally, torch.inference_mode(inference):
+        x = torch.zeros(100, 64, device="cuda:0", dtype=torch.bfloat16)
+        w, bias = torch.zeros(32, 64, device="cuda:0", dtype=torch.bfloat16), x.new_zeros(32)
+        for _ in range(2):  # the second time from memory
+            counts = tally.begin()
+            y = F.linear(x, w, bias)
+            wide = y.float()
+            wide[:10].mul_(wide.new_zeros(1, 32))
+            y.view(50, 64).t().copy_(x[:50].t())
+            x.new_empty(1000)
+            tally.end(counts)
+            product = 2 * (100 * 64 + 32 * 64 + 32) + 2 * 100 * 32
+            cast, scaled, copied = 100 * 32 * (2 + 4), 10 * 32 * 4 * 2 + 32 * 4, 2 * 50 * 64 * 2
+            zeros = 32 * 4
+            assert counts.of == {"addmm": 1, "_to_copy": 1, "mul_": 1, "copy_": 1, "new_zeros": 1}, counts.of
+            assert counts.moved == product + cast + scaled + copied + zeros
+            assert counts.operations == 2 * 100 * 64 * 32 and counts.between == counts.moved - product
+            assert not counts.waits
+
+
+def test_attention_is_one_kernel():
+    machine = Machine()
+    with machine.running() as tally:
+        q, k = (torch.zeros(1, 8, n, 128, device="cuda:0", dtype=torch.bfloat16) for n in (4096, 512))
+        counts = tally.begin()
+        assert F.scaled_dot_product_attention(q, k, k).shape == q.shape
+        assert counts.kernels == 1 and counts.operations == 4 * 8 * 4096 * 512 * 128
+
+
+def test_waits_and_copies_are_told_apart():
+    machine = Machine()
+    with machine.running() as tally:
+        counts, pinned = tally.begin(), torch.empty(MB, dtype=torch.uint8, pin_memory=True)
+        x = torch.ones(MB // 4).to("cuda:0")
+        x.view(torch.uint8).copy_(pinned, non_blocking=True)
+        assert not counts.waits and (counts.pageable, counts.pinned, counts.uploads) == (MB, MB, 2)
+        assert bool(torch.isfinite(x).all())
+        x[:5].tolist()
+        x.cpu()
+        torch.cuda.current_stream().synchronize()
+        assert sum(counts.waits.values()) == 4 and counts.down == MB + 5 * 4
+
+
+def test_memory_is_what_lives_and_can_run_out():
+    machine = Machine(total=10 * MB)
+    with machine.running() as tally:
+        x = torch.zeros(4 * MB, dtype=torch.uint8, device="cuda:0")
+        view = x[: 2 * MB].view(2, MB)
+        x = x.add_(1)
+        del x
+        assert tally.live.now == 4 * MB and torch.cuda.mem_get_info() == (6 * MB, 10 * MB)
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            torch.zeros(7 * MB, dtype=torch.uint8, device="cuda:0")
+        del view
+        assert tally.live.now == 0 and tally.live.peak == 4 * MB
+        torch.zeros(7 * MB, dtype=torch.uint8, device="cuda:0")
+
+
+def test_threads_work_on_the_device_too():
+    machine, seen = Machine(), []
+
+    def work() -> None:
+        seen.append((torch.zeros(3, device="cuda:0")[[0, 2]].cpu() + 1).sum().item())
+
+    with machine.running():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert seen == [2.0]
+
+
+def test_growth_is_found():
+    old = {"runs": {"a": {"block_kernels": 100, "waits": 1, "block_gb": 5.0, "peak_gb": 2.0}}}
+    assert grown(old, {"runs": {"a": {"block_kernels": 90, "waits": 1, "block_gb": 5.01, "peak_gb": 2.0}}}) == []
+    now = {"runs": {"a": {"block_kernels": 101, "waits": 2, "block_gb": 5.1, "peak_gb": 2.0}, "b": {"waits": 1}}}
+    assert [line.partition(" is ")[0] for line in grown(old, now)] == [
+        "a: block_kernels", "a: block_gb", "a: waits", "b: waits",
+    ]  # fmt: skip
+
+
+# --- the table
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    made: Report = {"runs": {}, "autoencoders": {}, "text": {}}
+    for table, name, row in rehearsed():
+        made[table][name] = row
+    return made
+
+
+def test_nothing_has_grown(report: Report):
+    """Kernels, bytes, waits, copies and peaks; where they fell, `python -m bench rehearse` writes the new table."""
+    assert {table: list(rows) for table, rows in report.items()} == {t: list(rows) for t, rows in load().items()}
+    assert grown(load(), report) == []
+    assert tables(report).count("\n") > 25
+
+
+def test_plans_are_true(report: Report):
+    """Peaks of sampling and of decoding are within 2 % of what was said before."""
+    for name, row in report["runs"].items():
+        assert abs(row["over_plan_percent"]) <= 2, name
+    for name, row in report["autoencoders"].items():
+        if "planned_gb" in row:
+            assert row["peak_gb"] == pytest.approx(row["planned_gb"], rel=0.02), name
+
+
+def test_a_step_waits_once(report: Report):
+    """For the check that all is finite."""
+    for name, row in report["runs"].items():
+        assert list(row["waits_where"].values()) == [1] and "_guided" in next(iter(row["waits_where"])), name
+    assert all(row["waits"] == 0 for row in report["text"].values())
