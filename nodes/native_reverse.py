@@ -226,7 +226,7 @@ class NativeExpert:
         """ComfyUI's notes for patches of the network: which half of the guidance this is, and the noise level."""
         known = self._prompts.setdefault(condition.key, uuid.uuid4())
         half = list(self._prompts).index(condition.key)  # the positive prompt is always asked first
-        sigma = t.flatten().max().reshape(1) / 1000
+        sigma = t.flatten().max().reshape(1).to(self.patcher.load_device) / 1000
         return self._options["transformer_options"] | {
             "cond_or_uncond": [min(half, 1)],
             "uuids": [known],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,12 +59,14 @@ class KnownLatent:
         return self.mask * (v + (x - seen) / sigma) + (1 - self.mask) * (x - self.latent) / sigma
 
     def frame_timesteps(self, t: Tensor) -> Tensor:
-        """[B] -> [B,T] for a clean model, else t as it is."""
-        if not self.clean:
-            return t
+        """[B] -> [B,T] for a clean model, else t as it is; on the CPU."""
+        return t[:, None] * self._noisy.to(t) if self.clean else t
+
+    @cached_property
+    def _noisy(self) -> Tensor:
+        """The part of each latent frame that is denoised, [B,T]: the device is waited for once, not at each step."""
         one_channel = self.latent[:, :1].shape
-        noisy = self.mask.mean(dim=1, keepdim=True).expand(one_channel).mean(dim=(1, 3, 4))
-        return t[:, None] * noisy.to(t)
+        return self.mask.mean(dim=1, keepdim=True).expand(one_channel).mean(dim=(1, 3, 4)).cpu()
 
     def to(self, device: torch.device) -> KnownLatent:
         noise = None if self.noise is None else self.noise.to(device, torch.float32)
@@ -172,7 +175,7 @@ class _Velocity:
 
     def __call__(self, x: Tensor, i: int) -> Tensor:
         sigma = self.schedule.sigmas[i].item()
-        t = torch.full((x.shape[0],), self.schedule.timesteps[i].item(), device=x.device)
+        t = torch.full((x.shape[0],), self.schedule.timesteps[i].item())  # on the CPU, where models compare them
         if self.given is None:
             v = self._guided(x, t, i)
         else:
