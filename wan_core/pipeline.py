@@ -406,7 +406,8 @@ def _encode(
     where, tiles = _vae_layout(models.vae.config, request.vae_tile, size, _room(models, engine, device), device)
     vae = engine.vae(models.vae, where, torch.float32)  # as the official pipelines do, whatever the DiT runs in
     if tiles:
-        encoded = list(encode_tiled_chunks(vae, frames, tiles, total_frames=count))
+        waiting = (chunk.cpu() for chunk in frames)  # until every tile has had its turn
+        encoded = list(encode_tiled_chunks(vae, waiting, tiles, total_frames=count))
     else:
         encoded = list(vae.encode_chunks((chunk.to(where) for chunk in frames), total_frames=count))
     return torch.cat(encoded, dim=2).to(device)

@@ -9,6 +9,7 @@ from torch import Tensor
 from wan_core.config import VAEConfig
 from wan_core.errors import WanError
 from wan_core.loading.vae import VAE_CLASSES
+from wan_core.models.vae import tiles as tiling
 from wan_core.models.vae.tiles import Tiles, cut, decode_tiled, decode_tiled_chunks, encode_tiled, encode_tiled_chunks
 from wan_core.models.vae.vae import VideoVAE
 from wan_core.tools.tiny import _random_weights
@@ -89,9 +90,12 @@ def test_overlaps_show_no_seams(kind: str):
     assert seam(decode_tiled(vae, latent, Tiles(16 * stride, 16 * stride, 0)), whole, around) > 1.1
 
 
+@pytest.mark.parametrize("stretches", ["one", "many"])
 @pytest.mark.parametrize("kind", CHANNELS)
-def test_the_stream_is_the_same_video(kind: str):
+def test_the_stream_is_the_same_video(kind: str, stretches: str, monkeypatch: pytest.MonkeyPatch):
     vae = tiny_vae(kind)
+    if stretches == "many":
+        monkeypatch.setattr(tiling, "HELD", 1)
     stride = vae.spec.spatial_stride
     tiles = Tiles(6 * stride, 6 * stride, 2 * stride)
     latent = textured(1, CHANNELS[kind], 3, 8, 10)
@@ -101,6 +105,18 @@ def test_the_stream_is_the_same_video(kind: str):
     video = textured(1, 3, 9, 8 * stride, 10 * stride)
     pieces = list(encode_tiled_chunks(vae, video.split(3, dim=2), tiles))
     assert (torch.cat(pieces, 2) - encode_tiled(vae, video, tiles)).abs().max() < 1e-6
+
+
+def test_a_stretch_holds_so_many_bytes():
+    parts = [torch.zeros(n) for n in (3, 1, 2, 9, 1)]
+    found = [([len(part) for part in stretch], last) for stretch, last in tiling._stretches(parts)]
+    assert found == [([3, 1, 2, 9, 1], True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiling, "HELD", 4 * 4)
+        found = [([len(part) for part in stretch], last) for stretch, last in tiling._stretches(parts)]
+        assert found == [([3, 1], False), ([2], False), ([9], False), ([1], True)]
+        assert [last for _, last in tiling._stretches(range(5), 8)] == [False, False, True]
+        assert list(tiling._stretches([])) == []
 
 
 def test_every_tile_reports_and_can_be_cancelled():

@@ -38,6 +38,10 @@ class FrameCache:
         """Take what is remembered to another device."""
         self._frames = {layer: frames.to(device) for layer, frames in self._frames.items()}
 
+    def clear(self) -> None:
+        """Forget everything: the video is over."""
+        self._frames = {}
+
 
 class CausalConv3d(nn.Conv3d):
     """A 3D convolution that sees the present frame and the two before it; before the video there is black.

@@ -8,8 +8,10 @@ thing that tiling changes however wide the overlap is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from ...config import TEMPORAL_STRIDE
 from ...errors import WanError
 from .layers import FrameCache
 from .vae import OnChunk, VideoVAE, check_frame_count, latent_frames
+
+HELD = 3 * 2**29  # bytes of pixels that a stream in tiles holds: 145 frames of 1280x720
 
 
 @dataclass(frozen=True)
@@ -148,24 +152,30 @@ def decode_tiled_chunks(
 ) -> Iterator[Tensor]:
     """The same as a stream: [B, 3, 1, H, W], then [B, 3, 4, H, W] each, so that the video need not fit into memory.
 
-    What the tiles remember of the frames before waits on the latent's device.
+    A tile goes through many frames, see ``HELD``, before the next one's turn: what it remembers of the frames before
+    stays on the device meanwhile. Between such stretches of a long video it waits on the latent's device.
     """
     vae._check_latent(latent)
+    b, _, _, h, w = latent.shape
     stride = vae.spec.spatial_stride
-    grid = cut(*latent.shape[3:], tiles, stride)
+    grid = cut(h, w, tiles, stride)
     caches = [FrameCache() for _ in grid]
     report = _Report(on_chunk, len(grid) * latent.shape[2])
-    for frame in latent.split(1, dim=2):
-        whole = None
+    counts = [1] + [TEMPORAL_STRIDE] * (latent.shape[2] - 1)
+    frame_bytes = TEMPORAL_STRIDE * 3 * 4 * b * h * w * stride**2
+    for parts, last in _stretches(zip(latent.split(1, dim=2), counts, strict=True), frame_bytes):
+        sizes = [count for _, count in parts]
+        whole = latent.new_zeros(b, 3, sum(sizes), h * stride, w * stride, dtype=torch.float32)
+        pieces = whole.split(sizes, dim=2)
         for tile, cache in zip(grid, caches, strict=True):
-            piece = _visit(vae, cache, latent.device, vae._decode_chunk, frame[..., tile.rows, tile.columns])
-            if whole is None:
-                size = (latent.shape[3] * stride, latent.shape[4] * stride)
-                whole = piece.new_zeros(*piece.shape[:3], *size)
             rows, columns = tile.pixels(stride)
-            whole[..., rows, columns] += piece * tile.pixel_weight.to(piece)
-            report()
-        yield whole
+            weight = tile.pixel_weight.to(vae.conv1.weight.device)
+            with _visiting(vae, cache, latent.device, last):
+                for (frame, _), piece in zip(parts, pieces, strict=True):
+                    made = vae._decode_chunk(frame[..., tile.rows, tile.columns].contiguous(), cache)
+                    piece[..., rows, columns] += made.mul_(weight).to(whole.device)
+                    report()
+        yield from pieces
 
 
 @torch.no_grad()
@@ -186,28 +196,57 @@ def encode_tiled_chunks(
     grid: list[Tile] = []
     caches: list[FrameCache] = []
     report = _Report(on_chunk, 0)
-    for chunk in vae._regroup(frames):
-        h, w = (side // stride for side in chunk.shape[3:])
+    for chunks, last in _stretches(vae._regroup(frames)):
+        b, _, _, *size = chunks[0].shape
+        h, w = (side // stride for side in size)
         if not grid:
             grid = cut(h, w, tiles, stride)
             caches = [FrameCache() for _ in grid]
             report.total = len(grid) * latent_frames(total_frames) if total_frames else 0
-        whole = torch.zeros(len(chunk), vae.config.channels, 1, h, w, device=chunk.device)
+        whole = torch.zeros(b, vae.config.channels, len(chunks), h, w, device=chunks[0].device)
+        pieces = whole.split(1, dim=2)
         for tile, cache in zip(grid, caches, strict=True):
             rows, columns = tile.pixels(stride)
-            piece = _visit(vae, cache, chunk.device, vae._encode_chunk, chunk[..., rows, columns])
-            whole[..., tile.rows, tile.columns] += piece * tile.latent_weight.to(piece)
-            report()
-        yield whole
+            weight = tile.latent_weight.to(vae.conv1.weight.device)
+            with _visiting(vae, cache, whole.device, last):
+                for chunk, piece in zip(chunks, pieces, strict=True):
+                    made = vae._encode_chunk(chunk[..., rows, columns].contiguous(), cache)
+                    piece[..., tile.rows, tile.columns] += made.mul_(weight).to(whole.device)
+                    report()
+        yield from pieces
 
 
-def _visit(vae: VideoVAE, cache: FrameCache, home: torch.device, job, part: Tensor) -> Tensor:
-    """One tile's turn: its memory of earlier frames comes to the device and goes home again."""
-    device = vae.conv1.weight.device
-    cache.move(device)
-    piece = job(part.contiguous(), cache).to(home)
-    cache.move(home)
-    return piece
+Part = TypeVar("Part")
+
+
+def _stretches(parts: Iterable[Part], part_bytes: int | None = None) -> Iterator[tuple[list[Part], bool]]:
+    """Consecutive parts of a video, as many as ``HELD`` bytes hold; and whether they are the last.
+
+    Args:
+        part_bytes: of a part; None: those of the part, a tensor.
+    """
+    stretch: list[Part] = []
+    held = 0
+    for part in parts:
+        size = part.nbytes if part_bytes is None else part_bytes
+        if stretch and held + size > HELD:
+            yield stretch, False
+            stretch, held = [], 0
+        stretch.append(part)
+        held += size
+    if stretch:
+        yield stretch, True
+
+
+@contextmanager
+def _visiting(vae: VideoVAE, cache: FrameCache, home: torch.device, last: bool) -> Iterator[None]:
+    """One tile's turn: its memory of earlier frames is on the device, then at home; after the last turn it is gone."""
+    cache.move(vae.conv1.weight.device)
+    yield
+    if last:
+        cache.clear()
+    else:
+        cache.move(home)
 
 
 @dataclass
