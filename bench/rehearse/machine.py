@@ -6,6 +6,7 @@ are real. A ``TorchDispatchMode`` above sees every operation. PyTorch needs neit
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -58,16 +59,25 @@ class Machine(TorchDispatchMode):
 
     Args:
         total: bytes of its memory. More is an ``OutOfMemoryError``, as on a real one.
+        claims: bytes that it says it has, where that is another number.
         capability: the compute capability that a CUDA device names.
-        kernels: whether it has Triton, which the pack's own kernels need.
+        kernels: whether the pack's own kernels are to be had, as where Triton is installed.
     """
 
     def __init__(
-        self, total: float = 80e9, *, kind: str = "cuda", capability: tuple[int, int] = (9, 0), kernels: bool = True
+        self,
+        total: float = 80e9,
+        *,
+        kind: str = "cuda",
+        capability: tuple[int, int] = (9, 0),
+        kernels: bool = True,
+        claims: float | None = None,
     ):
         super().__init__()
+        self.kernels = kernels and kind == "cuda"
         self.device = torch.device(kind, 0)
-        self.total, self.capability, self.kernels = int(total), capability, kernels and kind == "cuda"
+        self.total, self.capability = int(total), capability
+        self.claims = int(claims or total)
         self.fake = _Fake(allow_non_fake_inputs=True)
         self.tally = Tally(self.total)
         self._pinned: dict[int, int] = {}
@@ -279,6 +289,31 @@ def attention(machine: Machine) -> Callable[..., Tensor]:
     return attend
 
 
+# The pack's own kernels: which of their arguments they write, and whether they read those too.
+_OWN_KERNELS = {
+    "layer_norm": ((4,), False),
+    "rms_norm_": ((0,), True),
+    "add_gated_": ((0,), True),
+    "quantise_rows": ((1, 2), False),
+    "rescale": ((0,), False),
+}
+
+
+def own_kernels(tally: Tally) -> SimpleNamespace:
+    """In the place of ``wan_core.kernels.rows``: each a single pass over what it is given."""
+
+    def stand_in(name: str, places: tuple[int, ...], reads_them: bool) -> Callable[..., None]:
+        def launch(*args) -> None:
+            written = [args[i] for i in places]
+            read = [one for i, one in enumerate(args) if isinstance(one, Tensor) and (reads_them or i not in places)]
+            assert all(isinstance(one, FakeTensor) for one in (*read, *written)), f"{name} gets a tensor of the host"
+            tally.computed(Cost(name, sum(map(touched, read)), sum(map(touched, written))), [])
+
+        return launch
+
+    return SimpleNamespace(**{name: stand_in(name, *how) for name, how in _OWN_KERNELS.items()})
+
+
 class _Stream:
     """Order is not rehearsed: whatever runs has run."""
 
@@ -309,32 +344,6 @@ class _Event:
         self._tally.synchronised("waits for an event")
 
 
-class _Rows:
-    """The pack's own kernels: each reads what it is given once and writes once."""
-
-    def __init__(self, tally: Tally):
-        self._tally = tally
-
-    def _ran(self, name: str, read: Iterable[Tensor | None], written: Iterable[Tensor]) -> None:
-        given = sum(touched(one) for one in read if one is not None)
-        self._tally.computed(Cost(f"kernel {name}", given, sum(map(touched, written))), [])
-
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> None:
-        self._ran("layer_norm", (x, weight, bias), (out,))
-
-    def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, table: Tensor | None) -> None:
-        self._ran("rms_norm", (x, weight, table), (x,))
-
-    def add_gated_(self, x: Tensor, y: Tensor, gate: Tensor) -> None:
-        self._ran("add_gated", (x, y, gate), (x,))
-
-    def quantise_rows(self, x: Tensor, packed: Tensor, scale: Tensor, largest: float) -> None:
-        self._ran("quantise_rows", (x,), (packed, scale))
-
-    def rescale(self, out: Tensor, product: Tensor, of_row: Tensor, of_column: Tensor, bias: Tensor | None) -> None:
-        self._ran("rescale", (product, of_row, of_column, bias), (out,))
-
-
 def _patches(machine: Machine) -> Iterator[mock._patch]:
     """What PyTorch and the pack ask of a device beside operations."""
     tally = machine.tally
@@ -344,9 +353,9 @@ def _patches(machine: Machine) -> Iterator[mock._patch]:
         "current_device": lambda: 0,
         "device_count": lambda: int(here),
         "get_device_capability": lambda device=None: machine.capability,
-        "get_device_properties": lambda device=None: SimpleNamespace(total_memory=machine.total, name="rehearsal"),
+        "get_device_properties": lambda device=None: SimpleNamespace(total_memory=machine.claims, name="rehearsal"),
         "get_device_name": lambda device=None: "rehearsal",
-        "mem_get_info": lambda device=None: (machine.total - tally.live.now, machine.total),
+        "mem_get_info": lambda device=None: (machine.claims - tally.live.now, machine.claims),
         "memory_reserved": lambda device=None: tally.live.now,
         "memory_allocated": lambda device=None: tally.live.now,
         "empty_cache": lambda: None,
@@ -356,10 +365,11 @@ def _patches(machine: Machine) -> Iterator[mock._patch]:
         "current_stream": lambda device=None: _Stream(tally),
         "stream": lambda stream: nullcontext(),
     }
-    yield mock.patch.object(kernels, "available", lambda device: machine.kernels and device.type == "cuda")
-    yield mock.patch.object(kernels, "rows", _Rows(tally), create=True)
     for name, answer in answers.items():
         yield mock.patch.object(torch.cuda, name, answer)
+    yield mock.patch.object(kernels, "available", lambda device: machine.kernels and device.type == "cuda")
+    yield mock.patch.dict(sys.modules, {"wan_core.kernels.rows": own_kernels(tally)})
+    yield mock.patch.object(kernels, "rows", own_kernels(tally), create=True)
     yield mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None)
     yield mock.patch.object(F, "scaled_dot_product_attention", attention(machine))
     yield mock.patch.object(FakeTensor, "tolist", lambda self: self.cpu().tolist())  # one copy, not one a number

@@ -54,6 +54,7 @@ class Run:
     masked: bool = False  # half of the latent is known, with a soft edge
     previews: bool = False
     guided: bool = False  # both prompts
+    kernels: bool = True  # the pack's own
 
     def __str__(self) -> str:
         said = [self.task, self.size, self.solver]
@@ -62,6 +63,7 @@ class Run:
         said += [f"{self.swap} of {self.layers} blocks streamed"] * bool(self.swap)
         said += [f"{self.limit} GB allowed"] * bool(self.limit)
         said += ["image"] * self.image + ["end image"] * self.end_image + [f"LoRA {self.lora}"] * bool(self.lora)
+        said += [] if self.kernels else ["without Triton"]
         return ", ".join([*said, *["mask"] * self.masked, *["previews"] * self.previews])
 
     @property
@@ -77,6 +79,7 @@ class Run:
 RUNS = (
     Run("t2v-A14B", "720p", layers=2, guided=True),
     Run("t2v-A14B", "480p", guided=True),
+    Run("t2v-A14B", "480p", kernels=False),
     Run("ti2v-5B", "704p", solver="euler"),
     Run("ti2v-5B", "704p", image=True, guided=True),
     Run("t2v-1.3B", "480p", solver="heun", guided=True),
@@ -84,6 +87,7 @@ RUNS = (
     Run("i2v-14B", "480p", image=True),
     Run("flf2v-14B", "480p", image=True, end_image=True),
     Run("t2v-A14B", "480p", dtype="fp8_e4m3fn"),
+    Run("t2v-A14B", "480p", dtype="fp8_e4m3fn", kernels=False),
     Run("t2v-A14B", "480p", dtype="int8"),
     Run("t2v-A14B", "480p", stored="Q4_K"),
     Run("t2v-A14B", "480p", layers=3, swap=2, guided=True),
@@ -134,8 +138,8 @@ def rehearse(run: Run, shelf: Shelf, machine: Machine | None = None) -> Watched:
     Raises:
         RuntimeError: tensors of two devices met.
     """
-    machine, seen, began = machine or Machine(), Watched(), time.perf_counter()
-    models, request = _models(run, shelf), _request(run, shelf)
+    machine, seen, began = machine or Machine(kernels=run.kernels), Watched(), time.perf_counter()
+    models, request = models_of(run, shelf), _request(run, shelf)
     with machine.running(), fresh_caches(), torch.no_grad(), ExitStack() as stack:
         engine = Engine()
         stack.enter_context(_block_counted(machine, seen))
@@ -158,7 +162,7 @@ def rehearse(run: Run, shelf: Shelf, machine: Machine | None = None) -> Watched:
     return seen
 
 
-def _models(run: Run, shelf: Shelf) -> Models:
+def models_of(run: Run, shelf: Shelf) -> Models:
     variant = VARIANTS[run.task]
     high, low = (shelf.dit(run.task, run.layers, expert=name, stored=run.stored) for name in ("high", "low"))
     recipe = ModelRecipe(
@@ -186,6 +190,7 @@ def _request(run: Run, shelf: Shelf) -> Request:
         steps=STEPS,
         solver=run.solver,
         guidance=None if run.guided else PerExpert(1.0, 1.0),
+        vae_tile=None if run.image else 512,  # nothing is decoded; small devices must not be refused for it
         seed=1,
     )
 

@@ -8,8 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.rehearse.files import Shelf
 from bench.rehearse.machine import Machine
 from bench.rehearse.report import Report, grown, load, rehearsed, tables
+from bench.rehearse.scenes import Run, models_of, rehearse
+from wan_core import pipeline
+from wan_core.memory import engine as engines
+from wan_core.memory.plan import Plan, plan
+from wan_core.models.dit.layers import layer_norm
 
 MB = 1024**2
 
@@ -61,6 +67,18 @@ def test_kernels_and_bytes_of_operations_that_are_known(inference: bool):
             assert counts.moved == product + cast + scaled + copied + zeros
             assert counts.operations == 2 * 100 * 64 * 32 and counts.between == counts.moved - product
             assert not counts.waits
+
+
+def test_own_kernels_are_one_pass():
+    for there in (True, False):
+        machine = Machine(kernels=there)
+        with machine.running() as tally, torch.no_grad():
+            x = torch.zeros(1, 100, 64, device="cuda:0", dtype=torch.bfloat16)
+            weight, bias = (torch.zeros(64, device="cuda:0") for _ in "ab")
+            counts = tally.begin()
+            layer_norm(x, 1e-6, weight, bias)
+            assert (counts.kernels == 1) is there, counts.of
+            assert counts.moved == 2 * x.nbytes + 2 * 64 * 4 if there else counts.moved > 6 * x.nbytes
 
 
 def test_attention_is_one_kernel():
@@ -155,3 +173,68 @@ def test_a_step_waits_once(report: Report):
     for name, row in report["runs"].items():
         assert list(row["waits_where"].values()) == [1] and "_guided" in next(iter(row["waits_where"])), name
     assert all(row["waits"] == 0 for row in report["text"].values())
+
+
+# --- what real sizes show of the engine
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return Shelf(tmp_path_factory.mktemp("checkpoints"))
+
+
+class Told:
+    """What a run tells the user."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.said: list[str] = []
+        sample = pipeline.denoise_in_memory
+        monkeypatch.setattr(
+            pipeline, "denoise_in_memory", lambda *args, **kwargs: sample(*args, on_note=self.said.append, **kwargs)
+        )
+
+
+def loads_of_experts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The file of each expert that is read, in order."""
+    made, build = [], engines.build_dit
+
+    def counted(file, **options):
+        made.append("high" if "high" in file.path.name else "low")
+        return build(file, **options)
+
+    monkeypatch.setattr(engines, "build_dit", counted)
+    return made
+
+
+def planned(run: Run, shelf: Shelf) -> Plan:
+    with Machine().running():
+        return plan(models_of(run, shelf).dit, run.latent, "cuda:0", guided=run.guided)
+
+
+@pytest.mark.parametrize("stay", [True, False])
+def test_two_experts_stay_only_beside_what_they_compute_with(monkeypatch: pytest.MonkeyPatch, shelf: Shelf, stay: bool):
+    """Both fit by their weights; whether their activations fit too decides, and nothing runs out on the way."""
+    run = Run("t2v-A14B", "720p", dtype="fp8_e4m3fn")
+    needed, told = planned(run, shelf), Told(monkeypatch)
+    both = 2 * needed.weights + needed.activations
+    assert needed.activations > 3e9
+    seen = rehearse(run, shelf, Machine(both + 1.2e9 if stay else both - 0.5e9))
+    assert (seen.beside > 0) is stay and not told.said
+
+
+def test_the_first_cure_is_that_the_other_expert_goes(monkeypatch: pytest.MonkeyPatch, shelf: Shelf):
+    """On a device that says it has more than it has; nothing streams."""
+    run = Run("t2v-A14B", "480p", dtype="fp8_e4m3fn", layers=3)
+    told, loads = Told(monkeypatch), loads_of_experts(monkeypatch)
+    seen = rehearse(run, shelf, Machine(planned(run, shelf).total + 1e9, claims=20e9))
+    assert len(told.said) == 1 and "after 1 steps" in told.said[0] and "one model at a time" in told.said[0], told.said
+    assert loads == ["high", "low", "low"] and seen.plan.swapped == 0 and seen.beside == 0
+
+
+def test_the_second_cure_is_that_blocks_stream(monkeypatch: pytest.MonkeyPatch, shelf: Shelf):
+    """Where one expert alone is too much."""
+    run = Run("t2v-A14B", "480p", layers=6)
+    told, loads = Told(monkeypatch), loads_of_experts(monkeypatch)
+    seen = rehearse(run, shelf, Machine(planned(run, shelf).total - 0.5e9, claims=40e9))
+    assert len(told.said) == 1 and "3 of 6 blocks streamed" in told.said[0], told.said
+    assert loads == ["high", "high", "low"] and seen.plan.swapped == 3

@@ -43,7 +43,8 @@ from .stream.ring import spread
 
 log = logging.getLogger(__name__)
 
-_MARGIN = 2 * 1024**3  # room left for activations
+_MARGIN = 2 * 1024**3  # bytes left free beside a part: what it computes with, a kernel's workspace, fragments
+_WORKSPACE = 1024**3  # of these, what no plan counts
 
 
 @dataclass
@@ -76,9 +77,20 @@ class Engine:
     _loaded: OrderedDict[Hashable, _Loaded] = field(default_factory=OrderedDict)
     _plans: dict[Hashable, Plan] = field(default_factory=dict)
     _ahead: ReadAhead = field(default_factory=ReadAhead)
+    _crowded: set[Hashable] = field(default_factory=set)  # runs that ran out of memory beside other parts
+    _margin: int = _MARGIN  # of the transformer that runs
+    _alone: bool = False
+    _at_work: Hashable = None  # the transformer that has been given room
 
     def get(
-        self, key: Hashable, size: int, device: torch.device | str, load: Callable[[], Any], *, alone: bool = False
+        self,
+        key: Hashable,
+        size: int,
+        device: torch.device | str,
+        load: Callable[[], Any],
+        *,
+        alone: bool = False,
+        margin: int = _MARGIN,
     ) -> Any:
         """The part under this key, loaded now if it is not there yet.
 
@@ -86,13 +98,14 @@ class Engine:
             size: bytes it takes on the device.
             load: makes the part.
             alone: every other part on the device makes way, as this one will for the next.
+            margin: bytes that must be free beside it.
         """
         device = torch.device(device)
         if key in self._loaded:
             self._loaded.move_to_end(key)
             return self._loaded[key].part
-        self.make_room(size, device)
-        self._evict_for(size, device, alone)
+        self.make_room(size + margin - _MARGIN, device)
+        self._evict_for(size, device, alone, margin)
         self.loads += 1
         part = load()
         log.info("wan_core: loaded %s on %s (%.2f GB)", key[0], device, size / 1e9)
@@ -110,7 +123,7 @@ class Engine:
             WanError: see ``plan``.
         """
         device = torch.device(device)
-        key = (_identity(recipe), tuple(shape), str(device), guided)
+        key = _run_key(recipe, shape, device, guided)
         if key not in self._plans:
             if recipe.vram_limit == AUTO:
                 whole = replace(recipe, swap_blocks=0)
@@ -118,7 +131,37 @@ class Engine:
             free = self.free(device) + self.bytes_on(device)
             self._plans[key] = plan(recipe, shape, device, guided=guided, free=free)
         found = self._plans[key]
+        self._prepare_for(found, alone=key in self._crowded)
         return replace(recipe, swap_blocks=found.swapped, prefetch=found.prefetch), found
+
+    def fit_alone(
+        self,
+        used: Plan,
+        recipe: ModelRecipe,
+        shape: tuple[int, ...],
+        device: torch.device | str,
+        *,
+        guided: bool = True,
+    ) -> bool:
+        """After what ``fit`` said was too much beside other parts on the device, the other expert above all: all is
+        released, and the run goes on as it was planned, with one part at a time there.
+
+        False if there was nothing beside it, or if that has been tried.
+        """
+        device, key = torch.device(device), _run_key(recipe, shape, device, guided)
+        beside = [entry for entry in self._loaded.values() if entry.device == device][1:]
+        if device.type == "cpu" or not beside or key in self._crowded:
+            return False
+        self.release()
+        self._plans[key] = used
+        self._crowded.add(key)
+        self._prepare_for(used, alone=True)
+        return True
+
+    def _prepare_for(self, found: Plan, *, alone: bool) -> None:
+        """What the transformers of the coming run need beside their weights."""
+        self._margin = max(_MARGIN, found.activations + _WORKSPACE)
+        self._alone, self._at_work = alone, None
 
     def fit_less(
         self,
@@ -134,7 +177,8 @@ class Engine:
         None if there is no less, or if the weights are not the engine's.
         """
         device = torch.device(device)
-        key = (_identity(recipe), tuple(shape), str(device), guided)
+        key = _run_key(recipe, shape, device, guided)
+        crowded = key in self._crowded
         less = smaller(used) if recipe.own else None
         self.release()
         if less is None:
@@ -142,6 +186,8 @@ class Engine:
         swapped, prefetch = less
         tight = replace(recipe, swap_blocks=swapped, prefetch=prefetch, vram_limit=None)
         self._plans[key] = plan(tight, shape, device, guided=guided)
+        self._crowded |= {key} if crowded else set()
+        self._prepare_for(self._plans[key], alone=crowded)
         return replace(tight, vram_limit=recipe.vram_limit or AUTO), self._plans[key]
 
     def dit(self, file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> WanDiT:
@@ -153,6 +199,10 @@ class Engine:
         check_unchanged(file)
         key, size = _dit_key(file, recipe, device), dit_bytes(file, recipe, device)
         self._resize(key, size)
+        if key in self._loaded and key != self._at_work:  # others may have come since, or this run is a larger one
+            self._loaded.move_to_end(key)
+            self._evict_for(0, torch.device(device), False, self._margin, spare=key)
+        self._at_work = key
         return self.get(
             key,
             size,
@@ -165,7 +215,8 @@ class Engine:
                 swap_blocks=recipe.swap_blocks,
                 prefetch=recipe.prefetch,
             ),
-            alone=recipe.vram_limit is not None,
+            alone=recipe.vram_limit is not None or self._alone,
+            margin=self._margin,
         )
 
     def missing_bytes(self, recipe: ModelRecipe, device: torch.device | str) -> int:
@@ -245,6 +296,7 @@ class Engine:
         for key in [k for k in self._loaded if not kinds or k[0] in kinds]:
             del self._loaded[key]
         self._plans.clear()
+        self._crowded.clear()
         self._ahead.stop()
         gc.collect()
         empty_cache()
@@ -269,11 +321,14 @@ class Engine:
         """Bytes of weights held for a device."""
         return sum(entry.bytes for entry in self._loaded.values() if entry.device == torch.device(device))
 
-    def _evict_for(self, size: int, device: torch.device, alone: bool) -> None:
-        on_device = [key for key, entry in self._loaded.items() if entry.device == device]
+    def _evict_for(
+        self, size: int, device: torch.device, alone: bool, margin: int, spare: Hashable | None = None
+    ) -> None:
+        """Drop the least recently used parts until a part of this size fits with its margin; never ``spare``."""
+        on_device = [key for key, entry in self._loaded.items() if entry.device == device and key != spare]
         for key in on_device:
             must_go = device.type != "cpu" and (self.keep_one or alone or self._loaded[key].alone)
-            if not must_go and self.free(device) >= size + _MARGIN:
+            if not must_go and self.free(device) >= size + margin:
                 return
             log.info("wan_core: releasing %s to make room", key[0])
             del self._loaded[key]
@@ -364,6 +419,10 @@ def largest_matrix(file: TextFile, device: torch.device | str, dtype: str | torc
 
 def _dit_key(file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> Hashable:
     return ("dit", file.fingerprint, str(device), recipe.dtype, recipe.attention, recipe.swap_blocks, recipe.prefetch)
+
+
+def _run_key(recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device | str, guided: bool) -> Hashable:
+    return _identity(recipe), tuple(shape), str(device), guided
 
 
 def _identity(recipe: ModelRecipe) -> Hashable:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from .. import kernels
 from ..config import PATCH, TEXT_LENGTH, Architecture, VAEConfig
 from ..dtypes import resolve_dtype
 from ..errors import WanError
@@ -171,13 +172,15 @@ def _packed_bytes(checkpoint: Checkpoint, key: str) -> int:
     return checkpoint.stored_bytes(key) if info.format else math.prod(info.shape) + 4 * info.shape[0]
 
 
-def activation_bytes(config: Architecture, batch: int, tokens: int, dtype: torch.dtype) -> int:
+def activation_bytes(config: Architecture, batch: int, tokens: int, dtype: torch.dtype, *, fused: bool = False) -> int:
     """The peak inside a block, the residual stream and the rotation table included.
+
+    ``fused``: with the pack's own kernels, which make no float32 copies.
 
     Each line below is one hungry moment of ``models.dit.Block``: copies of the tokens, and pieces of them.
     """
     item, dim = dtype.itemsize, config.dim
-    wide = 0 if dtype == torch.float32 else 4  # bytes of a number in a float32 island
+    wide = 0 if dtype == torch.float32 or fused else 4  # bytes of a number in a float32 island
 
     def piece(most: int, bytes_each: int, width: int = dim) -> int:
         return batch * min(tokens, most) * width * bytes_each
@@ -358,7 +361,7 @@ def _layout(
     b, _, t, h, w = shape
     tokens = t * math.ceil(h / PATCH[1]) * math.ceil(w / PATCH[2])
     held = held_bytes(config, shape, dtype, guided=guided, keep_text=recipe.keeps_text)
-    activations = activation_bytes(config, b, tokens, dtype) + held
+    activations = activation_bytes(config, b, tokens, dtype, fused=_is_fused(device)) + held
     streams = device.type in BACKENDS
 
     def lay(swapped: int, prefetch: int) -> Plan:
@@ -381,6 +384,11 @@ def _layout(
         )
 
     return lay
+
+
+def _is_fused(device: torch.device) -> bool:
+    """Whether the pack's kernels will run; a plan for a device that is not here is made without them."""
+    return device.type == "cuda" and torch.cuda.is_available() and kernels.available(device)
 
 
 def _larger_expert(recipe: ModelRecipe, device: torch.device, *, streaming: bool) -> Weights:

@@ -1,4 +1,4 @@
-"""Sampling that fits a memory limit, and survives running out of memory once."""
+"""Sampling that fits a memory limit, and survives running out of memory: first other models go, then blocks stream."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def denoise_in_memory(
     on_plan: Callable[[Plan], None] | None = None,
     on_note: Callable[[str], None] = log.warning,
 ) -> Tensor:
-    """``denoise`` with the recipe laid out for the device; out of memory, it goes on once with a smaller plan.
+    """``denoise`` with the recipe laid out for the device; out of memory, it goes on with less there.
 
     Args:
         on_plan: called with each plan before its weights are loaded.
         on_note: called with what the user should know.
 
     Raises:
-        WanError: see ``denoise`` and ``plan``; or the device's memory ran out a second time.
+        WanError: see ``denoise`` and ``plan``; or the device's memory ran out with the smaller plan too.
     """
     guided = (guidance.low, guidance.high) != (1, 1)
     done = _Done(x.to(device), start, on_step)
@@ -75,24 +75,23 @@ def denoise_in_memory(
         )[0]
 
     fitted, planned = engine.fit(recipe, x.shape, device, guided=guided)
-    try:
-        return run(fitted, planned)
-    except torch.OutOfMemoryError as error:
-        said = str(error).partition("\n")[0]
-    # Outside the except block, where the error's frames no longer hold tensors.
-    less = engine.fit_less(planned, recipe, x.shape, device, guided=guided)
-    if less is None:
-        raise WanError(_no_way_out(said))
-    on_note(
-        f"The memory of {device} ran out after {done.next - start} steps. Sampling goes on from there, with "
-        f"{less[1].swapped} of {less[1].layers} blocks streamed (prefetch {less[1].prefetch})."
-    )
-    try:
-        return run(*less)
-    except torch.OutOfMemoryError as error:
-        said = str(error).partition("\n")[0]
-    engine.release()
-    raise WanError(_no_way_out(said))
+    tight = False
+    while True:
+        try:
+            return run(fitted, planned)
+        except torch.OutOfMemoryError as error:
+            said = str(error).partition("\n")[0]
+        # Outside the except block, where the error's frames no longer hold tensors.
+        ran_out = f"The memory of {device} ran out after {done.next - start} steps. Sampling goes on from there, with "
+        if not tight and engine.fit_alone(planned, recipe, x.shape, device, guided=guided):
+            on_note(f"{ran_out}one model at a time on the device.")
+            continue
+        less = None if tight else engine.fit_less(planned, recipe, x.shape, device, guided=guided)
+        if less is None:
+            engine.release()
+            raise WanError(_no_way_out(said))
+        (fitted, planned), tight = less, True
+        on_note(f"{ran_out}{planned.swapped} of {planned.layers} blocks streamed (prefetch {planned.prefetch}).")
 
 
 def _no_way_out(said: str) -> str:
