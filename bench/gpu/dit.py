@@ -11,8 +11,10 @@ from wan_core.models.dit.dit import WanDiT, keeps_float32
 from .. import peers
 from ..peers import COMFYUI, DIFFUSERS, PREPARED
 from .card import Card, relative
+from .pieces import without_kernels
 from .shapes import Size, sizes
 
+PLAIN = "ours, without kernels"
 LAYERS = 8
 TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-4}  # of a contender's answer to ours, in the norm
 
@@ -29,6 +31,8 @@ def rows(card: Card) -> dict:
 def compete(card: Card, size: Size) -> dict:
     weights, inputs = random_weights(card, size), size.inputs(card)
     calls = {name: contender(name, card, size, weights) for name in (PREPARED, DIFFUSERS, COMFYUI)}
+    if card.is_cuda:
+        calls[PLAIN] = lambda *args: without_kernels(lambda: calls[PREPARED](*args))
     answers = {name: call(*inputs) for name, call in calls.items()}
     errors = {name: relative(answer, answers[PREPARED]) for name, answer in answers.items()}
     for name, error in errors.items():

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from unittest import mock
 
 import torch
 
-from wan_core.models.dit.layers import Modulation, RMSNorm, add_gated, modulated_norm
-from wan_core.models.dit.rope import rope_table, rotate, rotate_
+from wan_core import kernels
+from wan_core.models.dit.dit import TOKENS_AT_ONCE
+from wan_core.models.dit.layers import Linear, Modulation, RMSNorm, add_gated, linear_gelu, modulated_norm
+from wan_core.models.dit.rope import rope_table, rotate
 
 from .card import Card, relative
 from .shapes import Size, sizes
@@ -32,7 +36,7 @@ def compare(card: Card, size: Size) -> dict:
     table = rope_table((frames, height // 2, width // 2), dim // heads, card.device)
 
     def rotated(value: torch.Tensor) -> torch.Tensor:
-        return rotate_(norm.apply_(value).unflatten(-1, (heads, -1)), table)
+        return norm.apply_rotated_(value, table, heads)
 
     def rotated_plainly(value: torch.Tensor) -> torch.Tensor:
         return rotate(norm(value).unflatten(-1, (heads, -1)), table)
@@ -44,7 +48,7 @@ def compare(card: Card, size: Size) -> dict:
     }
     found = {}
     for name, (ours, plain, tensors) in pairs.items():
-        contenders = {"ours": ours, "plainly": plain}
+        contenders = {"ours": ours, "ours without kernels": partial(without_kernels, ours), "plainly": plain}
         if card.is_cuda and name != "QK norm and rotation":
             contenders["compiled"] = _compiled(plain)
         expected = ours()
@@ -55,9 +59,30 @@ def compare(card: Card, size: Size) -> dict:
                 "gb_per_s_at_least": tensors * x.nbytes / seconds / 1e9,
                 "difference": relative(call(), expected),
             }
+    found |= widening(card, size, x)
     copy = card.seconds(lambda: x.clone(), 5, 2)
     found["(of these, the copy that in-place pieces are given)"] = {"ms": copy * 1e3}
     return found
+
+
+def widening(card: Card, size: Size, x: torch.Tensor) -> dict:
+    """The feed-forward's first product with its GELU, some tokens at a time as a block does it."""
+    layer, found = Linear(size.config.dim, size.config.ffn_dim).to(card.device, card.dtype).requires_grad_(False), {}
+    part = x[:, :TOKENS_AT_ONCE]
+    expected = without_kernels(lambda: linear_gelu(layer, part))
+    calls = {
+        "ours": lambda: linear_gelu(layer, part),
+        "apart": lambda: without_kernels(lambda: linear_gelu(layer, part)),
+    }
+    for label, call in calls.items():
+        ms = card.seconds(call, 5, 2) * 1e3
+        found[f"{size.name}, a part's GELU, {label}"] = {"ms": ms, "difference": relative(call(), expected)}
+    return found
+
+
+def without_kernels(call: Callable) -> torch.Tensor:
+    with mock.patch.object(kernels, "available", lambda device: False):
+        return call()
 
 
 def _modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wan_core import kernels
 from wan_core.config import VARIANTS, Architecture, PerExpert, VAEConfig
 from wan_core.errors import WanError
 from wan_core.loading.dit import read_dit
@@ -155,6 +156,17 @@ def test_a_run_that_ran_out_of_memory_goes_on_with_less(tmp_path: Path, caplog: 
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "Sampling goes on from there, with" in caplog.text
     assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "fp8_e4m3fn", "int8"])
+def test_kernels_change_no_more_than_rounding(stored: Path, dtype: str, monkeypatch: pytest.MonkeyPatch):
+    file, args = read_dit(stored), inputs()
+    with torch.inference_mode():
+        ours = build_dit(file, device=CUDA, dtype=dtype)(*args)
+        assert not kernels._broken
+        monkeypatch.setattr(kernels, "available", lambda device: False)
+        plain = build_dit(file, device=CUDA, dtype=dtype)(*args)
+    assert relative(ours, plain) < (0.01 if dtype in ("bfloat16", "float16") else 0.06)
 
 
 def test_release_gives_the_memory_back(tmp_path: Path):
