@@ -114,7 +114,7 @@ def test_quantised_files_answer_as_on_the_cpu(stored: Path, tmp_path: Path, kind
 @pytest.mark.parametrize("swapped", [0, 6])
 @pytest.mark.parametrize("frames", [5, 21])
 def test_memory_is_what_the_plan_says(stored: Path, swapped: int, frames: int):
-    """Peaks of the allocator beside the plan's, which counts tensors: at most 3 % and 16 MB apart."""
+    """Peaks of the allocator beside the plan's, which counts tensors: at most 3 % and 24 MB apart."""
     file, (x, t, text) = read_dit(stored), inputs(frames, 64)
     recipe = ModelRecipe(file, variant=VARIANTS["t2v-14B"], dtype="bfloat16", swap_blocks=swapped)
     found = plan(recipe, tuple(x.shape), CUDA, guided=False)
@@ -130,7 +130,7 @@ def test_memory_is_what_the_plan_says(stored: Path, swapped: int, frames: int):
     measured = torch.cuda.max_memory_allocated() - before
     tokens = frames * 32 * 32
     planned = found.weights + found.stream + activation_bytes(CONFIG, 1, tokens, torch.bfloat16)
-    assert abs(measured - planned) < 0.03 * planned + 16e6, (measured, planned)
+    assert abs(measured - planned) < 0.03 * planned + 24e6, (measured, planned)
 
 
 def test_a_run_that_ran_out_of_memory_goes_on_with_less(tmp_path: Path, caplog: pytest.LogCaptureFixture):
