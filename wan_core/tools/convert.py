@@ -30,7 +30,7 @@ from ..mapped import fetch
 from ..quant.base import Format
 from ..quant.block_scaled import BlockScaled, in_tiles, tiles_shape
 from ..quant.fp8 import FP8
-from ..quant.gguf import BLOCK_TYPES, GGUF
+from ..quant.gguf import DECODERS, GGUF, block_type, package
 from ..quant.int8 import Int8
 from ..quant.mxfp8 import MXFP8
 from ..quant.nvfp4 import NVFP4
@@ -216,8 +216,8 @@ class _Job:
             if self.target.scaled and self._fits(name, source):
                 self.marks[name.removesuffix(".weight")] = _mark(self.target.scaled)
                 return _SCALED[type(self.target.scaled)](source, name, error)
-            if self.target.blocks in BLOCK_TYPES:
-                if source.shape[-1] % BLOCK_TYPES[self.target.blocks].weights == 0:
+            if self.target.blocks in DECODERS:
+                if source.shape[-1] % block_type(self.target.blocks).weights == 0:
                     return [_blocks(source, name, self.target.blocks, error)]
                 self.report.notes.append(
                     f"{name} has rows of {source.shape[-1]}, which {self.target.blocks} cannot "
@@ -465,8 +465,7 @@ def _mark(kind: Scaled | BlockScaled) -> dict[str, str]:
 
 def _blocks(source: _Source, name: str, kind: str, error: Error) -> Planned:
     def pieces() -> Iterator[Tensor]:
-        import gguf
-
+        gguf = package()
         for rows in source.pieces():
             made = torch.from_numpy(gguf.quants.quantize(rows.float().numpy(), gguf.GGMLQuantizationType[kind]))
             error.add(rows, _decoded(GGUF(kind), {"data": made}))
