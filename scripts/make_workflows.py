@@ -19,7 +19,8 @@ from workflow_format import BYPASSED, Graph, Output
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from wan_core.config import CLIP_COMFY_NAME, VAES, VARIANTS, Variant  # noqa: E402
+from wan_core.config import VARIANTS, Variant  # noqa: E402
+from wan_core.layouts import comfyui  # noqa: E402
 
 MODELS, PROMPT, SIZE, SAMPLING, VIDEO = "#3f789e", "#4f8f5b", "#a1793d", "#8a4f9e", "#a14b4b"
 POSITIVE, NEGATIVE = ("#232", "#353"), ("#322", "#533")
@@ -101,7 +102,7 @@ def describe(g: Graph, variant: Variant, prompt: str, *, fast: bool = False) -> 
 
 def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, Output, Output | None, int]:
     width, row = 340, 190
-    files = [download("diffusion_models", name) for name in variant.comfy_names]
+    files = [download("diffusion_models", name) for name in comfyui.NAMES[variant.task].models]
     titles = ["High-noise expert", "Low-noise expert"] if variant.experts == 2 else [None]
     loaded = [
         g.node(
@@ -115,7 +116,7 @@ def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, 
         for i, file in enumerate(files)
     ]
     text_encoder = download("text_encoders", TEXT_ENCODER)
-    vae = download("vae", VAES[variant.vae].comfy_name)
+    vae = download("vae", comfyui.VAES[variant.vae])
     y = TOP + row * len(loaded)
     clip = g.node(
         "WanCoreLoadTextEncoder",
@@ -127,7 +128,7 @@ def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, 
     vae = g.node("WanCoreLoadVAE", (MARGIN, y + row), (width, 85), models=[vae], vae_name=vae["name"])[0]
     seen = None
     if variant.clip:
-        vision = download("clip_vision", CLIP_COMFY_NAME)
+        vision = download("clip_vision", comfyui.CLIP_VISION)
         seen = g.node(
             "WanCoreLoadClipVision", (MARGIN, y + 2 * row - 20), (width, 60), models=[vision], clip_name=vision["name"]
         )[0]
@@ -139,7 +140,7 @@ def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, 
         )[0]
         x += 230 + 30
     if fast:
-        loras = [download("loras", name) for name in variant.comfy_loras]
+        loras = [download("loras", name) for name in comfyui.NAMES[variant.task].loras]
         model = g.node(
             "WanCoreLora",
             (x, TOP),
@@ -293,10 +294,10 @@ def download(directory: str, name: str) -> dict[str, str]:
 
 
 def files_note(variant: Variant, fast: bool) -> str:
-    files = [download("diffusion_models", name) for name in variant.comfy_names]
-    files += [download("loras", name) for name in variant.comfy_loras if fast]
-    files += [download("text_encoders", TEXT_ENCODER), download("vae", VAES[variant.vae].comfy_name)]
-    files += [download("clip_vision", CLIP_COMFY_NAME)] if variant.clip else []
+    files = [download("diffusion_models", name) for name in comfyui.NAMES[variant.task].models]
+    files += [download("loras", name) for name in comfyui.NAMES[variant.task].loras if fast]
+    files += [download("text_encoders", TEXT_ENCODER), download("vae", comfyui.VAES[variant.vae])]
+    files += [download("clip_vision", comfyui.CLIP_VISION)] if variant.clip else []
     rows = "\n".join(f"- {file['directory']} / [{file['name']}]({file['url']})" for file in files)
     return f"Put these into ComfyUI's **models** folder, then press **R**.\n\n{rows}"
 

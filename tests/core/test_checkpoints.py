@@ -16,6 +16,7 @@ import wan_core
 from wan_core.config import VARIANTS, Architecture
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import open_checkpoint
+from wan_core.layouts.comfyui import NAMES
 from wan_core.loading.dit import read_dit
 from wan_core.mapped import ALIGNMENT
 from wan_core.models.dit.dit import WanDiT
@@ -40,7 +41,7 @@ def experts(folder: Path, task: str, layout: str) -> list[Path]:
     if layout == "official":
         return [folder] if dense else [folder / "high_noise_model", folder / "low_noise_model"]
     if layout == "comfyui":
-        return [folder / "diffusion_models" / name for name in VARIANTS[task].comfy_names]
+        return [folder / "diffusion_models" / name for name in NAMES[task].models]
     return [folder / name for name in ("transformer", "transformer_2")[: VARIANTS[task].experts]]
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from wan_core.config import VAES, VARIANTS, Variant
+from wan_core.config import VARIANTS, Variant
+from wan_core.layouts.comfyui import NAMES
+from wan_core.layouts.comfyui import VAES as COMFY_VAES
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 TASKS = {
@@ -131,14 +133,14 @@ def test_settings_are_the_official_ones(task: str) -> None:
     wanted = FAST if task.endswith("fast") else official(variant) | {"shift": variant.shift_for(size)}
     assert sampler | wanted == sampler
     assert [node["lora_name"] for node in values(task, "WanCoreLora")] == (
-        [variant.comfy_loras[0]] if task.endswith("fast") else []
+        [NAMES[variant.task].loras[0]] if task.endswith("fast") else []
     )
     (start,) = values(task, "WanCoreEmptyLatent") + values(task, "WanCoreImageToVideo")
     assert (start["width"], start["height"], start["frames"]) == (*size, variant.frames)
     assert values(task, "CreateVideo")[0]["fps"] == variant.fps
     assert variant.negative in [node["text"] for node in values(task, "CLIPTextEncode")]
-    assert [node["model_name"] for node in values(task, "WanCoreLoadModel")] == list(variant.comfy_names)
-    assert values(task, "WanCoreLoadVAE")[0]["vae_name"] == VAES[variant.vae].comfy_name
+    assert [node["model_name"] for node in values(task, "WanCoreLoadModel")] == list(NAMES[variant.task].models)
+    assert values(task, "WanCoreLoadVAE")[0]["vae_name"] == COMFY_VAES[variant.vae]
     assert [node["boundary"] for node in values(task, "WanCoreExpertSwitch")] == [variant.boundary][
         : variant.experts - 1
     ]

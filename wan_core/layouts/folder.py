@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..config import (
     CLIP_CHECKPOINT,
-    CLIP_COMFY_NAME,
     HIGH_NOISE_FOLDER,
     LOW_NOISE_FOLDER,
     TEXT_ENCODER_CHECKPOINT,
@@ -18,15 +17,11 @@ from ..config import (
 )
 from ..errors import WanError
 from ..files.checkpoint import open_checkpoint
+from . import comfyui
 from .detect import find, parts_of
 from .text import spiece_key
 
 _ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-COMFY_TEXT_ENCODERS = (
-    "umt5_xxl_fp16.safetensors",
-    "umt5_xxl_bf16.safetensors",
-    "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
-)
 
 
 @dataclass(frozen=True)
@@ -89,15 +84,15 @@ def _official(folder: Path, variant: Variant) -> Parts:
 
 
 def _comfyui(folder: Path, variant: Variant) -> Parts:
-    models = [folder / "diffusion_models" / name for name in variant.comfy_names]
-    encoders = [folder / "text_encoders" / name for name in COMFY_TEXT_ENCODERS]
+    models = [folder / "diffusion_models" / name for name in comfyui.NAMES[variant.task].models]
+    encoders = [folder / "text_encoders" / name for name in comfyui.TEXT_ENCODERS]
     return Parts(
         high=models[0],
         low=models[1] if len(models) > 1 else None,
-        vae=folder / "vae" / VAES[variant.vae].comfy_name,
+        vae=folder / "vae" / comfyui.VAES[variant.vae],
         text_encoder=next((path for path in encoders if path.exists()), encoders[0]),
         tokenizer=None,
-        clip=folder / "clip_vision" / CLIP_COMFY_NAME if variant.clip else None,
+        clip=folder / "clip_vision" / comfyui.CLIP_VISION if variant.clip else None,
     )
 
 

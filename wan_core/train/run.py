@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from ..config import CLIP_CHECKPOINT, CLIP_COMFY_NAME, PATCH, VAES, VARIANTS, Variant
+from ..config import CLIP_CHECKPOINT, PATCH, VAES, VARIANTS, Variant
 from ..dtypes import resolve_dtype
 from ..errors import WanError
+from ..layouts import comfyui
 from ..layouts.folder import find_parts
 from ..loading.clip import load_clip_vision, read_clip
 from ..loading.dit import DiTFile, read_dit
@@ -308,7 +309,7 @@ def check_files(files: TrainFiles, variant: Variant) -> DiTFile:
     if vae.config.kind != variant.vae:
         raise WanError(
             f"{files.vae} is a {vae.config.kind} VAE, but {variant.display_name} needs {variant.vae}: "
-            f"use {VAES[variant.vae].comfy_name} or {VAES[variant.vae].checkpoint}."
+            f"use {comfyui.VAES[variant.vae]} or {VAES[variant.vae].checkpoint}."
         )
     if text.config.dim != base.config.text_dim:
         raise WanError(
@@ -330,12 +331,12 @@ def _check_clip(files: TrainFiles, base: DiTFile, variant: Variant) -> None:
     if files.clip is None:
         raise WanError(
             f"{variant.display_name} hears its picture through CLIP, whose model is missing: give "
-            f"{CLIP_COMFY_NAME} or {CLIP_CHECKPOINT} (option clip)."
+            f"{comfyui.CLIP_VISION} or {CLIP_CHECKPOINT} (option clip)."
         )
     found, wanted = read_clip(files.clip).config.dim, base.config.feature(ClipTokensConfig).width
     if found != wanted:
         raise WanError(
-            f"{files.clip} gives CLIP tokens {found} wide, but {files.dit} takes {wanted}: use {CLIP_COMFY_NAME}."
+            f"{files.clip} gives CLIP tokens {found} wide, but {files.dit} takes {wanted}: use {comfyui.CLIP_VISION}."
         )
 
 
