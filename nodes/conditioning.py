@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from comfy.utils import common_upscale
 
 from ..wan_core.config import Variant
 from ..wan_core.errors import WanError
 from ..wan_core.models.dit.features.clip_tokens import ClipTokens, ClipTokensConfig, check_features
-from ..wan_core.models.dit.inputs import Concat
-from ..wan_core.models.vae.vae import normalise
 from ..wan_core.recipe import ModelRecipe
+from ..wan_core.sampling import raw
 from ..wan_core.sampling.guidance import Condition
 from . import keys
 from .clip_vision import tokens_of
@@ -45,7 +43,9 @@ def condition(
     tokens = _clip_tokens(options, name, model, shape[0], warn)
     if model.variant.image != "channels":
         return Condition(text, tokens)
-    return Condition(text, (Concat(given_frames(options, name, model.variant, shape).to(device)), *tokens))
+    image = _given_image(options, name, model.variant, shape).to(device)
+    channels = raw.given_channels(image, options.get("concat_mask"), shape, model.variant.vae)
+    return Condition(text, (channels, *tokens))
 
 
 def _clip_tokens(
@@ -89,10 +89,11 @@ def without_clip(names: Sequence[str], variant: Variant) -> str:
     )
 
 
-def given_frames(options: dict, name: str, variant: Variant, shape: torch.Size) -> torch.Tensor:
-    """The twenty channels beside the noise, [B,20,T,h,w]: which frames are given, and their normalised latent.
+def _given_image(options: dict, name: str, variant: Variant, shape: torch.Size) -> torch.Tensor:
+    """The raw latent of the given frames, [N,16,T,h,w].
 
-    As ComfyUI's WAN21.concat_cond reads concat_latent_image (raw) and concat_mask (0 = given).
+    Raises:
+        WanError: there is none, or one of another length or VAE.
     """
     image = options.get("concat_latent_image")
     if image is None:
@@ -107,27 +108,7 @@ def given_frames(options: dict, name: str, variant: Variant, shape: torch.Size) 
             f"{variant.display_name} expects [1, {IMAGE_CHANNELS}, {shape[2]}, {shape[3]}, {shape[4]}] for "
             "this latent. Use the same number of frames in both, and the Wan2.1 VAE."
         )
-    image = _resized(normalise(image, "wan2.1"), shape)
-    mask = _given_mask(options.get("concat_mask"), shape).to(image)
-    batch = max(len(image), len(mask))
-    return torch.cat([mask.expand(batch, *mask.shape[1:]), image.expand(batch, *image.shape[1:])], dim=1)
-
-
-def _given_mask(mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-    """ComfyUI's concat_mask (0 = given; one channel or four) -> [B,4,T,h,w] with 1 = given; none means none given."""
-    if mask is None:
-        return torch.zeros(1, 4, *shape[2:])
-    if mask.shape[1] != 4:
-        mask = mask.mean(dim=1, keepdim=True)
-    given = _resized(1.0 - mask.float(), shape)[:, :, : shape[2]]
-    missing = shape[2] - given.shape[2]
-    return torch.nn.functional.pad(given, (0, 0, 0, 0, 0, missing)).expand(-1, 4, -1, -1, -1)
-
-
-def _resized(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    if x.shape[-2:] == shape[-2:]:
-        return x
-    return common_upscale(x, shape[-1], shape[-2], "bilinear", "center")
+    return image
 
 
 def _only_entry(conditioning: list, name: str) -> tuple[torch.Tensor, dict]:
