@@ -18,6 +18,7 @@ from ..wan_core.memory.run import denoise_in_memory
 from ..wan_core.models.dit.features.clip_tokens import ClipTokens
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling import raw as raws
+from ..wan_core.sampling.denoise import Callbacks, Run
 from ..wan_core.sampling.guidance import Condition
 from ..wan_core.sampling.schedules import AUTO, SCHEDULES, Schedule, from_sigmas, schedule, truncate
 from ..wan_core.sampling.solvers import SOLVERS
@@ -283,6 +284,8 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
     steps = min(settings.end, plan.steps) - settings.start
     if model.low is None and model.variant.experts == 2 and steps == plan.steps:
         notes.hinted(f"One expert of {model} does all {steps} steps. Join both with Wan Expert Switch.")
+    known = raws.kept(latent.get("noise_mask"), clean, noise, model.variant)
+    run = Run(plan, settings.solver, *conditions, known, settings.start, settings.end)
     with Steps(notes.node_id, model, settings.guidance, plan, settings.start, settings.end) as shown:
         x = denoise_in_memory(
             host.engine(),
@@ -290,16 +293,8 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
             settings.guidance,
             device,
             start,
-            plan,
-            settings.solver,
-            *conditions,
-            given=raws.kept(latent.get("noise_mask"), clean, noise, model.variant),
-            start=settings.start,
-            end=settings.end,
-            on_step=shown,
-            on_block=shown.block,
-            on_plan=notes.planned,
-            on_note=notes.warned,
+            run,
+            Callbacks(shown, shown.block, notes.planned, notes.warned),
         )
     sampled = raws.stored(x, plan, settings.end, kind)
     return latent | {"samples": sampled.to(host.storage_device())}

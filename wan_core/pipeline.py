@@ -35,7 +35,7 @@ from .models.dit.attention import find_backend
 from .models.dit.features.clip_tokens import ClipTokens
 from .models.vae.tiles import Tiles, decode_tiled_chunks, encode_tiled_chunks
 from .recipe import ModelRecipe, pair
-from .sampling.denoise import StepReport
+from .sampling.denoise import Callbacks, Run, StepReport
 from .sampling.experts import Switch
 from .sampling.guidance import Condition
 from .sampling.schedules import Schedule, schedule
@@ -197,12 +197,14 @@ def generate(
         request.guidance,
         device,
         start.noise,
-        request.timetable(),
-        request.solver,
-        Condition(positive, start.inputs),
-        Condition(negative, start.inputs),
-        given=start.given,
-        on_step=on_step,
+        Run(
+            request.timetable(),
+            request.solver,
+            Condition(positive, start.inputs),
+            Condition(negative, start.inputs),
+            start.known,
+        ),
+        Callbacks(on_step=on_step),
     )
     if engine.keep_one:
         engine.release("dit")

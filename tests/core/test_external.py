@@ -16,6 +16,7 @@ from wan_core.lora.attach import with_lora
 from wan_core.memory.engine import Engine
 from wan_core.memory.run import denoise_in_memory
 from wan_core.recipe import ModelRecipe, pair
+from wan_core.sampling.denoise import Callbacks, Run
 from wan_core.sampling.experts import Switch
 from wan_core.sampling.guidance import Condition
 from wan_core.sampling.schedules import schedule
@@ -57,11 +58,8 @@ def sampled(recipe: ModelRecipe) -> tuple[torch.Tensor, Engine, list]:
         ONE,
         torch.device("cpu"),
         x,
-        schedule("simple", 4, 5.0),
-        "unipc",
-        text,
-        None,
-        on_plan=plans.append,
+        Run(schedule("simple", 4, 5.0), "unipc", text),
+        Callbacks(on_plan=plans.append),
     )
     return made, engine, plans
 

@@ -29,12 +29,12 @@ class Start:
     Attributes:
         noise: [1, C, T, h, w].
         inputs: of a ``Condition``, for both halves of the guidance.
-        given: what is known of the latent itself.
+        known: what is known of the latent itself.
     """
 
     noise: Tensor
     inputs: tuple = ()
-    given: KnownLatent | None = None
+    known: KnownLatent | None = None
 
 
 def begin(
@@ -58,7 +58,7 @@ def begin(
     if variant.image == "channels":
         return Start(start, inputs=(known_channels([pictures], frames, encode),))
     first = encode(iter([pictures[0][None, :, None]]), 1)
-    return Start(start, given=clean_frames(first, shape))
+    return Start(start, known=clean_frames(first, shape))
 
 
 def check_pictures(variant: Variant, pictures: Mapping[int, object]) -> None:
