@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -11,33 +12,76 @@ from ..wan_core.errors import WanError
 from ..wan_core.models.dit.features.clip_tokens import ClipTokens, ClipTokensConfig, check_features
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling import raw
-from ..wan_core.sampling.guidance import Condition
+from ..wan_core.sampling.denoise import Run
+from ..wan_core.sampling.guidance import Condition, Entry, Side, entries, sigma_at, silent
 from . import keys
 from .clip_vision import tokens_of
 
 IMAGE_CHANNELS = 16  # of the given frames' latent, beside the four of their mask
 
 
-def condition(
+def side(
     conditioning: list,
+    name: str,
+    model: ModelRecipe,
+    shape: torch.Size,
+    device: torch.device,
+    shift: float,
+    warn: Callable[[str], None],
+) -> Side:
+    """One side of the guidance: a condition, or several with ranges and weights.
+
+    Args:
+        conditioning: [[embedding [B,L,D], dict], ...], from ComfyUI's nodes or ours.
+        name: "positive" or "negative", for messages.
+        shape: of the latent to be sampled, [B,C,T,h,w].
+        shift: by which percentages become noise levels.
+        warn: told of keys that have no effect.
+
+    Raises:
+        WanError: an embedding of another width, or keys that ask for another model.
+    """
+    whole = [_condition(text, options, name, model, shape, device, warn) for text, options in conditioning]
+    if len(whole) == 1 and not keys.ranged(conditioning[0][1]):
+        return whole[0]
+    both = zip(whole, (options for _, options in conditioning), strict=True)
+    return tuple(_entry(condition, options, shape, shift) for condition, options in both)
+
+
+def _entry(condition: Condition, options: Mapping[str, Any], shape: torch.Size, shift: float) -> Entry:
+    start = max(options.get("start_percent", 0.0), options.get("clip_start_percent", 0.0))
+    end = min(options.get("end_percent", 1.0), options.get("clip_end_percent", 1.0))
+    weight, mask = options.get("strength", 1.0), options.get("mask")
+    if mask is not None:
+        weight = raw.entry_weight(mask, options.get("mask_strength", 1.0) * weight, shape)
+    return Entry(condition, sigma_at(start, shift), sigma_at(end, shift), weight, rest="default" in options)
+
+
+def warn_of_gaps(sides: Mapping[str, Side], run: Run, warn: Callable[[str], None]) -> None:
+    """Say at which steps a side of the guidance has no prompt."""
+    sigmas = run.schedule.sigmas[:-1].tolist()
+    for name, one in sides.items():
+        bare = [i + 1 for i in silent(one, sigmas) if run.start <= i < run.last]
+        if bare:
+            warn(
+                f"Warning: at step {', '.join(map(str, bare))} no {name} prompt applies: as in ComfyUI's samplers the "
+                "model is not asked for it there. Let the ranges of Conditioning (Timestep Range) meet."
+            )
+
+
+def conditions_of(side: Side) -> list[Condition]:
+    return [entry.condition for entry in entries(side)]
+
+
+def _condition(
+    text: torch.Tensor,
+    options: dict,
     name: str,
     model: ModelRecipe,
     shape: torch.Size,
     device: torch.device,
     warn: Callable[[str], None],
 ) -> Condition:
-    """One side of the guidance.
-
-    Args:
-        conditioning: [[embedding [B,L,D], dict]], from ComfyUI's nodes or ours.
-        name: "positive" or "negative", for messages.
-        shape: of the latent to be sampled, [B,C,T,h,w].
-        warn: told of keys that have no effect.
-
-    Raises:
-        WanError: more than one prompt, an embedding of another width, or keys that ask for another model.
-    """
-    text, options = _only_entry(conditioning, name)
     _check_text(text, name, model, batch=shape[0])
     _check_keys(options, name, model.variant, warn)
     tokens = _clip_tokens(options, name, model, shape[0], warn)
@@ -109,15 +153,6 @@ def _given_image(options: dict, name: str, variant: Variant, shape: torch.Size) 
             "this latent. Use the same number of frames in both, and the Wan2.1 VAE."
         )
     return image
-
-
-def _only_entry(conditioning: list, name: str) -> tuple[torch.Tensor, dict]:
-    if len(conditioning) != 1:
-        raise WanError(
-            f"The {name} conditioning holds {len(conditioning)} prompts; Wan Sampler takes one. Join "
-            "prompts as text, or with Conditioning (Concat) instead of Conditioning (Combine)."
-        )
-    return conditioning[0][0], conditioning[0][1]
 
 
 def _check_text(text: torch.Tensor, name: str, model: ModelRecipe, batch: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +20,12 @@ from ..wan_core.models.dit.features.clip_tokens import ClipTokens
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling import raw as raws
 from ..wan_core.sampling.denoise import Callbacks, Run
-from ..wan_core.sampling.guidance import Condition
+from ..wan_core.sampling.guidance import Condition, Side
 from ..wan_core.sampling.schedules import AUTO, SCHEDULES, Schedule, from_sigmas, schedule, truncate
 from ..wan_core.sampling.solvers import SOLVERS
 from . import host
 from .base import WanNode
-from .conditioning import condition, without_clip
+from .conditioning import conditions_of, side, warn_of_gaps, without_clip
 from .graph import check_decoders
 from .preview import Steps, experts_of
 from .spaces import check_numbers, samples_for
@@ -271,9 +272,12 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
     check_numbers(raw)
     raw = raw.cpu()
     plan = settings.timetable()
-    sides = ("positive", positive), ("negative", negative)
-    conditions = [condition(side, name, model, raw.shape, device, notes.warned) for name, side in sides]
-    _check_clip(model, conditions, guided, notes)
+    sides = {
+        name: side(conditioning, name, model, raw.shape, device, settings.shift, notes.warned)
+        for name, conditioning in (("positive", positive), ("negative", negative))
+    }
+    heard = sides if guided else {"positive": sides["positive"]}
+    _check_clip(model, heard, notes)
     _check_loras(model, settings, plan, notes)
     clean = raws.from_raw(raw, kind)
     _check_content(clean, latent, settings, plan, notes)
@@ -285,7 +289,8 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
     if model.low is None and model.variant.experts == 2 and steps == plan.steps:
         notes.hinted(f"One expert of {model} does all {steps} steps. Join both with Wan Expert Switch.")
     known = raws.kept(latent.get("noise_mask"), clean, noise, model.variant)
-    run = Run(plan, settings.solver, *conditions, known, settings.start, settings.end)
+    run = Run(plan, settings.solver, sides["positive"], sides["negative"], known, settings.start, settings.end)
+    warn_of_gaps(heard, run, notes.warned)
     with Steps(notes.node_id, model, settings.guidance, plan, settings.start, settings.end) as shown:
         x = denoise_in_memory(
             host.engine(),
@@ -337,12 +342,15 @@ class Notes:
         host.show_text(self.node_id, self.text)
 
 
-def _check_clip(model: ModelRecipe, conditions: list[Condition], guided: bool, notes: Notes) -> None:
-    """Say where a model that hears pictures hears none; what the negative prompt lacks matters with guidance only."""
-    sides = zip(("positive", "negative"), conditions if guided else conditions[:1], strict=False)
-    bare = [name for name, side in sides if not any(isinstance(one, ClipTokens) for one in side.inputs)]
+def _check_clip(model: ModelRecipe, sides: Mapping[str, Side], notes: Notes) -> None:
+    """Say where a model that hears pictures hears none."""
+    bare = [name for name, one in sides.items() if not all(map(_hears_clip, conditions_of(one)))]
     if model.variant.clip and bare:
         notes.warned(without_clip(bare, model.variant))
+
+
+def _hears_clip(condition: Condition) -> bool:
+    return any(isinstance(one, ClipTokens) for one in condition.inputs)
 
 
 def _check_content(clean: torch.Tensor, latent: dict, settings: Settings, plan: Schedule, notes: Notes) -> None:

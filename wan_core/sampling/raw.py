@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..config import VAEKind, Variant
+from ..errors import WanError
 from ..media.geometry import given_mask, noise
 from ..models.dit.inputs import Concat
 from ..models.vae.vae import denormalise, normalise
@@ -83,6 +84,26 @@ def fitted_mask(mask: Tensor, like: Tensor) -> Tensor:
         mask = mask.repeat(1, channels, 1, 1, 1)[:, :channels]
     copies = math.ceil(len(like) / len(mask))
     return mask.repeat(copies, 1, 1, 1, 1)[: len(like)].to(like)
+
+
+def entry_weight(mask: Tensor, strength: float, shape: Sequence[int]) -> Tensor:
+    """The weight of a conditioning's entry from its mask: [1 or B,1,1 or T,h,w].
+
+    Args:
+        mask: [H,W], or [N,H,W] of one frame or each latent frame.
+        shape: of the latent to be sampled, [B,C,T,h,w].
+
+    Raises:
+        WanError: a mask of another number of frames.
+    """
+    frames, height, width = shape[2:]
+    mask = mask.float().reshape(-1, *mask.shape[-2:])
+    if len(mask) not in (1, frames):
+        raise WanError(f"A mask has {len(mask)} frames: expected 1, or {frames} as the latent has.")
+    mask = mask[None]
+    if mask.shape[-2:] != (height, width):
+        mask = functional.interpolate(mask, size=(height, width), mode="bilinear")
+    return mask[:, None] * strength
 
 
 def given_channels(image: Tensor, mask: Tensor | None, shape: Sequence[int], kind: VAEKind) -> Concat:
