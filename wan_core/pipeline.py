@@ -19,6 +19,7 @@ from .errors import WanError
 from .layouts.folder import find_parts
 from .layouts.variants import choose
 from .loading.clip import ClipFile, read_clip
+from .loading.compatible import check_compatible
 from .loading.dit import read_dit
 from .loading.text import TextFile, read_text_encoder
 from .loading.vae import VAEFile, read_vae
@@ -157,19 +158,11 @@ def read_models(folder: str | Path, task: str, *, dtype: str = "auto", attention
     high = _recipe(parts.high, variant, dtype, attention)
     dit = pair(high, _recipe(parts.low, variant, dtype, attention), Switch()) if parts.low else high
     vae = read_vae(parts.vae)
-    if vae.config.kind != variant.vae:
-        raise WanError(
-            f"{parts.vae} is a {vae.config.kind} VAE, but {variant.display_name} needs {variant.vae} "
-            f"({VAES[variant.vae].checkpoint})."
-        )
     tokenizer = parts.tokenizer if parts.tokenizer and parts.tokenizer.exists() else None
     text = read_text_encoder(parts.text_encoder, tokenizer)
-    if text.config.dim != high.high.config.text_dim:
-        raise WanError(
-            f"{parts.text_encoder} gives embeddings {text.config.dim} wide, but {parts.high} takes "
-            f"{high.high.config.text_dim}. Use the text encoder of the same checkpoint."
-        )
-    return Models(dit, vae, text, read_clip(parts.clip) if parts.clip else None)
+    clip = read_clip(parts.clip) if parts.clip else None
+    check_compatible(variant, high.high, vae, text, clip)
+    return Models(dit, vae, text, clip)
 
 
 def generate(

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from ..config import CLIP_CHECKPOINT, PATCH, VAES, VARIANTS, Variant
+from ..config import CLIP_CHECKPOINT, PATCH, VARIANTS, Variant
 from ..dtypes import resolve_dtype
 from ..errors import WanError
 from ..layouts import comfyui
 from ..layouts.folder import find_parts
 from ..loading.clip import load_clip_vision, read_clip
+from ..loading.compatible import check_compatible
 from ..loading.dit import DiTFile, read_dit
 from ..loading.text import load_text_encoder, read_text_encoder
 from ..loading.vae import load_vae, read_vae
@@ -26,7 +27,6 @@ from ..media.video import check_writable
 from ..memory.devices import empty_cache, total_bytes
 from ..memory.plan import activation_bytes, does_not_fit
 from ..models.dit.dit import WanDiT
-from ..models.dit.features.clip_tokens import ClipTokensConfig
 from .cache import Cache, Latents, Texts, digest, file_key
 from .data import Clip, ClipProblem, Frame, check_frame, read_folder, usable
 from .dit import Data, DiTTask, Recipe, check_variant
@@ -306,38 +306,13 @@ def check_files(files: TrainFiles, variant: Variant) -> DiTFile:
     """
     base, vae, text = read_dit(files.dit), read_vae(files.vae), read_text_encoder(files.text_encoder, files.tokenizer)
     check_variant(base.config, variant, files.dit)
-    if vae.config.kind != variant.vae:
-        raise WanError(
-            f"{files.vae} is a {vae.config.kind} VAE, but {variant.display_name} needs {variant.vae}: "
-            f"use {comfyui.VAES[variant.vae]} or {VAES[variant.vae].checkpoint}."
-        )
-    if text.config.dim != base.config.text_dim:
-        raise WanError(
-            f"{files.text_encoder} gives embeddings {text.config.dim} wide, but {files.dit} takes "
-            f"{base.config.text_dim}. Use the text encoder of the same model."
-        )
-    _check_clip(files, base, variant)
-    return base
-
-
-def _check_clip(files: TrainFiles, base: DiTFile, variant: Variant) -> None:
-    """What learns without its picture would learn to do without it.
-
-    Raises:
-        WanError: a model that hears CLIP has none, or one of another width.
-    """
-    if not variant.clip:
-        return
-    if files.clip is None:
+    if variant.clip and files.clip is None:  # what learns without its picture would learn to do without it
         raise WanError(
             f"{variant.display_name} hears its picture through CLIP, whose model is missing: give "
             f"{comfyui.CLIP_VISION} or {CLIP_CHECKPOINT} (option clip)."
         )
-    found, wanted = read_clip(files.clip).config.dim, base.config.feature(ClipTokensConfig).width
-    if found != wanted:
-        raise WanError(
-            f"{files.clip} gives CLIP tokens {found} wide, but {files.dit} takes {wanted}: use {comfyui.CLIP_VISION}."
-        )
+    check_compatible(variant, base, vae, text, read_clip(files.clip) if variant.clip else None)
+    return base
 
 
 def check_trainable(file: DiTFile, *, whole: bool) -> None:
