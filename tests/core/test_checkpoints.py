@@ -182,7 +182,7 @@ def test_a_folder_without_a_checkpoint(tmp_path: Path):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("vae/wan_2.1_vae.safetensors", "it is a Wan VAE. Load it with Load Wan VAE"),
+        ("vae/wan_2.1_vae.safetensors", "it is a Wan VAE. Load it as such"),
         ("text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "it is a umT5 text encoder"),
     ],
 )

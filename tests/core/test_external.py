@@ -94,7 +94,7 @@ def test_what_a_pair_says_of_its_files(files: list[DiTFile]) -> None:
 
 
 def test_its_weights_are_not_ours_to_change(files: list[DiTFile]) -> None:
-    with pytest.raises(WanError, match=r"ComfyUI holds wan2.2_t2v_high.*LoraLoaderModelOnly"):
+    with pytest.raises(WanError, match=r"another program holds wan2.2_t2v_high.*where the model is held"):
         with_lora(ModelRecipe(held(files[0])), Path("any.safetensors"), ONE)
 
 

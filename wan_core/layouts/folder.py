@@ -15,7 +15,7 @@ from ..config import (
     VAES,
     Variant,
 )
-from ..errors import WanError
+from ..errors import Hint, WanError
 from ..files.checkpoint import open_checkpoint
 from . import comfyui
 from .detect import find, parts_of
@@ -53,7 +53,7 @@ def find_parts(folder: str | Path, variant: Variant, wanted: Collection[str] = W
     if folder.is_file():
         return _all_in_one([folder], folder.parent, variant, wanted) or _refuse_file(folder, variant)
     if not folder.is_dir():
-        raise WanError(f"No such folder: {folder}. --ckpt_dir is the folder of a downloaded checkpoint.")
+        raise WanError(f"No such folder: {folder}.", Hint.FOLDER)
     missing = []
     for layout in (_official(folder, variant), _comfyui(folder, variant), _diffusers(folder, variant)):
         paths = [getattr(layout, part) for part in wanted]
@@ -66,7 +66,8 @@ def find_parts(folder: str | Path, variant: Variant, wanted: Collection[str] = W
     closest = min(missing, key=len)
     raise WanError(
         f"{folder} lacks {', '.join(str(path.relative_to(folder)) for path in closest)} of "
-        f"{variant.display_name}. Found {_listing(folder)}. Download the rest, or choose another --task."
+        f"{variant.display_name}. Found {_listing(folder)}.",
+        Hint.OTHER_TASK,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import WanError
+from ..errors import Hint, WanError
 from ..lookup import look_up
 from .experts import Experts
 from .guidance import OnBlock, Side, guided
@@ -274,7 +274,7 @@ def _not_finite(i: int, schedule: Schedule, expert: str) -> str:
 
 def _checked_finite(x: Tensor) -> Tensor:
     if not torch.isfinite(x).all():
-        raise WanError("The latent to start from holds NaN or infinity: check the node that made it.")
+        raise WanError("The latent to start from holds NaN or infinity.", Hint.BAD_LATENT)
     return x
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import WanError
+from ..errors import Hint, WanError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.place import MARK, check_target, complete_or_nothing, mark
 from ..files.write import Planned, as_json, check_room, write_gguf, write_pickle, write_safetensors
@@ -196,10 +196,7 @@ class _Job:
 
     def _check(self) -> None:
         if self.part == "vae" and (self.target.scaled or self.target.blocks):
-            raise WanError(
-                f"{self.checkpoint.path} is a VAE: it is small and stays in full precision. Expected --to "
-                "bf16, fp16, fp32, official, comfyui or diffusers."
-            )
+            raise WanError(f"{self.checkpoint.path} is a VAE: it is small and stays in full precision.", Hint.TARGET)
 
     def _renames(self) -> Renames:
         dialects, layout = self.module.DIALECTS, self.target.layout

@@ -14,7 +14,7 @@ import torch
 
 from ..config import CLIP_CHECKPOINT, PATCH, VARIANTS, Variant
 from ..dtypes import resolve_dtype
-from ..errors import WanError
+from ..errors import Hint, WanError
 from ..layouts import comfyui
 from ..layouts.folder import find_parts
 from ..loading.clip import load_clip_vision, read_clip
@@ -150,17 +150,15 @@ def files_in(folder: Path | None, task: str, expert: str, **own: Path | None) ->
     """
     variant, own = VARIANTS[task], {part: file for part, file in own.items() if file}
     if expert not in experts_of(variant):
-        raise WanError(
-            f"{variant.display_name} has no expert {expert!r}: choose --expert {' or '.join(experts_of(variant))}."
-        )
+        experts = " or ".join(experts_of(variant))
+        raise WanError(f"{variant.display_name} has no expert {expert!r}.", Hint.EXPERT, experts=experts)
     dit = "low" if expert == "low" else "high"
     needed = (dit, "vae", "text_encoder", *(("clip",) if variant.clip else ()))
     wanted = [part for part in needed if own.get("dit" if part == dit else part) is None]
     if not wanted:
         return TrainFiles(**own)
     if folder is None:
-        clip = ", --text_encoder and --clip" if variant.clip else " and --text_encoder"
-        raise WanError(f"Where are the weights? Give --ckpt_dir, or all of --dit, --vae{clip}.")
+        raise WanError("Where are the weights?", Hint.CLIP_WEIGHTS if variant.clip else Hint.WEIGHTS)
     parts = find_parts(folder, variant, wanted)
     tokenizer = None if "text_encoder" in own else parts.tokenizer
     found = {
@@ -308,8 +306,9 @@ def check_files(files: TrainFiles, variant: Variant) -> DiTFile:
     check_variant(base.config, variant, files.dit)
     if variant.clip and files.clip is None:  # what learns without its picture would learn to do without it
         raise WanError(
-            f"{variant.display_name} hears its picture through CLIP, whose model is missing: give "
-            f"{comfyui.CLIP_VISION} or {CLIP_CHECKPOINT} (option clip)."
+            f"{variant.display_name} hears its picture through CLIP, whose model is missing: expected "
+            f"{comfyui.CLIP_VISION} or {CLIP_CHECKPOINT}.",
+            Hint.CLIP,
         )
     check_compatible(variant, base, vae, text, read_clip(files.clip) if variant.clip else None)
     return base
