@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 
-from wan_core.config import VAES, VARIANTS, Architecture, TextConfig, VAEConfig
+from wan_core.config import Architecture, TextConfig, VAEConfig
+from wan_core.layouts import comfyui
 from wan_core.layouts import text as text_keys
 from wan_core.loading.vae import VAE_CLASSES
 from wan_core.models.dit.dit import WanDiT
@@ -133,8 +134,8 @@ def checkpoints(folder: Path) -> Iterator[tuple[str, str, Path]]:
     """(what it is, which part, where it lies) of every checkpoint whose header is read."""
     tiny = folder / "tiny"
     write_tiny(tiny, "t2v-A14B", layout="comfyui")
-    yield "tiny DiT", "dit", tiny / "diffusion_models" / VARIANTS["t2v-A14B"].comfy_names[0]
-    yield "tiny VAE", "vae", tiny / "vae" / VAES["wan2.1"].comfy_name
+    yield "tiny DiT", "dit", tiny / "diffusion_models" / comfyui.NAMES["t2v-A14B"].models[0]
+    yield "tiny VAE", "vae", tiny / "vae" / comfyui.VAES["wan2.1"]
     yield "tiny text encoder", "text", next((tiny / "text_encoders").iterdir())
     dit = shapes_of(lambda: WanDiT(Architecture(16, 16, 5120, 13824, 40, 4096, 256, heads=40)))
     yield "A14B, one file (sparse, 28 GB)", "dit", write_sparse(folder / "a14b.safetensors", dit)

@@ -21,6 +21,7 @@ from comfy_api.latest import io
 from ..wan_core.errors import WanError
 from ..wan_core.safe_text import safe_text
 from .checks import check_values
+from .hints import worded
 
 log = logging.getLogger(__name__)
 
@@ -135,9 +136,9 @@ def _leave(error: BaseException) -> NoReturn:
 
 
 def _text_of(error: BaseException) -> str:
-    said = safe_text(error)
     if isinstance(error, WanError):
-        return said
+        return safe_text(worded(error))
+    said = safe_text(error)
     if _is_out_of_memory(error):
         first = said.partition("\n")[0]
         return (

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..wan_core.errors import WanError
 from ..wan_core.loading.clip import ClipFile, read_clip
-from ..wan_core.media.geometry import image_tensor, resize_bicubic
+from ..wan_core.media.geometry import image_tensor, middle_square, stretched
 from . import host
 from .base import WanNode, guarded_methods
 from .pictures import pictures
@@ -83,15 +83,8 @@ class WanClipVision:
         """
         encoder = host.engine().clip(self.file, host.text_device("default"))
         shown = torch.stack([image_tensor(one) for one in pictures(image, "image")])
-        tokens = encoder(_middle(shown) if crop else shown)
+        tokens = encoder(middle_square(shown) if crop else shown)
         return Seen(tokens.to(host.storage_device()))
-
-
-def _middle(shown: torch.Tensor) -> torch.Tensor:
-    height, width = shown.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return shown[..., top : top + side, left : left + side]
 
 
 def look(clip: object, image: torch.Tensor) -> torch.Tensor:
@@ -109,9 +102,7 @@ def look(clip: object, image: torch.Tensor) -> torch.Tensor:
             "Load CLIP Vision with clip_vision_h.safetensors."
         )
     if not isinstance(clip, WanClipVision):
-        side = getattr(clip, "image_size", 224)
-        small = [resize_bicubic(image_tensor(one), side, side) for one in image]
-        image = torch.stack(small).movedim(1, -1).add(1).div(2)
+        image = stretched(image, getattr(clip, "image_size", 224))
     return tokens_of(clip.encode_image(image, crop=False), "clip_vision")
 
 

@@ -3,49 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from comfy.utils import common_upscale
 
 from ..wan_core.config import Variant
 from ..wan_core.errors import WanError
 from ..wan_core.models.dit.features.clip_tokens import ClipTokens, ClipTokensConfig, check_features
-from ..wan_core.models.dit.inputs import Concat
-from ..wan_core.models.vae.vae import normalise
 from ..wan_core.recipe import ModelRecipe
-from ..wan_core.sampling.guidance import Condition
+from ..wan_core.sampling import raw
+from ..wan_core.sampling.denoise import Run
+from ..wan_core.sampling.guidance import Condition, Entry, Side, entries, sigma_at, silent
 from . import keys
 from .clip_vision import tokens_of
 
 IMAGE_CHANNELS = 16  # of the given frames' latent, beside the four of their mask
 
 
-def condition(
+def side(
     conditioning: list,
+    name: str,
+    model: ModelRecipe,
+    shape: torch.Size,
+    device: torch.device,
+    shift: float,
+    warn: Callable[[str], None],
+) -> Side:
+    """One side of the guidance: a condition, or several with ranges and weights.
+
+    Args:
+        conditioning: [[embedding [B,L,D], dict], ...], from ComfyUI's nodes or ours.
+        name: "positive" or "negative", for messages.
+        shape: of the latent to be sampled, [B,C,T,h,w].
+        shift: by which percentages become noise levels.
+        warn: told of keys that have no effect.
+
+    Raises:
+        WanError: an embedding of another width, or keys that ask for another model.
+    """
+    whole = [_condition(text, options, name, model, shape, device, warn) for text, options in conditioning]
+    if len(whole) == 1 and not keys.ranged(conditioning[0][1]):
+        return whole[0]
+    both = zip(whole, (options for _, options in conditioning), strict=True)
+    return tuple(_entry(condition, options, shape, shift) for condition, options in both)
+
+
+def _entry(condition: Condition, options: Mapping[str, Any], shape: torch.Size, shift: float) -> Entry:
+    start = max(options.get("start_percent", 0.0), options.get("clip_start_percent", 0.0))
+    end = min(options.get("end_percent", 1.0), options.get("clip_end_percent", 1.0))
+    weight, mask = options.get("strength", 1.0), options.get("mask")
+    if mask is not None:
+        weight = raw.entry_weight(mask, options.get("mask_strength", 1.0) * weight, shape)
+    return Entry(condition, sigma_at(start, shift), sigma_at(end, shift), weight, rest="default" in options)
+
+
+def warn_of_gaps(sides: Mapping[str, Side], run: Run, warn: Callable[[str], None]) -> None:
+    """Say at which steps a side of the guidance has no prompt."""
+    sigmas = run.schedule.sigmas[:-1].tolist()
+    for name, one in sides.items():
+        bare = [i + 1 for i in silent(one, sigmas) if run.start <= i < run.last]
+        if bare:
+            warn(
+                f"Warning: at step {', '.join(map(str, bare))} no {name} prompt applies: as in ComfyUI's samplers the "
+                "model is not asked for it there. Let the ranges of Conditioning (Timestep Range) meet."
+            )
+
+
+def conditions_of(side: Side) -> list[Condition]:
+    return [entry.condition for entry in entries(side)]
+
+
+def _condition(
+    text: torch.Tensor,
+    options: dict,
     name: str,
     model: ModelRecipe,
     shape: torch.Size,
     device: torch.device,
     warn: Callable[[str], None],
 ) -> Condition:
-    """One side of the guidance.
-
-    Args:
-        conditioning: [[embedding [B,L,D], dict]], from ComfyUI's nodes or ours.
-        name: "positive" or "negative", for messages.
-        shape: of the latent to be sampled, [B,C,T,h,w].
-        warn: told of keys that have no effect.
-
-    Raises:
-        WanError: more than one prompt, an embedding of another width, or keys that ask for another model.
-    """
-    text, options = _only_entry(conditioning, name)
     _check_text(text, name, model, batch=shape[0])
     _check_keys(options, name, model.variant, warn)
     tokens = _clip_tokens(options, name, model, shape[0], warn)
     if model.variant.image != "channels":
         return Condition(text, tokens)
-    return Condition(text, (Concat(given_frames(options, name, model.variant, shape).to(device)), *tokens))
+    image = _given_image(options, name, model.variant, shape).to(device)
+    channels = raw.given_channels(image, options.get("concat_mask"), shape, model.variant.vae)
+    return Condition(text, (channels, *tokens))
 
 
 def _clip_tokens(
@@ -89,10 +133,11 @@ def without_clip(names: Sequence[str], variant: Variant) -> str:
     )
 
 
-def given_frames(options: dict, name: str, variant: Variant, shape: torch.Size) -> torch.Tensor:
-    """The twenty channels beside the noise, [B,20,T,h,w]: which frames are given, and their normalised latent.
+def _given_image(options: dict, name: str, variant: Variant, shape: torch.Size) -> torch.Tensor:
+    """The raw latent of the given frames, [N,16,T,h,w].
 
-    As ComfyUI's WAN21.concat_cond reads concat_latent_image (raw) and concat_mask (0 = given).
+    Raises:
+        WanError: there is none, or one of another length or VAE.
     """
     image = options.get("concat_latent_image")
     if image is None:
@@ -107,36 +152,7 @@ def given_frames(options: dict, name: str, variant: Variant, shape: torch.Size) 
             f"{variant.display_name} expects [1, {IMAGE_CHANNELS}, {shape[2]}, {shape[3]}, {shape[4]}] for "
             "this latent. Use the same number of frames in both, and the Wan2.1 VAE."
         )
-    image = _resized(normalise(image, "wan2.1"), shape)
-    mask = _given_mask(options.get("concat_mask"), shape).to(image)
-    batch = max(len(image), len(mask))
-    return torch.cat([mask.expand(batch, *mask.shape[1:]), image.expand(batch, *image.shape[1:])], dim=1)
-
-
-def _given_mask(mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-    """ComfyUI's concat_mask (0 = given; one channel or four) -> [B,4,T,h,w] with 1 = given; none means none given."""
-    if mask is None:
-        return torch.zeros(1, 4, *shape[2:])
-    if mask.shape[1] != 4:
-        mask = mask.mean(dim=1, keepdim=True)
-    given = _resized(1.0 - mask.float(), shape)[:, :, : shape[2]]
-    missing = shape[2] - given.shape[2]
-    return torch.nn.functional.pad(given, (0, 0, 0, 0, 0, missing)).expand(-1, 4, -1, -1, -1)
-
-
-def _resized(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    if x.shape[-2:] == shape[-2:]:
-        return x
-    return common_upscale(x, shape[-1], shape[-2], "bilinear", "center")
-
-
-def _only_entry(conditioning: list, name: str) -> tuple[torch.Tensor, dict]:
-    if len(conditioning) != 1:
-        raise WanError(
-            f"The {name} conditioning holds {len(conditioning)} prompts; Wan Sampler takes one. Join "
-            "prompts as text, or with Conditioning (Concat) instead of Conditioning (Combine)."
-        )
-    return conditioning[0][0], conditioning[0][1]
+    return image
 
 
 def _check_text(text: torch.Tensor, name: str, model: ModelRecipe, batch: int) -> None:

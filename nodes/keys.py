@@ -10,13 +10,27 @@ from collections.abc import Callable, Iterator, Mapping
 
 UNDERSTOOD = frozenset({"concat_latent_image", "concat_mask", "clip_vision_output"})
 
+# Where an entry applies, and with what weight beside others.
+RANGES = frozenset(
+    {
+        "start_percent",
+        "end_percent",
+        "clip_start_percent",
+        "clip_end_percent",
+        "mask",
+        "mask_strength",
+        "strength",
+        "default",
+    }
+)
+
 # Nothing of them reaches a Wan model, in ComfyUI neither: marks of text encoders, sizes for other families, and what
 # ComfyUI's samplers themselves add before they ask the model.
 HARMLESS = frozenset({
-    "pooled_output", "attention_mask", "prompt_type", "strength", "set_area_to_bounds", "mask_strength", "default",
-    "width", "height", "crop_w", "crop_h", "target_width", "target_height", "aesthetic_score", "frame_rate", "fps",
-    "device", "noise", "latent_image", "denoise_mask", "seed", "cross_attn", "uuid", "model_conds", "latent_shapes",
-    "timestep_start", "timestep_end", "additional_models",
+    "pooled_output", "attention_mask", "prompt_type", "width", "height", "crop_w", "crop_h",
+    "target_width", "target_height", "aesthetic_score", "frame_rate", "fps", "device", "noise", "latent_image",
+    "denoise_mask", "seed", "cross_attn", "uuid", "model_conds", "latent_shapes", "timestep_start", "timestep_end",
+    "additional_models",
 })  # fmt: skip
 
 NEEDS_MODEL = {
@@ -34,16 +48,13 @@ NEEDS_MODEL = {
 
 # Done by ComfyUI's samplers around any model, and not by ours.
 SAMPLERS_OWN = {
-    "control": "ControlNet", "gligen": "GLIGEN", "hooks": "hooks", "area": "areas", "mask": "masked prompts",
-    "start_percent": "prompts for a part of the steps", "end_percent": "prompts for a part of the steps",
-    "clip_start_percent": "scheduled prompts", "clip_end_percent": "scheduled prompts",
+    "control": "ControlNet", "gligen": "GLIGEN", "hooks": "hooks", "area": "areas",
+    "set_area_to_bounds": "areas (mask bounds)",
     "control_apply_to_uncond": "ControlNet",
 }  # fmt: skip
 
 # Values with which a key asks for nothing.
 _NOTHING: dict[str, Callable[[object], bool]] = {
-    "start_percent": lambda v: v <= 0, "end_percent": lambda v: v >= 1,
-    "clip_start_percent": lambda v: v <= 0, "clip_end_percent": lambda v: v >= 1,
     "concat_mask_index": lambda v: v == 0, "pose_strength": lambda v: v == 1, "reference_strength": lambda v: v == 1,
 }  # fmt: skip
 
@@ -51,8 +62,14 @@ _NOTHING: dict[str, Callable[[object], bool]] = {
 def asking(options: Mapping[str, object]) -> Iterator[str]:
     """The keys that ask for something that a Wan2.2 model alone is not told."""
     for key, value in options.items():
-        if key not in UNDERSTOOD and key not in HARMLESS and not _asks_nothing(key, value):
+        if key not in UNDERSTOOD | RANGES | HARMLESS and not _asks_nothing(key, value):
             yield key
+
+
+def ranged(options: Mapping[str, object]) -> bool:
+    """Whether an entry, though alone, does not apply everywhere alike."""
+    percents = ("start_percent", 0.0), ("clip_start_percent", 0.0), ("end_percent", 1.0), ("clip_end_percent", 1.0)
+    return options.get("mask") is not None or any(options.get(key, all_of) != all_of for key, all_of in percents)
 
 
 def _asks_nothing(key: str, value: object) -> bool:

@@ -12,8 +12,8 @@ from ..wan_core.config import VAES, Variant
 from ..wan_core.errors import WanError
 from ..wan_core.media import geometry as latents
 from ..wan_core.memory import capacity
-from ..wan_core.models.vae.vae import denormalise
 from ..wan_core.recipe import ModelRecipe
+from ..wan_core.sampling import raw
 from . import host
 from .base import WanNode
 from .clip_vision import Seen, look
@@ -224,9 +224,20 @@ class Wanted:
     start: torch.Tensor | None
     end: torch.Tensor | None
 
-    @property
-    def area(self) -> int:
-        return self.width * self.height
+    def size(self, variant: Variant) -> tuple[int, int]:
+        """Width and height of the video: in "area" of the first image's aspect ratio."""
+        image = self.start if self.start is not None else self.end
+        asked = self.width, self.height
+        if self.fit == "exact" or image is None:
+            return asked
+        return latents.fitted_size(variant, asked, [(image.shape[2], image.shape[1])])
+
+    def given(self, variant: Variant) -> dict[int, torch.Tensor]:
+        """Frame number -> [3,H,W] in -1..1."""
+        start = [] if self.start is None else list(self.start[: self.frames].cpu())
+        end = [] if self.end is None else list(self.end[-self.frames :].cpu())
+        images = dict(enumerate(start)) | dict(enumerate(end, start=self.frames - len(end)))
+        return latents.fitted(variant, images, self.size(variant), cover=self.fit == "exact")
 
 
 def seen_by_clip(model: ModelRecipe, wanted: Wanted, clip: object, seen: object) -> dict[str, object]:
@@ -283,30 +294,13 @@ def _without_image(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict,
 
 def _with_channels(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict, dict]:
     """I2V: the given frames in a video that is grey otherwise, encoded; concat_mask is 0 where one is given."""
-    width, height = _i2v_size(variant, wanted)
+    width, height = wanted.size(variant)
     shape = latents.latent_shape(variant, width, height, wanted.frames)
-    given = _given_images(wanted, width, height)
+    given = wanted.given(variant)
     encoded = _encode(vae, given, wanted.frames)
-    mask = 1 - latents.given_mask(list(given), wanted.frames, *shape[2:])
+    mask = raw.concat_mask(given, wanted.frames, *shape[2:])
     values = {"concat_latent_image": encoded, "concat_mask": mask.to(encoded.device)}
     return values, {"samples": _empty(shape, wanted.batch)}
-
-
-def _i2v_size(variant: Variant, wanted: Wanted) -> tuple[int, int]:
-    image = wanted.start if wanted.start is not None else wanted.end
-    if wanted.fit == "exact":
-        return wanted.width, wanted.height
-    return latents.i2v_size(wanted.area, image.shape[2], image.shape[1], VAES[variant.vae])
-
-
-def _given_images(wanted: Wanted, width: int, height: int) -> dict[int, torch.Tensor]:
-    """Frame number -> [3,H,W] in -1..1. In "area" they are only scaled, once they are as wide and high as the first."""
-    start = [] if wanted.start is None else list(wanted.start[: wanted.frames].cpu())
-    end = [] if wanted.end is None else list(wanted.end[-wanted.frames :].cpu())
-    images = dict(enumerate(start)) | dict(enumerate(end, start=wanted.frames - len(end)))
-    if wanted.fit == "area":
-        return latents.scaled_alike(images, width, height)
-    return {place: latents.ti2v_image(image, width, height)[:, 0] for place, image in images.items()}
 
 
 def _encode(vae: object, given: dict[int, torch.Tensor], frames: int) -> torch.Tensor:
@@ -323,24 +317,10 @@ def _with_frame(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict, di
     """TI2V-5B: the image's latent is the first latent frame, and noise_mask 0 keeps it there."""
     if wanted.start is None:
         return _without_image(variant, vae, wanted)
-    width, height = _ti2v_size(variant, wanted)
-    shape = latents.latent_shape(variant, width, height, wanted.frames)
-    images = wanted.start[: wanted.frames]
-    given = {i: latents.ti2v_image(image.cpu(), width, height)[:, 0] for i, image in enumerate(images)}
-    encoded = _encode(vae, given, len(images))
-    samples = denormalise(torch.zeros(1, *shape), variant.vae).to(encoded)
-    samples[:, :, : encoded.shape[2]] = encoded
-    mask = torch.ones(1, 1, *shape[1:]).to(encoded)
-    mask[:, :, : encoded.shape[2]] = 0
-    copies = (wanted.batch, 1, 1, 1, 1)
-    return {}, {"samples": samples.repeat(copies), "noise_mask": mask.repeat(copies)}
-
-
-def _ti2v_size(variant: Variant, wanted: Wanted) -> tuple[int, int]:
-    if wanted.fit == "exact":
-        return wanted.width, wanted.height
-    image = wanted.start
-    return latents.ti2v_size(wanted.area, image.shape[2], image.shape[1], variant.size_multiple)
+    shape = latents.latent_shape(variant, *wanted.size(variant), wanted.frames)
+    given = wanted.given(variant)
+    samples, mask = raw.first_frames(_encode(vae, given, len(given)), shape, variant.vae, wanted.batch)
+    return {}, {"samples": samples, "noise_mask": mask}
 
 
 _STARTS = {"none": _without_image, "channels": _with_channels, "frame": _with_frame}

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..wan_core.errors import WanError
+from ..wan_core.errors import Hint, WanError
 from ..wan_core.external import only_own
 from ..wan_core.media import geometry as latents
 from ..wan_core.memory.plan import AUTO, plan
 from ..wan_core.recipe import PREFETCH, ModelRecipe
 from . import host
 from .base import WanNode
+from .hints import worded
 from .types import WanModel
 
 BLOCKS, LIMIT = "blocks", "vram_limit"
@@ -75,12 +76,7 @@ class BlockSwap(WanNode):
     def execute(
         cls, model: ModelRecipe, blocks: int, mode: str = BLOCKS, vram_limit: float = 8.0, prefetch: int = PREFETCH
     ) -> io.NodeOutput:
-        only_own(
-            model.files,
-            "Wan Block Swap",
-            "ComfyUI offloads it by itself (--lowvram, --reserve-vram). Put Wan "
-            "Block Swap between Load Wan Model and Wan Expert Switch.",
-        )
+        only_own(model.files, "Wan Block Swap", Hint.SWAP_HELD)
         swap = min(blocks, model.high.config.layers) if mode == BLOCKS else 0
         limit = {BLOCKS: None, LIMIT: vram_limit, AUTO: AUTO}[mode]
         changed = replace(model, swap_blocks=swap, vram_limit=limit, prefetch=prefetch)
@@ -96,4 +92,4 @@ def describe(model: ModelRecipe) -> str:
     try:
         return f"{at}\n{plan(model, shape, device, free=host.free_bytes(device) + host.engine().bytes_on(device))}"
     except WanError as error:
-        return f"{at}\n{error}"
+        return f"{at}\n{worded(error)}"

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from comfy.utils import reshape_mask
 from comfy_api.latest import io
 
-from ..wan_core.config import PerExpert, Variant
+from ..wan_core.config import PerExpert
 from ..wan_core.errors import WanError
 from ..wan_core.lookup import look_up
 from ..wan_core.lora.balance import unbalanced
-from ..wan_core.media import geometry as latents
 from ..wan_core.memory import capacity
 from ..wan_core.memory.plan import Plan, check_fits
 from ..wan_core.memory.run import denoise_in_memory
 from ..wan_core.models.dit.features.clip_tokens import ClipTokens
-from ..wan_core.models.vae.vae import denormalise, normalise
 from ..wan_core.recipe import ModelRecipe
-from ..wan_core.sampling.denoise import KnownLatent, noised
-from ..wan_core.sampling.guidance import Condition
+from ..wan_core.sampling import raw as raws
+from ..wan_core.sampling.denoise import Callbacks, Run
+from ..wan_core.sampling.guidance import Condition, Side
 from ..wan_core.sampling.schedules import AUTO, SCHEDULES, Schedule, from_sigmas, schedule, truncate
 from ..wan_core.sampling.solvers import SOLVERS
 from . import host
 from .base import WanNode
-from .conditioning import condition, without_clip
+from .conditioning import conditions_of, side, warn_of_gaps, without_clip
 from .graph import check_decoders
 from .preview import Steps, experts_of
 from .spaces import check_numbers, samples_for
@@ -273,17 +272,25 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
     check_numbers(raw)
     raw = raw.cpu()
     plan = settings.timetable()
-    sides = ("positive", positive), ("negative", negative)
-    conditions = [condition(side, name, model, raw.shape, device, notes.warned) for name, side in sides]
-    _check_clip(model, conditions, guided, notes)
+    sides = {
+        name: side(conditioning, name, model, raw.shape, device, settings.shift, notes.warned)
+        for name, conditioning in (("positive", positive), ("negative", negative))
+    }
+    heard = sides if guided else {"positive": sides["positive"]}
+    _check_clip(model, heard, notes)
     _check_loras(model, settings, plan, notes)
-    clean = normalise(raw, kind) if raw.any() else raw.float()  # ComfyUI: all zeros means empty, in both spaces
+    clean = raws.from_raw(raw, kind)
     _check_content(clean, latent, settings, plan, notes)
     noise = _noise(settings.seed, latent, raw.shape)
-    start = _start(clean, noise, plan, settings)
+    start = raws.first_sample(
+        clean, noise, plan, settings.start, add_noise=settings.add_noise, pure=settings.from_pure_noise
+    )
     steps = min(settings.end, plan.steps) - settings.start
     if model.low is None and model.variant.experts == 2 and steps == plan.steps:
         notes.hinted(f"One expert of {model} does all {steps} steps. Join both with Wan Expert Switch.")
+    known = raws.kept(latent.get("noise_mask"), clean, noise, model.variant)
+    run = Run(plan, settings.solver, sides["positive"], sides["negative"], known, settings.start, settings.end)
+    warn_of_gaps(heard, run, notes.warned)
     with Steps(notes.node_id, model, settings.guidance, plan, settings.start, settings.end) as shown:
         x = denoise_in_memory(
             host.engine(),
@@ -291,18 +298,10 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
             settings.guidance,
             device,
             start,
-            plan,
-            settings.solver,
-            *conditions,
-            given=_given(latent, clean, noise, model.variant),
-            start=settings.start,
-            end=settings.end,
-            on_step=shown,
-            on_block=shown.block,
-            on_plan=notes.planned,
-            on_note=notes.warned,
+            run,
+            Callbacks(shown, shown.block, notes.planned, notes.warned),
         )
-    sampled = denormalise(_as_stored(x, plan, settings.end), kind)
+    sampled = raws.stored(x, plan, settings.end, kind)
     return latent | {"samples": sampled.to(host.storage_device())}
 
 
@@ -343,12 +342,15 @@ class Notes:
         host.show_text(self.node_id, self.text)
 
 
-def _check_clip(model: ModelRecipe, conditions: list[Condition], guided: bool, notes: Notes) -> None:
-    """Say where a model that hears pictures hears none; what the negative prompt lacks matters with guidance only."""
-    sides = zip(("positive", "negative"), conditions if guided else conditions[:1], strict=False)
-    bare = [name for name, side in sides if not any(isinstance(one, ClipTokens) for one in side.inputs)]
+def _check_clip(model: ModelRecipe, sides: Mapping[str, Side], notes: Notes) -> None:
+    """Say where a model that hears pictures hears none."""
+    bare = [name for name, one in sides.items() if not all(map(_hears_clip, conditions_of(one)))]
     if model.variant.clip and bare:
         notes.warned(without_clip(bare, model.variant))
+
+
+def _hears_clip(condition: Condition) -> bool:
+    return any(isinstance(one, ClipTokens) for one in condition.inputs)
 
 
 def _check_content(clean: torch.Tensor, latent: dict, settings: Settings, plan: Schedule, notes: Notes) -> None:
@@ -356,9 +358,7 @@ def _check_content(clean: torch.Tensor, latent: dict, settings: Settings, plan: 
     first = plan.sigmas[min(settings.start, plan.steps - 1)].item()
     if settings.from_pure_noise or first > _NEARLY_ALL:
         return
-    mask = latent.get("noise_mask")
-    free = clean if mask is None else clean * reshape_mask(mask.float(), clean.shape).to(clean)
-    if free.abs().max() < _NOTHING:
+    if raws.free_content(clean, latent.get("noise_mask")) < _NOTHING:
         asked = f"denoise {settings.denoise:g}" if settings.start == 0 else f"start_step {settings.start}"
         notes.warned(
             f"Warning: the latent is empty, and {asked} keeps {1 - first:.0%} of it: the video will be grey "
@@ -406,32 +406,4 @@ def _noise(seed: int, latent: dict, shape: torch.Size) -> torch.Tensor:
             "the node before the sampler made a broken latent."
         )
     capacity.check_tensor((max(places) + 1, *shape[1:]), "Noise")
-    return latents.noise(seed, (max(places) + 1, *shape[1:]))[places]
-
-
-def _start(clean: torch.Tensor, noise: torch.Tensor, plan: Schedule, settings: Settings) -> torch.Tensor:
-    """The sample at the noise level of the start step."""
-    if settings.from_pure_noise:
-        return noise if settings.add_noise else clean
-    sigma = plan.sigmas[min(settings.start, plan.steps - 1)].item()
-    if settings.add_noise:
-        return noised(clean, noise, sigma)
-    return clean * (1 - sigma) if sigma < 1 else clean
-
-
-def _as_stored(x: torch.Tensor, plan: Schedule, end: int) -> torch.Tensor:
-    """ComfyUI keeps a latent that is still noisy divided by its share of the data, 1 - sigma; so do we.
-
-    Hence a run may be begun here and ended by KSampler (Advanced), or the other way round.
-    """
-    sigma = plan.sigmas[min(end, plan.steps)].item()
-    return x / (1 - sigma) if sigma < 1 else x
-
-
-def _given(latent: dict, clean: torch.Tensor, noise: torch.Tensor, variant: Variant) -> KnownLatent | None:
-    """The part of the video that the LATENT's noise_mask (1 = denoise, 0 = keep) keeps."""
-    mask = latent.get("noise_mask")
-    if mask is None:
-        return None
-    mask = reshape_mask(mask.float(), clean.shape).to(clean)
-    return KnownLatent(clean, mask, noise, clean=variant.image == "frame")
+    return raws.noise_of(seed, places, shape[1:])

@@ -8,6 +8,7 @@ import torch
 
 from ..wan_core.config import VAES, Variant
 from ..wan_core.errors import WanError
+from ..wan_core.layouts import comfyui
 
 
 def samples_for(latent: Mapping, variant: Variant) -> torch.Tensor:
@@ -23,7 +24,7 @@ def samples_for(latent: Mapping, variant: Variant) -> torch.Tensor:
         f"The latent has shape {list(samples.shape)}, but {variant.display_name} works on "
         f"[batch, {spec.channels}, frames, height / {spec.spatial_stride}, width / {spec.spatial_stride}]"
         f"{_whose(samples)}. Use {_MAKERS[spec.channels]}; encode videos with "
-        f"{spec.comfy_name}."
+        f"{comfyui.VAES[spec.kind]}."
     )
 
 
@@ -67,5 +68,5 @@ def wrong_vae(found: str, variant: Variant) -> WanError:
     spec = VAES[variant.vae]
     return WanError(
         f"{found}, but {variant.display_name} works in the {spec.channels} channels of the {spec.kind} "
-        f"VAE. Load {spec.comfy_name} (the official {spec.checkpoint})."
+        f"VAE. Load {comfyui.VAES[spec.kind]} (the official {spec.checkpoint})."
     )

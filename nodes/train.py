@@ -20,7 +20,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..wan_core.config import Variant
-from ..wan_core.errors import WanError
+from ..wan_core.errors import Hint, WanError
 from ..wan_core.external import only_own
 from ..wan_core.layouts.noise_level import noise_level_of
 from ..wan_core.layouts.variants import candidates, choose
@@ -347,7 +347,7 @@ def variant_of(model: ModelRecipe, choice: str) -> Variant:
     Raises:
         WanError: nothing tells (hours of training are not spent on a guess), or ComfyUI holds the weights.
     """
-    only_own(model.files, "Wan Train LoRA", "Load the same file with Load Wan Model.")
+    only_own(model.files, "Wan Train LoRA", Hint.TRAIN_HELD)
     guess = choose(model.high.config, model.high.path).assumed
     pair = next((row for row in candidates(model.high.config) if row.experts == 2), None)
     if guess not in model.notes or pair is None:

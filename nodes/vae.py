@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..wan_core.config import TEMPORAL_STRIDE, VAES
 from ..wan_core.dtypes import resolve_dtype
 from ..wan_core.errors import WanError
+from ..wan_core.layouts import comfyui
 from ..wan_core.loading.vae import VAEFile, read_vae
 from ..wan_core.mapped import fetch
 from ..wan_core.media.geometry import latent_frames, pixel_frames
@@ -292,7 +293,9 @@ def _video_latent(samples: torch.Tensor, channels: int) -> torch.Tensor:
     if samples.ndim == 5 and samples.shape[1] == channels:
         return samples
     owner = next((spec for spec in VAES.values() if samples.ndim == 5 and samples.shape[1] == spec.channels), None)
-    advice = f"It belongs to the {owner.kind} VAE: load {owner.comfy_name}." if owner else "It is none of Wan's."
+    advice = (
+        f"It belongs to the {owner.kind} VAE: load {comfyui.VAES[owner.kind]}." if owner else "It is none of Wan's."
+    )
     raise WanError(
         f"The latent has shape {list(samples.shape)}, but this VAE decodes "
         f"[batch, {channels}, frames, height, width]. {advice}"

@@ -19,7 +19,8 @@ from workflow_format import BYPASSED, TITLE, Graph, Node, Output
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from wan_core.config import CLIP_COMFY_NAME, VAES, VARIANTS, Variant  # noqa: E402
+from wan_core.config import VARIANTS, Variant  # noqa: E402
+from wan_core.layouts import comfyui  # noqa: E402
 
 MODELS, PROMPT, SIZE, SAMPLING, VIDEO = "#3f789e", "#4f8f5b", "#a1793d", "#8a4f9e", "#a14b4b"
 POSITIVE, NEGATIVE = ("#232", "#353"), ("#322", "#533")
@@ -120,7 +121,7 @@ def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, 
         column.append(g.node(kind, (MARGIN, below(*column)), (340, 0), models=list(models), **values))
         return column[-1][0]
 
-    files = [download("diffusion_models", name) for name in variant.comfy_names]
+    files = [download("diffusion_models", name) for name in comfyui.NAMES[variant.task].models]
     titles = ["High-noise expert", "Low-noise expert"] if variant.experts == 2 else [None]
     loaded = [
         loader("WanCoreLoadModel", file, title=title, model_name=file["name"])
@@ -128,11 +129,11 @@ def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, 
     ]
     text_encoder = download("text_encoders", TEXT_ENCODER)
     clip = loader("WanCoreLoadTextEncoder", text_encoder, text_encoder_name=text_encoder["name"])
-    file = download("vae", VAES[variant.vae].comfy_name)
+    file = download("vae", comfyui.VAES[variant.vae])
     vae = loader("WanCoreLoadVAE", file, vae_name=file["name"])
     seen = None
     if variant.clip:
-        vision = download("clip_vision", CLIP_COMFY_NAME)
+        vision = download("clip_vision", comfyui.CLIP_VISION)
         seen = loader("WanCoreLoadClipVision", vision, clip_name=vision["name"])
 
     x, model = MARGIN + 340 + 35, loaded[0]
@@ -142,7 +143,7 @@ def add_models(g: Graph, variant: Variant, fast: bool) -> tuple[Output, Output, 
         )[0]
         x += 230 + 30
     if fast:
-        loras = [download("loras", name) for name in variant.comfy_loras]
+        loras = [download("loras", name) for name in comfyui.NAMES[variant.task].loras]
         model = g.node(
             "WanCoreLora",
             (x, TOP),
@@ -303,10 +304,10 @@ def download(directory: str, name: str) -> dict[str, str]:
 
 
 def files_note(variant: Variant, fast: bool) -> str:
-    files = [download("diffusion_models", name) for name in variant.comfy_names]
-    files += [download("loras", name) for name in variant.comfy_loras if fast]
-    files += [download("text_encoders", TEXT_ENCODER), download("vae", VAES[variant.vae].comfy_name)]
-    files += [download("clip_vision", CLIP_COMFY_NAME)] if variant.clip else []
+    files = [download("diffusion_models", name) for name in comfyui.NAMES[variant.task].models]
+    files += [download("loras", name) for name in comfyui.NAMES[variant.task].loras if fast]
+    files += [download("text_encoders", TEXT_ENCODER), download("vae", comfyui.VAES[variant.vae])]
+    files += [download("clip_vision", comfyui.CLIP_VISION)] if variant.clip else []
     rows = "\n".join(f"- {file['directory']} / [{file['name']}]({file['url']})" for file in files)
     return f"Put these into ComfyUI's **models** folder, then press **R**.\n\n{rows}"
 

@@ -93,12 +93,11 @@ class VAESpec:
     channels: int
     spatial_stride: int
     checkpoint: str  # the official file name
-    comfy_name: str  # the name in ComfyUI's own templates
 
 
 VAES: dict[VAEKind, VAESpec] = {
-    "wan2.1": VAESpec("wan2.1", 16, 8, "Wan2.1_VAE.pth", "wan_2.1_vae.safetensors"),
-    "wan2.2": VAESpec("wan2.2", 48, 16, "Wan2.2_VAE.pth", "wan2.2_vae.safetensors"),
+    "wan2.1": VAESpec("wan2.1", 16, 8, "Wan2.1_VAE.pth"),
+    "wan2.2": VAESpec("wan2.2", 48, 16, "Wan2.2_VAE.pth"),
 }
 
 
@@ -124,8 +123,6 @@ class Variant:
         image: how a start image enters: not at all, as channels beside the noise, or as a clean first latent frame.
         needs_end: whether it was trained with a start and an end image only.
         negative: the official negative prompt.
-        comfy_names: high, low; or the dense model.
-        comfy_loras: of ComfyUI's 4-step template: high, low.
     """
 
     task: str
@@ -141,8 +138,6 @@ class Variant:
     size: tuple[int, int]  # the default, width and height
     sizes: tuple[tuple[int, int], ...]
     image: Literal["none", "channels", "frame"]
-    comfy_names: tuple[str, ...]
-    comfy_loras: tuple[str, ...] = ()
     clip: int = 0
     dim: int = 5120
     shift_480p: float | None = None
@@ -182,61 +177,46 @@ VARIANTS: dict[str, Variant] = {
             task="t2v-A14B", display_name="Wan2.2 T2V-A14B", vae="wan2.1", in_channels=16, boundary=0.875,
             shift=12.0, steps=40, guidance=PerExpert(low=3.0, high=4.0), frames=81, fps=16, size=(1280, 720),
             sizes=_BOTH_SIZES, image="none",
-            comfy_names=("wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
-                         "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors"),
-            comfy_loras=("wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors",
-                         "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors"),
         ),
         Variant(
             task="i2v-A14B", display_name="Wan2.2 I2V-A14B", vae="wan2.1", in_channels=36, boundary=0.900,
             shift=5.0, steps=40, guidance=PerExpert(low=3.5, high=3.5), frames=81, fps=16, size=(1280, 720),
             sizes=_BOTH_SIZES, image="channels",
-            comfy_names=("wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors",
-                         "wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors"),
-            comfy_loras=("wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors",
-                         "wan2.2_i2v_lightx2v_4steps_lora_v1_low_noise.safetensors"),
         ),
         Variant(
             task="ti2v-5B", display_name="Wan2.2 TI2V-5B", vae="wan2.2", in_channels=48, boundary=None,
             shift=5.0, steps=50, guidance=PerExpert(low=5.0, high=5.0), frames=121, fps=24, size=(1280, 704),
             sizes=((1280, 704), (704, 1280)), image="frame", dim=3072,
-            comfy_names=("wan2.2_ti2v_5B_fp16.safetensors",),
         ),
         Variant(
             task="t2v-1.3B", display_name="Wan2.1 T2V-1.3B", vae="wan2.1", in_channels=16, boundary=None,
             shift=8.0, steps=50, guidance=PerExpert(low=6.0, high=6.0), frames=81, fps=16, size=(832, 480),
             sizes=_SIZES_480P, image="none", dim=1536, command_line=(5.0, 5.0),
-            comfy_names=("wan2.1_t2v_1.3B_fp16.safetensors",),
         ),
         Variant(
             task="t2v-14B", display_name="Wan2.1 T2V-14B", vae="wan2.1", in_channels=16, boundary=None,
             shift=5.0, steps=50, guidance=PerExpert(low=5.0, high=5.0), frames=81, fps=16, size=(1280, 720),
             sizes=_BOTH_SIZES, image="none",
-            comfy_names=("wan2.1_t2v_14B_fp8_scaled.safetensors",),
         ),
         Variant(
             task="t2i-14B", display_name="Wan2.1 T2I-14B", vae="wan2.1", in_channels=16, boundary=None,
             shift=5.0, steps=50, guidance=PerExpert(low=5.0, high=5.0), frames=1, fps=16, size=(1280, 720),
             sizes=(*_BOTH_SIZES, (1024, 1024)), image="none",
-            comfy_names=("wan2.1_t2v_14B_fp8_scaled.safetensors",),
         ),
         Variant(
             task="i2v-14B", display_name="Wan2.1 I2V-14B", vae="wan2.1", in_channels=36, boundary=None,
             shift=5.0, shift_480p=3.0, steps=40, guidance=PerExpert(low=5.0, high=5.0), frames=81, fps=16,
             size=(1280, 720), sizes=_BOTH_SIZES, image="channels", clip=1, negative=_UNSTEADY,
-            comfy_names=("wan2.1_i2v_480p_14B_fp16.safetensors",),
         ),
         Variant(
             task="flf2v-14B", display_name="Wan2.1 FLF2V-14B", vae="wan2.1", in_channels=36, boundary=None,
             shift=16.0, steps=50, guidance=PerExpert(low=5.0, high=5.0), frames=81, fps=16, size=(1280, 720),
             sizes=_BOTH_SIZES, image="channels", clip=2, needs_end=True, negative="镜头切换，" + _UNSTEADY,
-            comfy_names=("wan2.1_flf2v_720p_14B_fp16.safetensors",),
         ),
     )
 }  # fmt: skip
 
 CLIP_CHECKPOINT = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
-CLIP_COMFY_NAME = "clip_vision_h.safetensors"
 TEXT_ENCODER_CHECKPOINT = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 HIGH_NOISE_FOLDER = "high_noise_model"

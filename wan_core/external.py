@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .config import Architecture
-from .errors import WanError
+from .errors import Hint, WanError
 from .sampling.experts import Model
 
 
@@ -36,15 +36,16 @@ class ExternalModel:
         return Path(self.name)
 
 
-def only_own(files: Iterable[object], node: str, instead: str) -> None:
+def only_own(files: Iterable[object], what: str, hint: Hint | None = None) -> None:
     """Refuse what can be done to weights of the engine's own only.
 
     Args:
-        instead: what the user can do.
+        what: needs them.
+        hint: what the user can do.
 
     Raises:
         WanError: one of a recipe's files is held elsewhere.
     """
     names = [file.name for file in files if isinstance(file, ExternalModel)]
     if names:
-        raise WanError(f"{node} needs a model from Load Wan Model, but ComfyUI holds {' and '.join(names)}. {instead}")
+        raise WanError(f"{what} needs weights that lie here, but another program holds {' and '.join(names)}.", hint)

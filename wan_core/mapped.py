@@ -25,7 +25,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from .errors import WanError
+from .errors import Hint, WanError
 
 ALIGNMENT = 64  # bytes: what PyTorch's allocator gives, and the widest instructions and cache lines want
 _READERS = 4  # reads under way at once: one alone reaches neither a disk's speed nor that of the memory
@@ -70,10 +70,7 @@ class MappedFile(mmap.mmap):
 
 def changed(path: Path) -> WanError:
     """What to say of a file that is not any more what its header said."""
-    return WanError(
-        f"{path} was changed or removed after it was chosen. Load it again "
-        "(ComfyUI: press R to refresh the node definitions, then queue)."
-    )
+    return WanError(f"{path} was changed or removed after it was chosen.", Hint.RELOAD)
 
 
 def is_mapped(tensor: Tensor) -> bool:

@@ -19,6 +19,7 @@ from .errors import WanError
 from .layouts.folder import find_parts
 from .layouts.variants import choose
 from .loading.clip import ClipFile, read_clip
+from .loading.compatible import check_compatible
 from .loading.dit import read_dit
 from .loading.text import TextFile, read_text_encoder
 from .loading.vae import VAEFile, read_vae
@@ -35,7 +36,7 @@ from .models.dit.attention import find_backend
 from .models.dit.features.clip_tokens import ClipTokens
 from .models.vae.tiles import Tiles, decode_tiled_chunks, encode_tiled_chunks
 from .recipe import ModelRecipe, pair
-from .sampling.denoise import StepReport
+from .sampling.denoise import Callbacks, Run, StepReport
 from .sampling.experts import Switch
 from .sampling.guidance import Condition
 from .sampling.schedules import Schedule, schedule
@@ -157,19 +158,11 @@ def read_models(folder: str | Path, task: str, *, dtype: str = "auto", attention
     high = _recipe(parts.high, variant, dtype, attention)
     dit = pair(high, _recipe(parts.low, variant, dtype, attention), Switch()) if parts.low else high
     vae = read_vae(parts.vae)
-    if vae.config.kind != variant.vae:
-        raise WanError(
-            f"{parts.vae} is a {vae.config.kind} VAE, but {variant.display_name} needs {variant.vae} "
-            f"({VAES[variant.vae].checkpoint})."
-        )
     tokenizer = parts.tokenizer if parts.tokenizer and parts.tokenizer.exists() else None
     text = read_text_encoder(parts.text_encoder, tokenizer)
-    if text.config.dim != high.high.config.text_dim:
-        raise WanError(
-            f"{parts.text_encoder} gives embeddings {text.config.dim} wide, but {parts.high} takes "
-            f"{high.high.config.text_dim}. Use the text encoder of the same checkpoint."
-        )
-    return Models(dit, vae, text, read_clip(parts.clip) if parts.clip else None)
+    clip = read_clip(parts.clip) if parts.clip else None
+    check_compatible(variant, high.high, vae, text, clip)
+    return Models(dit, vae, text, clip)
 
 
 def generate(
@@ -197,12 +190,14 @@ def generate(
         request.guidance,
         device,
         start.noise,
-        request.timetable(),
-        request.solver,
-        Condition(positive, start.inputs),
-        Condition(negative, start.inputs),
-        given=start.given,
-        on_step=on_step,
+        Run(
+            request.timetable(),
+            request.solver,
+            Condition(positive, start.inputs),
+            Condition(negative, start.inputs),
+            start.known,
+        ),
+        Callbacks(on_step=on_step),
     )
     if engine.keep_one:
         engine.release("dit")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .config import Variant
-from .errors import WanError
+from .errors import Hint, WanError
 from .external import ExternalModel
 from .layouts.noise_level import noise_level_of
 from .layouts.variants import candidates, choose
@@ -132,7 +132,7 @@ def pair(high: ModelRecipe, low: ModelRecipe, switch: Switch) -> ModelRecipe:
         WanError: one of them is a pair already, their shapes differ, or their names say that they are swapped.
     """
     if high.low is not None or low.low is not None:
-        raise WanError("Expected two single models, found a pair of experts already. Connect the loaders themselves.")
+        raise WanError("Expected two single models, found a pair of experts already.", Hint.ONE_EACH)
     _check_same_shapes(high.high, low.high)
     variant = _of_two(high)
     guesses = {choose(side.high.config, side.high.path).assumed for side in (high, low)}  # being a pair answers them
@@ -152,8 +152,7 @@ def _of_two(side: ModelRecipe) -> Variant:
     rows = [row for row in candidates(side.high.config) if row.experts == 2]
     if not rows:
         raise WanError(
-            f"{side.high.path.name} is {side.variant.display_name}, one dense model without experts. "
-            "Connect it to the sampler by itself."
+            f"{side.high.path.name} is {side.variant.display_name}, one dense model without experts.", Hint.ALONE
         )
     return rows[0]
 

@@ -313,7 +313,7 @@ SHAPE = torch.Size((1, 16, 2, 8, 8))
 def told(recipe: ModelRecipe, options: dict) -> list[str]:
     warnings: list[str] = []
     text = torch.zeros(1, 4, recipe.high.config.text_dim)
-    conditioning.condition([[text, options]], "positive", recipe, SHAPE, CPU, warnings.append)
+    conditioning.side([[text, options]], "positive", recipe, SHAPE, CPU, 5.0, warnings.append)
     return warnings
 
 
@@ -334,8 +334,10 @@ def no_key_passes_silently() -> None:
         ("pose_strength", "Animate-2"),
     ):
         refusal(partial(told, recipe, {key: [torch.zeros(SHAPE)]}), key, model)
-    refusal(partial(told, recipe, {"start_percent": 0.2}), "part of the steps")
-    refusal(partial(told, recipe, {"end_percent": 0.9}), "part of the steps")
+    assert told(recipe, {"start_percent": 0.2, "end_percent": 0.9, "strength": 0.5, "mask_strength": 1.0}) == []
+    refusal(partial(told, recipe, {"area": (4, 4, 0, 0)}), "areas")
+    refusal(partial(told, recipe, {"mask": torch.ones(1, 8, 8), "set_area_to_bounds": True}), "areas")
+    refusal(partial(told, recipe, {"mask": torch.ones(5, 8, 8)}), "5 frames", "expected 1, or 2")
     refusal(partial(told, recipe, {"control": object()}), "ControlNet")
 
 

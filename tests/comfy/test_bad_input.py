@@ -324,14 +324,6 @@ def test_text_encoder_of_another_width(client: Client, server: Server, folders: 
     fails(client, server, g, last, "encoded 64 wide", "takes 4096", "umT5-XXL")
 
 
-def test_two_prompts_at_once(client: Client, server: Server) -> None:
-    g = Graph()
-    m, sides = wan.load(g, wan.expert("t2v", "low")), wan.prompts(g)
-    both = g.add("ConditioningCombine", conditioning_1=sides["positive"], conditioning_2=sides["negative"])
-    last = wan.sample(g, m, sides | {"positive": both}, wan.empty(g, m, **SMALL))
-    fails(client, server, g, last, "positive conditioning holds 2 prompts", "Concat")
-
-
 def test_size_of_the_dense_model(client: Client, server: Server) -> None:
     g = Graph()
     last = wan.empty(g, wan.load(g, wan.DENSE), **SMALL | {"width": 112})

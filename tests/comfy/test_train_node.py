@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.comfy import graphs as wan
 from tests.comfy.graphs import Graph, Out
-from wan_core.config import VARIANTS
+from wan_core.layouts.comfyui import NAMES
 from wan_core.media.video import save_video
 from wan_core.train.report import read_log
 
@@ -147,7 +147,7 @@ def test_datasets_are_offered(client: Client, dataset: str) -> None:
 @pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B"])
 def test_models_that_see_through_clip(client: Client, server: Server, dataset: str, task: str) -> None:
     """The LoRA of every layer loads whole in ComfyUI; without CLIP, or with another loader's, nothing is trained."""
-    file = VARIANTS[task].comfy_names[0]
+    file = NAMES[task].models[0]
     g = Graph()
     seen = g.add("WanCoreLoadClipVision", clip_name="clip_vision_h.safetensors")
     train(g, dataset, f"looks/{task}", wan.load(g, file), clip_vision=seen, targets="all")

@@ -16,6 +16,7 @@ from tests.comfy import graphs as wan
 from tests.comfy.graphs import Graph, Out
 from tests.comfy.test_parity import command_line
 from wan_core.config import VARIANTS
+from wan_core.layouts.comfyui import NAMES
 from wan_core.models.vae.vae import normalise
 
 TASKS = ("i2v-14B", "flf2v-14B")
@@ -27,7 +28,7 @@ PROMPT = "A white cat on a surfboard"
 
 
 def model_file(task: str) -> str:
-    return VARIANTS[task].comfy_names[0]
+    return NAMES[task].models[0]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from wan_core.config import VAEConfig
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import open_checkpoint
+from wan_core.layouts.comfyui import VAES as COMFY_VAES
 from wan_core.layouts.vae import DIALECTS, diffusers_config, diffusers_dialect, names, read_config, recognise
 from wan_core.loading.vae import VAE_CLASSES, load_vae, read_vae
 from wan_core.models.vae.vae import VideoVAE, normalise
@@ -52,8 +53,8 @@ def write_official(vae: VideoVAE, folder: Path) -> Path:
 
 
 def write_comfyui(vae: VideoVAE, folder: Path) -> Path:
-    save_file(vae.state_dict(), folder / vae.spec.comfy_name)
-    return folder / vae.spec.comfy_name
+    save_file(vae.state_dict(), folder / COMFY_VAES[vae.spec.kind])
+    return folder / COMFY_VAES[vae.spec.kind]
 
 
 def write_prefixed(vae: VideoVAE, folder: Path) -> Path:

@@ -17,6 +17,7 @@ from wan_core import mapped
 from wan_core.config import VARIANTS, Architecture
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import open_checkpoint
+from wan_core.layouts.comfyui import NAMES
 from wan_core.loading.dit import read_dit
 from wan_core.mapped import ALIGNMENT, is_mapped
 from wan_core.models.dit.dit import WanDiT
@@ -42,7 +43,7 @@ def experts(folder: Path, task: str, layout: str) -> list[Path]:
     if layout == "official":
         return [folder] if dense else [folder / "high_noise_model", folder / "low_noise_model"]
     if layout == "comfyui":
-        return [folder / "diffusion_models" / name for name in VARIANTS[task].comfy_names]
+        return [folder / "diffusion_models" / name for name in NAMES[task].models]
     return [folder / name for name in ("transformer", "transformer_2")[: VARIANTS[task].experts]]
 
 
@@ -217,7 +218,7 @@ def test_a_folder_without_a_checkpoint(tmp_path: Path):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("vae/wan_2.1_vae.safetensors", "it is a Wan VAE. Load it with Load Wan VAE"),
+        ("vae/wan_2.1_vae.safetensors", "it is a Wan VAE. Load it as such"),
         ("text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "it is a umT5 text encoder"),
     ],
 )

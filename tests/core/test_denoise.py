@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wan_core.errors import WanError
-from wan_core.sampling.denoise import KnownLatent, StepReport, denoise, noised
+from wan_core.sampling.denoise import SILENT, Callbacks, KnownLatent, Run, RunState, StepReport, denoise, noised
 from wan_core.sampling.experts import Expert, Experts, Switch
 from wan_core.sampling.guidance import Condition
-from wan_core.sampling.schedules import from_sigmas, schedule
+from wan_core.sampling.schedules import Schedule, from_sigmas, schedule
 from wan_core.sampling.solvers import SOLVERS
 
 SHAPE = (2, 4, 3, 4, 5)  # two videos, because every rule must hold for each
@@ -44,9 +48,13 @@ def pair(high: Toy, low: Toy, guidance: tuple[float, float] = (4.0, 3.0), switch
     return Experts(Expert(high, guidance[0], "high"), Expert(low, guidance[1], "low"), 0.875, switch)
 
 
-def run(experts: Experts, solver: str = "unipc", steps: int = 6, **options) -> Tensor:
-    along = schedule("auto", steps, 12, solver=solver)
-    return denoise(normal(0), experts, along, solver, POSITIVE, NEGATIVE, **options)[0]
+def walk(solver: str = "unipc", along: Schedule | None = None, **options) -> Run:
+    along = along or schedule("auto", 6, 12, solver=solver)
+    return Run(**{"schedule": along, "solver": solver, "positive": POSITIVE, "negative": NEGATIVE} | options)
+
+
+def run(experts: Experts, solver: str = "unipc", callbacks: Callbacks = SILENT, **options) -> Tensor:
+    return denoise(normal(0), experts, walk(solver, **options), callbacks).x
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -77,32 +85,41 @@ def test_a_batch_is_its_videos_one_by_one():
     toy = Toy()
     both = run(Experts.dense(toy, 3.0))
     for i in range(2):
-        alone, _ = denoise(
-            normal(0)[i : i + 1],
-            Experts.dense(toy, 3.0),
-            schedule("unipc", 6, 12),
-            "unipc",
-            Condition(POSITIVE.text[:1]),
-            Condition(NEGATIVE.text[:1]),
-        )
+        sides = {"positive": Condition(POSITIVE.text[:1]), "negative": Condition(NEGATIVE.text[:1])}
+        alone = denoise(normal(0)[i : i + 1], Experts.dense(toy, 3.0), walk(**sides)).x
         torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_stopping_and_going_on_is_bit_identical(solver: str, stop: int):
-    toy = Toy()
-    experts, along = pair(toy, Toy(0.5)), schedule("auto", 6, 12, solver=solver)
-    x, history = denoise(normal(0), experts, along, solver, POSITIVE, NEGATIVE, end=stop)
-    history = type(history).from_tensors(history.to_tensors())
-    x, _ = denoise(x, experts, along, solver, POSITIVE, NEGATIVE, start=stop, history=history)
-    assert torch.equal(x, run(experts, solver))
+def test_stopping_and_going_on_is_bit_identical(solver: str, stop: int, tmp_path: Path):
+    experts = pair(Toy(), Toy(0.5))
+    state = denoise(normal(0), experts, walk(solver, end=stop))
+    save_file(state.to_tensors(), tmp_path / "run.safetensors")
+    state = RunState.from_tensors(load_file(tmp_path / "run.safetensors"))
+    assert state.step == stop and state.expert in ("high", "low")
+    assert torch.equal(denoise(state, experts, walk(solver, start=stop)).x, run(experts, solver))
+    assert torch.equal(denoise(state, experts, walk(solver)).x, run(experts, solver))  # of the whole run
+
+
+def test_what_caches_keep_is_saved_and_dropped_at_the_switch():
+    """The solver's history is not dropped there."""
+    experts = pair(Toy(), Toy(0.5), switch=Switch("step", 3))
+    state = denoise(normal(0), experts, walk(end=2))
+    state = replace(state, kept={"cache": normal(1)})
+    state = RunState.from_tensors(state.to_tensors())
+    assert torch.equal(state.kept["cache"], normal(1))
+    same = denoise(state, experts, walk(start=2, end=3))
+    assert same.expert == "high" and torch.equal(same.kept["cache"], normal(1))
+    other = denoise(same, experts, walk(start=3))
+    assert other.expert == "low" and not other.kept
+    assert torch.equal(other.x, run(experts))
 
 
 def test_euler_may_go_on_without_history():
-    experts, along = Experts.dense(Toy(), 3.0), schedule("unipc", 6, 12)
-    x, _ = denoise(normal(0), experts, along, "euler", POSITIVE, NEGATIVE, end=4)
-    x, _ = denoise(x, experts, along, "euler", POSITIVE, NEGATIVE, start=4, end=10_000)
+    experts = Experts.dense(Toy(), 3.0)
+    x = denoise(normal(0), experts, walk("euler", schedule("unipc", 6, 12), end=4)).x
+    x = denoise(x, experts, walk("euler", schedule("unipc", 6, 12), start=4, end=10_000)).x
     assert torch.equal(x, run(experts, "euler"))
 
 
@@ -110,7 +127,7 @@ def test_reports_tell_the_story_of_each_step():
     reports: list[StepReport] = []
     along = schedule("unipc", 6, 12)
     experts = pair(Toy(), Toy(), switch=Switch("step", 3))
-    final, _ = denoise(normal(0), experts, along, "unipc", POSITIVE, NEGATIVE, start=2, end=5, on_step=reports.append)
+    final = denoise(normal(0), experts, walk("unipc", along, start=2, end=5), Callbacks(reports.append)).x
     assert [(r.index, r.done, r.total, r.expert) for r in reports] == [
         (2, 1, 3, "high"),
         (3, 2, 3, "low"),
@@ -124,7 +141,7 @@ def test_reports_tell_the_story_of_each_step():
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_last_estimate_of_a_full_run_is_its_result(solver: str):
     reports: list[StepReport] = []
-    final = run(Experts.dense(Toy(), 3.0), solver, on_step=reports.append)
+    final = run(Experts.dense(Toy(), 3.0), solver, Callbacks(reports.append))
     torch.testing.assert_close(reports[-1].x0, final, rtol=1e-5, atol=1e-6)
 
 
@@ -138,10 +155,10 @@ def test_a_callback_may_cancel():
 
     toy = Toy()
     with pytest.raises(Cancelled):
-        run(Experts.dense(toy, 3.0), on_block=cancel)
+        run(Experts.dense(toy, 3.0), callbacks=Callbacks(on_block=cancel))
     assert len(toy.calls) == 1
     with pytest.raises(Cancelled):
-        run(Experts.dense(toy, 3.0), on_step=cancel)
+        run(Experts.dense(toy, 3.0), callbacks=Callbacks(cancel))
     assert len(toy.calls) == 3
 
 
@@ -173,9 +190,7 @@ def test_given_frames_stay_clean_as_in_the_official_loop(frames: int):
     given, toy = first_frame_given(frames), Toy()
     reports: list[StepReport] = []
     along = schedule("unipc", 6, 12)
-    made, _ = denoise(
-        normal(0), Experts.dense(toy, 3.0), along, "euler", POSITIVE, NEGATIVE, given=given, on_step=reports.append
-    )
+    made = denoise(normal(0), Experts.dense(toy, 3.0), walk("euler", along, known=given), Callbacks(reports.append)).x
     for x in [*(x for x, _, _ in toy.calls), *(r.x for r in reports), made]:
         assert torch.equal(x[:, :, :frames], given.latent[:, :, :frames])
     torch.testing.assert_close(made, official_ti2v(Toy(), given, 6, 3.0), rtol=1e-5, atol=1e-6)
@@ -184,7 +199,7 @@ def test_given_frames_stay_clean_as_in_the_official_loop(frames: int):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_given_frames_are_told_timestep_zero(solver: str):
     toy = Toy()
-    made = run(Experts.dense(toy, 1.0), solver, given=first_frame_given())
+    made = run(Experts.dense(toy, 1.0), solver, known=first_frame_given())
     assert torch.equal(made[:, :, 0], normal(7)[:, :, 0])
     for _, t, _ in toy.calls:
         assert t.shape == (2, 3)
@@ -198,9 +213,9 @@ def test_given_frames_are_told_timestep_zero(solver: str):
 def test_nothing_given_is_the_plain_run():
     nothing = KnownLatent(normal(7), torch.ones(1, 1, 1, 1, 1), clean=True)
     toy = Toy()
-    assert torch.equal(run(Experts.dense(toy, 3.0), given=nothing), run(Experts.dense(toy, 3.0)))
+    assert torch.equal(run(Experts.dense(toy, 3.0), known=nothing), run(Experts.dense(toy, 3.0)))
     noisy = KnownLatent(normal(7), torch.ones(1, 1, 1, 1, 1), noise=normal(0))
-    assert torch.equal(run(Experts.dense(toy, 3.0), given=noisy), run(Experts.dense(toy, 3.0)))
+    assert torch.equal(run(Experts.dense(toy, 3.0), known=noisy), run(Experts.dense(toy, 3.0)))
 
 
 # --- inpainting
@@ -216,7 +231,7 @@ def hole() -> Tensor:
 def test_inpainting_shows_kept_places_at_the_step_s_noise_and_ends_clean(solver: str):
     toy, given = Toy(), KnownLatent(normal(7), hole(), normal(0))
     along = schedule("auto", 6, 12, solver=solver)
-    made = run(Experts.dense(toy, 1.0), solver, given=given)
+    made = run(Experts.dense(toy, 1.0), solver, known=given)
     kept = (hole() == 0).expand(SHAPE)
     for x, t, _ in toy.calls:
         i = along.timesteps.tolist().index(t[0].item())
@@ -275,7 +290,7 @@ def test_masks_mean_what_they_mean_in_comfyui(in_comfyui):
     theirs = in_comfyui(COMFY_MASK_RUN, mask=mask, sigmas=along.sigmas.float(), noise=normal(0), latent=normal(7))
     for clean, expected in theirs.items():
         given = KnownLatent(normal(7), mask, normal(0), clean)
-        made, _ = denoise(normal(0), Experts.dense(Toy(), 1.0), along, "euler", POSITIVE, None, given=given)
+        made = denoise(normal(0), Experts.dense(Toy(), 1.0), Run(along, "euler", POSITIVE, known=given)).x
         assert ((made - expected).abs().max() / expected.abs().max()).item() <= 1e-5
 
 
@@ -300,15 +315,17 @@ def test_steps_outside_the_schedule_are_refused_before_the_model_is_asked(option
 
 
 def test_a_history_of_another_step_is_refused():
-    experts, along = Experts.dense(Toy(), 3.0), schedule("unipc", 6, 12)
-    x, history = denoise(normal(0), experts, along, "unipc", POSITIVE, NEGATIVE, end=2)
+    experts = Experts.dense(Toy(), 3.0)
+    state = denoise(normal(0), experts, walk(end=2))
     with pytest.raises(WanError, match="goes on at step 2, but the start step is 3"):
-        denoise(x, experts, along, "unipc", POSITIVE, NEGATIVE, start=3, history=history)
+        denoise(state, experts, walk(start=3))
+    with pytest.raises(WanError, match="goes on at step 2, .* the end step 1"):
+        denoise(state, experts, walk(end=1))
 
 
 def test_an_unknown_solver_names_the_known_ones():
     with pytest.raises(WanError, match=r"'unipcc'.*unipc, dpm\+\+, euler, heun.*mean 'unipc'"):
-        denoise(normal(0), Experts.dense(Toy(), 3.0), schedule("unipc", 6, 12), "unipcc", POSITIVE, NEGATIVE)
+        denoise(normal(0), Experts.dense(Toy(), 3.0), walk("unipcc", schedule("unipc", 6, 12)))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -327,7 +344,7 @@ def test_a_start_that_is_not_finite_is_refused():
     x = normal(0)
     x[0, 0, 0, 0, 0] = float("nan")
     with pytest.raises(WanError, match="latent to start from"):
-        denoise(x, Experts.dense(Toy(), 3.0), schedule("unipc", 6, 12), "unipc", POSITIVE, NEGATIVE)
+        denoise(x, Experts.dense(Toy(), 3.0), walk())
 
 
 def test_video_to_video_starts_between_noise_and_latent():
@@ -336,5 +353,5 @@ def test_video_to_video_starts_between_noise_and_latent():
     assert torch.equal(noised(latent, white, 0.0), latent)
     exact = Experts.dense(lambda x, t, condition, on_block=None: white - latent, 1.0)
     along = from_sigmas([0.6, 0.3, 0.0])
-    made, _ = denoise(noised(latent, white, 0.6), exact, along, "unipc", POSITIVE, None)
+    made = denoise(noised(latent, white, 0.6), exact, Run(along, "unipc", POSITIVE)).x
     torch.testing.assert_close(made, latent, rtol=0, atol=1e-5)

@@ -16,6 +16,7 @@ from wan_core.lora.attach import with_lora
 from wan_core.memory.engine import Engine
 from wan_core.memory.run import denoise_in_memory
 from wan_core.recipe import ModelRecipe, pair
+from wan_core.sampling.denoise import Callbacks, Run
 from wan_core.sampling.experts import Switch
 from wan_core.sampling.guidance import Condition
 from wan_core.sampling.schedules import schedule
@@ -57,11 +58,8 @@ def sampled(recipe: ModelRecipe) -> tuple[torch.Tensor, Engine, list]:
         ONE,
         torch.device("cpu"),
         x,
-        schedule("simple", 4, 5.0),
-        "unipc",
-        text,
-        None,
-        on_plan=plans.append,
+        Run(schedule("simple", 4, 5.0), "unipc", text),
+        Callbacks(on_plan=plans.append),
     )
     return made, engine, plans
 
@@ -96,7 +94,7 @@ def test_what_a_pair_says_of_its_files(files: list[DiTFile]) -> None:
 
 
 def test_its_weights_are_not_ours_to_change(files: list[DiTFile]) -> None:
-    with pytest.raises(WanError, match=r"ComfyUI holds wan2.2_t2v_high.*LoraLoaderModelOnly"):
+    with pytest.raises(WanError, match=r"another program holds wan2.2_t2v_high.*where the model is held"):
         with_lora(ModelRecipe(held(files[0])), Path("any.safetensors"), ONE)
 
 

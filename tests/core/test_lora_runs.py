@@ -31,7 +31,7 @@ from wan_core.quant.fp8 import FP8
 from wan_core.quant.int8 import Int8
 from wan_core.quant.linear import QuantLinear
 from wan_core.recipe import Loras, LoraUse, ModelRecipe, pair
-from wan_core.sampling.denoise import denoise
+from wan_core.sampling.denoise import Run, denoise
 from wan_core.sampling.experts import Switch
 from wan_core.sampling.guidance import Condition
 from wan_core.sampling.schedules import schedule
@@ -157,7 +157,8 @@ def run(
     noise, _, text = inputs()
     experts = engine.experts(recipe, PerExpert(1, 1), "cpu")
     plan = schedule("simple", steps, 5.0, solver="euler")
-    return denoise(noise if x is None else x, experts, plan, "euler", Condition(text), None, start=start, end=end)[0]
+    walk = Run(plan, "euler", Condition(text), start=start, end=end)
+    return denoise(noise if x is None else x, experts, walk).x
 
 
 def use(files, kind: str, strength: float = STRENGTH, **steps: int) -> LoraUse:

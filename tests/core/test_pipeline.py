@@ -175,7 +175,7 @@ def test_the_size_of_an_image_run_follows_the_image(folder, tmp_path: Path):
         ("t2v-A14B", {"schedule": "karras"}, "schedule"),
         ("t2v-A14B", {"steps": 0}, "step"),
         ("t2v-A14B", {"shift": 0.0}, "shift"),
-        ("i2v-A14B", {}, "--image"),
+        ("i2v-A14B", {}, "animates an image. Give a start image"),
         ("t2v-A14B", {"image": Path("x.png")}, "takes no image"),
         ("i2v-A14B", {"image": Path("x.png")}, "No such image"),
     ],

@@ -20,7 +20,7 @@ from wan_core.files.checkpoint import open_checkpoint
 from wan_core.loading.dit import quantised_note, read_dit
 from wan_core.memory.build import build_dit
 from wan_core.models.dit.dit import WanDiT
-from wan_core.quant.gguf import BLOCK_TYPES
+from wan_core.quant.gguf import DECODERS
 from wan_core.quant.linear import QuantLinear
 from wan_core.tools.tiny import TinySizes, make_tiny
 
@@ -220,7 +220,7 @@ def test_layers_share_one_scratch_buffer(weights: Weights, tmp_path: Path):
     assert layers[0].scratch.buffer.numel() == 256 * 512  # the largest matrix
 
 
-@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize("kind", DECODERS)
 def test_every_block_type_reads_from_a_file(tmp_path: Path, kind: str):
     data = random_blocks(kind, 6, 512)
     writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "wan")
@@ -238,7 +238,7 @@ def test_every_block_type_reads_from_a_file(tmp_path: Path, kind: str):
     assert torch.equal(checkpoint.tensor("odd"), torch.arange(5.0))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BLOCK_TYPES if kind not in QUANTISABLE])
+@pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind not in QUANTISABLE])
 def test_block_types_that_only_llama_cpp_makes(weights: Weights, tmp_path: Path, kind: str):
     """Random blocks as a model's matrices: the velocity of what the package says they mean."""
     writer = gguf.GGUFWriter(str(tmp_path / "k.gguf"), "wan")

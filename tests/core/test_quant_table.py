@@ -12,7 +12,7 @@ from torch import Tensor
 from wan_core.loading.dit import load_dit, read_dit
 from wan_core.memory.build import build_dit
 from wan_core.models.dit.dit import WanDiT
-from wan_core.sampling.denoise import denoise
+from wan_core.sampling.denoise import Run, denoise
 from wan_core.sampling.experts import Experts
 from wan_core.sampling.guidance import Condition
 from wan_core.sampling.schedules import schedule
@@ -48,8 +48,7 @@ def latent_of(model: WanDiT) -> Tensor:
         return model(x, t, condition.text, on_block=on_block)
 
     steps = schedule("auto", 8, 5.0, solver="unipc")
-    latent, _ = denoise(noise, Experts.dense(velocity, 3.0), steps, "unipc", *sides)
-    return latent
+    return denoise(noise, Experts.dense(velocity, 3.0), Run(steps, "unipc", *sides)).x
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from wan_core.config import VARIANTS
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import open_checkpoint
 from wan_core.files.unchanged import check_unchanged
+from wan_core.layouts.comfyui import NAMES
 from wan_core.layouts.detect import expect, part_of, parts_of
 from wan_core.layouts.folder import find_parts
 from wan_core.loading.dit import read_dit
@@ -49,7 +50,7 @@ def parts(layouts: dict[str, Path]) -> dict[str, Weights]:
     """The three parts of one model by ComfyUI's names."""
     home = layouts["comfyui"]
     return {
-        "dit": load_file(home / "diffusion_models" / VARIANTS["t2v-A14B"].comfy_names[0]),
+        "dit": load_file(home / "diffusion_models" / NAMES["t2v-A14B"].models[0]),
         "vae": load_file(home / "vae/wan_2.1_vae.safetensors"),
         "text": load_file(next((home / "text_encoders").iterdir())),
     }

@@ -131,7 +131,6 @@ def test_a_saved_history_goes_on_bit_for_bit(name: str, stop: int, tmp_path):
             save_file({"sample": x, **history.to_tensors()}, tmp_path / "run.safetensors")
             saved = load_file(tmp_path / "run.safetensors")
             x, history = saved.pop("sample"), History.from_tensors(saved)
-            assert history.step == stop
         x, history = SOLVERS[name](x, i, along, lambda x, i: velocity(x, along.timesteps[i].item()), history)
     assert torch.equal(x, solve(name, noise(), along))
 

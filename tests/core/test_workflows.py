@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 from workflow_format import NODES2_FRAME, NODES2_WIDGET, SLOT, TITLE
 
-from wan_core.config import VAES, VARIANTS, Variant
+from wan_core.config import VARIANTS, Variant
+from wan_core.layouts.comfyui import NAMES
+from wan_core.layouts.comfyui import VAES as COMFY_VAES
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 TASKS = {"t2v-A14B": "wan22_t2v_a14b", "i2v-A14B": "wan22_i2v_a14b", "ti2v-5B": "wan22_ti2v_5b",
@@ -133,14 +135,14 @@ def test_settings_are_the_official_ones(task: str) -> None:
     wanted = FAST if task.endswith("fast") else official(variant) | {"shift": variant.shift_for(size)}
     assert sampler | wanted == sampler
     assert [node["lora_name"] for node in values(task, "WanCoreLora")] == (
-        [variant.comfy_loras[0]] if task.endswith("fast") else []
+        [NAMES[variant.task].loras[0]] if task.endswith("fast") else []
     )
     (start,) = values(task, "WanCoreEmptyLatent") + values(task, "WanCoreImageToVideo")
     assert (start["width"], start["height"], start["frames"]) == (*size, variant.frames)
     assert values(task, "CreateVideo")[0]["fps"] == variant.fps
     assert variant.negative in [node["text"] for node in values(task, "CLIPTextEncode")]
-    assert [node["model_name"] for node in values(task, "WanCoreLoadModel")] == list(variant.comfy_names)
-    assert values(task, "WanCoreLoadVAE")[0]["vae_name"] == VAES[variant.vae].comfy_name
+    assert [node["model_name"] for node in values(task, "WanCoreLoadModel")] == list(NAMES[variant.task].models)
+    assert values(task, "WanCoreLoadVAE")[0]["vae_name"] == COMFY_VAES[variant.vae]
     assert [node["boundary"] for node in values(task, "WanCoreExpertSwitch")] == [variant.boundary][
         : variant.experts - 1
     ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..errors import WanError
+from .hints import HINTS
 
 MISTAKE, FAILURE, CANCELLED = 2, 1, 130
 
@@ -28,7 +29,7 @@ def guarded(work: Callable[[], int | None], *, debug: bool = False, cancelled: s
         try:
             return work() or 0
         except WanError as error:
-            _say(f"Error: {error}")
+            _say(f"Error: {error.worded(HINTS)}")
             if debug:
                 traceback.print_exc()
             return MISTAKE

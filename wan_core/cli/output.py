@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import WanError
 from .guard import first_line
+from .hints import HINTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +95,9 @@ class Output:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"Cancelled. {self._rescue(kept, how)}".strip()) from None
         except Exception as error:
-            reason = str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {first_line(error)}"
+            reason = (
+                error.worded(HINTS) if isinstance(error, WanError) else f"{type(error).__name__}: {first_line(error)}"
+            )
             raise WanError(
                 f"The video could not be decoded and saved ({reason.rstrip('.')}). {self._rescue(kept, how)}".strip()
             ) from error

@@ -11,6 +11,7 @@ import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from ..errors import WanError
 from ..mapped import MappedFile
-from ..quant.gguf import BLOCK_TYPES, GGUF
+from ..quant.gguf import DECODERS, GGUF, block_type, package
 from .door import LONGEST_NAME, MOST_DIMENSIONS, MOST_TENSORS, Damage, check_name, check_shape, damaged, shown
 from .kind import GGUF_MAGIC as MAGIC
 from .marks import TensorInfo
@@ -32,11 +33,13 @@ _LEAST_FIELD = 8 + 4 + 1  # bytes: the length of a key, a kind, a value
 _LEAST_ENTRY = 8 + 4 + 4 + 8  # bytes: the length of a name, the number of dimensions, a type, a place
 _DEEPEST = 4  # arrays of arrays
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_TYPE_NUMBERS = {
-    0: "F32", 1: "F16", 30: "BF16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K",
-    12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS",
-}  # fmt: skip
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@cache
+def type_numbers() -> dict[str, int]:
+    """The number in the header of each type that is read."""
+    return {name: int(package().GGMLQuantizationType[name]) for name in (*PLAIN, *DECODERS)}
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ class Entry:
     @property
     def stored(self) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of what lies in the file: for blocks [rows, bytes of a row]."""
-        if self.type in _PLAIN:
-            return self.shape, _PLAIN[self.type]
-        weights, size, _ = BLOCK_TYPES[self.type]
+        if self.type in PLAIN:
+            return self.shape, PLAIN[self.type]
+        weights, size, _ = block_type(self.type)
         return (math.prod(self.shape[:-1]), self.shape[-1] // weights * size), torch.uint8
 
     @property
@@ -130,8 +133,8 @@ def tensor_infos(file: Path, header: Header) -> tuple[dict[str, TensorInfo], dic
 def _info(file: Path, key: str, entry: Entry, fields: Mapping[str, Any]) -> TensorInfo:
     original = fields.get(f"comfy.gguf.orig_shape.{key}")  # rows of another length are laid out anew for the blocks
     shape = _original_shape(file, key, original, entry) if isinstance(original, Array) else entry.shape
-    if entry.type in _PLAIN:
-        return TensorInfo(shape, _PLAIN[entry.type], file)
+    if entry.type in PLAIN:
+        return TensorInfo(shape, PLAIN[entry.type], file)
     return TensorInfo(shape, torch.uint8, file, GGUF(entry.type), (("data", key),), entry.bytes)
 
 
@@ -271,24 +274,22 @@ def _entry(file: Path, cursor: _Cursor) -> tuple[str, tuple[tuple[int, ...], str
     if dimensions > MOST_DIMENSIONS:
         raise Damage(f"{shown(name)} has {dimensions} dimensions")
     shape = check_shape(name, [cursor.number("<Q") for _ in range(dimensions)])[::-1]
-    kind, offset = cursor.number("<I"), cursor.number("<Q")
-    if kind not in _TYPE_NUMBERS:
+    number, offset = cursor.number("<I"), cursor.number("<Q")
+    kind = _type_name(number)
+    if kind not in type_numbers():
         raise WanError(
-            f"{shown(file)} holds {shown(name)} in the quantisation type {_type_name(kind)}, which this "
-            f"version does not read. Expected one of {', '.join(_TYPE_NUMBERS.values())}: use such a file "
+            f"{shown(file)} holds {shown(name)} in the quantisation type {kind}, which this "
+            f"version does not read. Expected one of {', '.join(type_numbers())}: use such a file "
             "of the same model."
         )
-    kind = _TYPE_NUMBERS[kind]
-    if kind in BLOCK_TYPES and (not shape or shape[-1] % BLOCK_TYPES[kind].weights):
+    if kind in DECODERS and (not shape or shape[-1] % block_type(kind).weights):
         raise Damage(f"{shown(name)} of shape {list(shape)} cannot be {kind}")
     return name, (shape, kind, offset)
 
 
 def _type_name(number: int) -> str:
-    from gguf import GGMLQuantizationType
-
     try:
-        return GGMLQuantizationType(number).name
+        return package().GGMLQuantizationType(number).name
     except ValueError:
         return f"number {number}"
 

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from ..errors import WanError
+from ..errors import Hint, WanError
 from .checkpoint import Checkpoint
 from .gguf import MAGIC
 
@@ -80,10 +80,7 @@ def _check_free(target: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise WanError(
-            f"{target} is there already. Name another place, or remove it first (--overwrite does, where "
-            "it was converted by this program)."
-        )
+        raise WanError(f"{target} is there already.", Hint.OVERWRITE)
     if found := _foreign(target):
         raise WanError(
             f"{target} is there already and is not replaced: {found}. Only what this program converted is "

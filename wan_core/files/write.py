@@ -23,14 +23,13 @@ from torch import Tensor
 
 from ..errors import WanError
 from ..mapped import ALIGNMENT
-from ..quant.gguf import BLOCK_TYPES
-from .gguf import _PLAIN, _TYPE_NUMBERS, MAGIC
+from ..quant.gguf import block_type
+from .gguf import MAGIC, PLAIN, type_numbers
 from .place import mark_pickle
 from .storage import NAMES as _NAMES
 
 _ALIGNMENT = 32
-_GGUF_NUMBERS = {name: number for number, name in _TYPE_NUMBERS.items()}
-_GGUF_PLAIN = {dtype: name for name, dtype in _PLAIN.items()}
+_GGUF_PLAIN = {dtype: name for name, dtype in PLAIN.items()}
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Planned:
     def bytes(self) -> int:
         if self.blocks is None:
             return math.prod(self.shape) * self.dtype.itemsize
-        weights, size, _ = BLOCK_TYPES[self.blocks]
+        weights, size, _ = block_type(self.blocks)
         return math.prod(self.shape) // weights * size
 
 
@@ -107,7 +106,7 @@ def write_gguf(file: Path, tensors: Sequence[Planned], fields: Mapping[str, obje
     offset = 0
     for one in tensors:
         dims = struct.pack(f"<I{len(one.shape)}Q", len(one.shape), *reversed(one.shape))
-        number = _GGUF_NUMBERS[one.blocks or _GGUF_PLAIN[one.dtype]]
+        number = type_numbers()[one.blocks or _GGUF_PLAIN[one.dtype]]
         head.append(_string(one.name) + dims + struct.pack("<IQ", number, offset))
         offset += one.bytes + -one.bytes % _ALIGNMENT
     start = b"".join(head)

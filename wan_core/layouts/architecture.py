@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import PATCH
-from ..errors import WanError
+from ..errors import Hint, WanError
 
 Shapes = Mapping[str, tuple[int, ...]]
 Metadata = Mapping[str, str]
@@ -56,18 +56,20 @@ class Family:
         name: as its makers call it.
         shows: whether a file's facts are this family's, given that no row above is.
         runs: whether this version computes it.
-        instead: what to do where it does not.
+        hint, patch: what to do where it does not; a patch is no model of its own, and this is what it goes beside.
     """
 
     name: str
     shows: Callable[[Facts], bool]
     runs: bool = False
-    instead: str = "Use ComfyUI's Load Diffusion Model and its own nodes for it."
+    hint: Hint = Hint.RUN_ELSEWHERE
+    patch: str = ""
 
-
-_NODES = "Use ComfyUI's Load Diffusion Model with its {} nodes."
-_OTHER_PACK = "ComfyUI itself does not run it; use the pack it was published with."
-_PATCH_FILE = "It is no model of its own: {}"
+    def refuse(self, found: str) -> WanError:
+        """What to say of a file that is this family's; ``found`` begins the message."""
+        if self.patch:
+            return WanError(f"{found}. It is no model of its own: it goes beside {self.patch}.")
+        return WanError(f"{found}.", self.hint, family=self.name)
 
 
 def _channels(into: int, out: int, *, clip: bool = False) -> Callable[[Facts], bool]:
@@ -86,35 +88,29 @@ _SELF_ATTENTION = "blocks.0.self_attn.q.weight"
 
 FAMILIES: tuple[Family, ...] = (
     Family("a VACE module", lambda f: f.has("vace_patch_embedding.weight") and not f.has(_SELF_ATTENTION),
-           instead=_PATCH_FILE.format("it goes beside a T2V model of the same width.")),
-    Family("VACE", lambda f: f.has("vace_patch_embedding.weight"), instead=_NODES.format("WanVaceToVideo")),
-    Family("Wan2.1 Fun Control-Camera", lambda f: f.has("control_adapter.conv.weight") and f.clip,
-           instead=_NODES.format("WanCameraImageToVideo")),
-    Family("Wan2.2 Fun Control-Camera", lambda f: f.has("control_adapter.conv.weight"),
-           instead=_NODES.format("WanCameraImageToVideo")),
-    Family("Wan2.2 S2V (speech)", lambda f: f.has("casual_audio_encoder.encoder.final_linear.weight"),
-           instead=_NODES.format("WanSoundImageToVideo")),
-    Family("HuMo", lambda f: f.has("audio_proj.audio_proj_glob_1.layer.bias"),
-           instead=_NODES.format("WanHuMoImageToVideo")),
-    Family("Wan2.2 Animate", lambda f: f.has("face_adapter.fuser_blocks.0.k_norm.weight"),
-           instead=_NODES.format("WanAnimateToVideo")),
+           patch="a T2V model of the same width"),
+    Family("VACE", lambda f: f.has("vace_patch_embedding.weight")),
+    Family("Wan2.1 Fun Control-Camera", lambda f: f.has("control_adapter.conv.weight") and f.clip),
+    Family("Wan2.2 Fun Control-Camera", lambda f: f.has("control_adapter.conv.weight")),
+    Family("Wan2.2 S2V (speech)", lambda f: f.has("casual_audio_encoder.encoder.final_linear.weight")),
+    Family("HuMo", lambda f: f.has("audio_proj.audio_proj_glob_1.layer.bias")),
+    Family("Wan2.2 Animate", lambda f: f.has("face_adapter.fuser_blocks.0.k_norm.weight")),
     Family("SCAIL-2", lambda f: f.has("patch_embedding_mask.weight")),
     Family("SCAIL", lambda f: f.has("patch_embedding_pose.weight")),
     Family("Wan-Dancer", lambda f: f.has("patch_embedding_global.weight")),
     Family("ReCamMaster", lambda f: f.has("blocks.0.cam_encoder.weight", "blocks.0.projector.weight"),
-           instead=_OTHER_PACK),
+           hint=Hint.RUN_BY_ITS_MAKERS),
     Family("SteadyDancer", lambda f: f.has("patch_embedding_fuse.weight") or f.begins("condition_embedding_spatial."),
-           instead=_OTHER_PACK),
+           hint=Hint.RUN_BY_ITS_MAKERS),
     Family("Wan-Animate-2", _is_animate_2),
     Family("Wan2.1 FLF2V", lambda f: f.has("img_emb.emb_pos") and f.channels == (36, 16), runs=True),
     Family("Wan2.1 I2V", _channels(36, 16, clip=True), runs=True),
-    Family("Wan2.1 Fun Control V1.1", lambda f: f.channels == (48, 16) and f.clip and f.reference,
-           instead=_NODES.format("WanFunControlToVideo")),
-    Family("Wan2.1 Fun Control", _channels(48, 16, clip=True), instead=_NODES.format("WanFunControlToVideo")),
+    Family("Wan2.1 Fun Control V1.1", lambda f: f.channels == (48, 16) and f.clip and f.reference),
+    Family("Wan2.1 Fun Control", _channels(48, 16, clip=True)),
     Family("Wan2.2 TI2V-5B", _channels(48, 48), runs=True),
-    Family("Wan2.2 Fun-5B-InP", _channels(100, 48), instead=_NODES.format("WanFunInpaintToVideo")),
-    Family("Wan2.2 Fun-5B-Control", _channels(148, 48), instead=_NODES.format("Wan22FunControlToVideo")),
-    Family("Wan2.2 Fun-A14B-Control", _channels(52, 16), instead=_NODES.format("Wan22FunControlToVideo")),
+    Family("Wan2.2 Fun-5B-InP", _channels(100, 48)),
+    Family("Wan2.2 Fun-5B-Control", _channels(148, 48)),
+    Family("Wan2.2 Fun-A14B-Control", _channels(52, 16)),
     Family("T2V", lambda f: f.channels == (16, 16) and not f.clip and not f.reference, runs=True),
     Family("Wan2.2 I2V", lambda f: f.channels == (36, 16) and not f.clip and not f.reference, runs=True),
 )  # fmt: skip
@@ -122,11 +118,9 @@ FAMILIES: tuple[Family, ...] = (
 # Files that lie where models lie and are none.
 PATCHES: tuple[Family, ...] = (
     Family("a speed control for T2V-1.3B", lambda f: f.has("linear.0.weight", "linear.4.weight") and len(f.shapes) < 8,
-           instead=_PATCH_FILE.format("it goes beside Wan2.1 T2V-1.3B.")),
-    Family("a MultiTalk or InfiniteTalk patch", lambda f: f.begins("audio_proj.proj1."),
-           instead=_PATCH_FILE.format("ComfyUI loads it with Load Model Patch, beside I2V-14B.")),
-    Family("a Uni3C control network", lambda f: f.begins("controlnet_patch_embedding."),
-           instead=_PATCH_FILE.format("ComfyUI loads it beside I2V-14B.")),
+           patch="Wan2.1 T2V-1.3B"),
+    Family("a MultiTalk or InfiniteTalk patch", lambda f: f.begins("audio_proj.proj1."), patch="I2V-14B"),
+    Family("a Uni3C control network", lambda f: f.begins("controlnet_patch_embedding."), patch="I2V-14B"),
 )  # fmt: skip
 
 
@@ -167,8 +161,7 @@ def check_runs(path: Path, shapes: Shapes, metadata: Metadata) -> None:
     family = family_of(shapes, metadata)
     if family is None:
         raise WanError(
-            f"{path} is a relative of Wan which this version does not run: {nearest(shapes)}. Use the "
-            "program that it was published with."
+            f"{path} is a relative of Wan which this version does not run: {nearest(shapes)}.", Hint.RUN_BY_ITS_MAKERS
         )
     if not family.runs:
-        raise WanError(f"{path} is {family.name}, which this version does not run. {family.instead}")
+        raise family.refuse(f"{path} is {family.name}, which this version does not run")

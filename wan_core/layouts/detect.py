@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from ..errors import WanError
+from ..errors import Hint, WanError
 from ..files.checkpoint import Checkpoint, _some
 from . import clip, dit, text, vae
 from .architecture import family_of
@@ -27,12 +27,6 @@ NAMES: dict[Part, str] = {
 _ARCHITECTURE = "general.architecture"  # what a GGUF file says of itself
 _ARCHITECTURES: dict[Part, tuple[str, ...]] = {"dit": ("wan",), "text": ("t5encoder", "t5"), "vae": (), "clip": ()}
 _ANY_ARCHITECTURE = ("pig", "cow")  # what one converter writes for every model
-_FOLDERS: dict[Part, str] = {
-    "dit": "Load Wan Model",
-    "vae": "Load Wan VAE",
-    "text": "Load Wan Text Encoder",
-    "clip": "Load Wan CLIP Vision",
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ def find(part: Part, checkpoint: Checkpoint) -> Found:
     places = _places(part, checkpoint)
     place = only_place(places, checkpoint.path, f"{NAMES[part].split(' ', 1)[1]}s")
     if place is None:
-        raise WanError(f"{checkpoint.path} is not {NAMES[part]}: {_what_it_is(checkpoint)}")
+        raise _not_this(f"{checkpoint.path} is not {NAMES[part]}", checkpoint)
     note = place_note(places, place)
     place, outside = _apart(place, {name: _places(name, checkpoint) for name in _PARTS}, part, keys)
     names = _PARTS[part].names_in(place, checkpoint.path, outside)
@@ -114,7 +108,7 @@ def part_of(checkpoint: Checkpoint) -> Part:
     for part in _PARTS:
         if _places(part, checkpoint):
             return part
-    raise WanError(f"{checkpoint.path} is no part of a Wan model: {_what_it_is(checkpoint)}")
+    raise _not_this(f"{checkpoint.path} is no part of a Wan model", checkpoint)
 
 
 def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
@@ -126,18 +120,19 @@ def _places(part: Part, checkpoint: Checkpoint) -> list[Place]:
     return find_places(checkpoint.tensors, _PARTS[part].MARKS) if _fits_architecture(part, checkpoint) else []
 
 
-def _what_it_is(checkpoint: Checkpoint) -> str:
+def _not_this(problem: str, checkpoint: Checkpoint) -> WanError:
+    """A problem, and what the file is instead."""
     keys = checkpoint.tensors.keys()
     for part in parts_of(checkpoint):
-        return f"it is {NAMES[part]}. Load it with {_FOLDERS[part]}."
+        return WanError(f"{problem}: it is {NAMES[part]}.", Hint.LOAD_AS, part=part)
     if _is_lora(keys):
-        return "it is a LoRA. Choose the base model here."
+        return WanError(f"{problem}: it is a LoRA.", Hint.CHOOSE_BASE)
     if stated := checkpoint.metadata.get(_ARCHITECTURE):
         expected = " or ".join(name for names in _ARCHITECTURES.values() for name in names)
-        return f"it is a GGUF file of the architecture {stated!r}; expected {expected}."
+        return WanError(f"{problem}: it is a GGUF file of the architecture {stated!r}; expected {expected}.")
     if patch := family_of({key: info.shape for key, info in checkpoint.tensors.items()}):
-        return f"it is {patch.name}. {patch.instead}"
-    return f"none of the known layouts has its keys ({_some(keys, 3) or 'it holds no tensors'})."
+        return patch.refuse(f"{problem}: it is {patch.name}")
+    return WanError(f"{problem}: none of the known layouts has its keys ({_some(keys, 3) or 'it holds no tensors'}).")
 
 
 def _fits_architecture(part: Part, checkpoint: Checkpoint) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..config import (
     CLIP_CHECKPOINT,
-    CLIP_COMFY_NAME,
     HIGH_NOISE_FOLDER,
     LOW_NOISE_FOLDER,
     TEXT_ENCODER_CHECKPOINT,
@@ -16,17 +15,13 @@ from ..config import (
     VAES,
     Variant,
 )
-from ..errors import WanError
+from ..errors import Hint, WanError
 from ..files.checkpoint import open_checkpoint
+from . import comfyui
 from .detect import find, parts_of
 from .text import spiece_key
 
 _ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-COMFY_TEXT_ENCODERS = (
-    "umt5_xxl_fp16.safetensors",
-    "umt5_xxl_bf16.safetensors",
-    "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
-)
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ def find_parts(folder: str | Path, variant: Variant, wanted: Collection[str] = W
     if folder.is_file():
         return _all_in_one([folder], folder.parent, variant, wanted) or _refuse_file(folder, variant)
     if not folder.is_dir():
-        raise WanError(f"No such folder: {folder}. --ckpt_dir is the folder of a downloaded checkpoint.")
+        raise WanError(f"No such folder: {folder}.", Hint.FOLDER)
     missing = []
     for layout in (_official(folder, variant), _comfyui(folder, variant), _diffusers(folder, variant)):
         paths = [getattr(layout, part) for part in wanted]
@@ -71,7 +66,8 @@ def find_parts(folder: str | Path, variant: Variant, wanted: Collection[str] = W
     closest = min(missing, key=len)
     raise WanError(
         f"{folder} lacks {', '.join(str(path.relative_to(folder)) for path in closest)} of "
-        f"{variant.display_name}. Found {_listing(folder)}. Download the rest, or choose another --task."
+        f"{variant.display_name}. Found {_listing(folder)}.",
+        Hint.OTHER_TASK,
     )
 
 
@@ -89,15 +85,15 @@ def _official(folder: Path, variant: Variant) -> Parts:
 
 
 def _comfyui(folder: Path, variant: Variant) -> Parts:
-    models = [folder / "diffusion_models" / name for name in variant.comfy_names]
-    encoders = [folder / "text_encoders" / name for name in COMFY_TEXT_ENCODERS]
+    models = [folder / "diffusion_models" / name for name in comfyui.NAMES[variant.task].models]
+    encoders = [folder / "text_encoders" / name for name in comfyui.TEXT_ENCODERS]
     return Parts(
         high=models[0],
         low=models[1] if len(models) > 1 else None,
-        vae=folder / "vae" / VAES[variant.vae].comfy_name,
+        vae=folder / "vae" / comfyui.VAES[variant.vae],
         text_encoder=next((path for path in encoders if path.exists()), encoders[0]),
         tokenizer=None,
-        clip=folder / "clip_vision" / CLIP_COMFY_NAME if variant.clip else None,
+        clip=folder / "clip_vision" / comfyui.CLIP_VISION if variant.clip else None,
     )
 
 

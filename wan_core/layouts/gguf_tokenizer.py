@@ -1,7 +1,9 @@
 """The SentencePiece model of a GGUF text encoder, from the vocabulary in its header.
 
 llama.cpp writes a T5's pieces, scores and kinds into arrays under ``tokenizer.ggml``. From them the SentencePiece file
-is put together again, field by field (``sentencepiece_model.proto``), without the package protobuf.
+is put together again, field by field (``sentencepiece_model.proto``). The package sentencepiece tells neither which
+pieces a user defined nor how text is normalised, and its own reader of such files needs protobuf, which ComfyUI lacks:
+so the few fields are read and written here, and every result is loaded by sentencepiece before it is used.
 """
 
 from __future__ import annotations

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 from ..dtypes import resolve_dtype
-from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..files.checkpoint import Checkpoint
 from ..layouts import clip as layout
 from ..layouts.detect import find
 from ..models.clip.vit import ClipConfig, ClipVision
 from .build import load_strict
+from .file import ModelFile, Understood, read_file
 
-
-@dataclass(frozen=True, eq=False)
-class ClipFile:
-    """A CLIP vision checkpoint whose header has been read and understood; its weights have not."""
-
-    checkpoint: Checkpoint
-    names: dict[str, str]  # our key -> the checkpoint's key
-    config: ClipConfig
-    fingerprint: tuple  # of the files when the header was read
+ClipFile: TypeAlias = ModelFile[ClipConfig]
 
 
 def read_clip(path: str | Path) -> ClipFile:
@@ -32,12 +25,17 @@ def read_clip(path: str | Path) -> ClipFile:
     Raises:
         WanError: not there, damaged, or something else than Wan's CLIP.
     """
-    checkpoint = open_checkpoint(path)
+    return read_file(path, understand_clip)
+
+
+def understand_clip(checkpoint: Checkpoint) -> Understood[ClipConfig]:
+    """Dimensions; our key -> the checkpoint's for every tensor that is used.
+
+    Raises:
+        WanError: see ``read_clip``.
+    """
     found = find("clip", checkpoint)
-    config = layout.read_config(checkpoint, found.names, found.place.dialect)
-    names = layout.used(found.names)
-    checkpoint = checkpoint.only(names.values())
-    return ClipFile(checkpoint, names, config, checkpoint.fingerprint)
+    return layout.read_config(checkpoint, found.names, found.place.dialect), layout.used(found.names), ()
 
 
 def build_clip(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import nn
 
 from ..config import Architecture
 from ..dtypes import resolve_dtype
-from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..files.checkpoint import Checkpoint
 from ..layouts import dit as keys
 from ..layouts.architecture import check_runs
 from ..layouts.detect import find
@@ -21,23 +20,12 @@ from ..models.dit.attention import find_backend
 from ..models.dit.dit import WanDiT, keeps_float32
 from ..quant.registry import MADE_ON_LOAD
 from .build import load_strict
+from .file import ModelFile, Understood, read_file
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class DiTFile:
-    """A DiT checkpoint whose header has been read and understood; its weights have not."""
-
-    checkpoint: Checkpoint
-    names: dict[str, str]  # our key -> the checkpoint's key
-    config: Architecture
-    fingerprint: tuple  # of the files when the header was read
-    notes: tuple[str, ...] = ()  # what the user should know of how the file was understood
-
-    @property
-    def path(self) -> Path:
-        return self.checkpoint.path
+DiTFile: TypeAlias = ModelFile[Architecture]
 
 
 def read_dit(path: str | Path) -> DiTFile:
@@ -46,15 +34,10 @@ def read_dit(path: str | Path) -> DiTFile:
     Raises:
         WanError: not there, damaged, something else than a Wan DiT, or a relative that is not supported.
     """
-    checkpoint = open_checkpoint(path)
-    config, names, notes = understand_dit(checkpoint)
-    for note in notes:
-        log.warning("wan_core: %s", note)
-    checkpoint = checkpoint.only(names.values())
-    return DiTFile(checkpoint, names, config, checkpoint.fingerprint, notes)
+    return read_file(path, understand_dit)
 
 
-def understand_dit(checkpoint: Checkpoint) -> tuple[Architecture, dict[str, str], tuple[str, ...]]:
+def understand_dit(checkpoint: Checkpoint) -> Understood[Architecture]:
     """Dimensions; our key -> the checkpoint's for every tensor of the model; and what to say of the rest.
 
     Raises:

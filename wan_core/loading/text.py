@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import TEXT_ENCODER_CHECKPOINT, TEXT_LENGTH, TOKENIZER_FOLDER, TextConfig
 from ..dtypes import resolve_dtype
 from ..errors import WanError
-from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..files.checkpoint import Checkpoint
 from ..layouts import text as layout
 from ..layouts.detect import find
 from ..layouts.gguf_tokenizer import spiece_inside
@@ -23,6 +23,7 @@ from ..models.text.tokenizer_check import problem_of
 from ..models.text.umt5 import Umt5Encoder
 from ..quant.registry import MADE_ON_LOAD
 from .build import load_strict
+from .file import ModelFile, Understood, read_file
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +78,10 @@ class TextEncoder:
 
 
 @dataclass(frozen=True, eq=False)
-class TextFile:
-    """A text encoder's checkpoint whose header has been read and understood; its weights have not."""
+class TextFile(ModelFile[TextConfig]):
+    """A text encoder, and where its tokenizer is: bytes are the SentencePiece model inside the checkpoint."""
 
-    checkpoint: Checkpoint
-    names: dict[str, str]  # our key -> the checkpoint's key
-    config: TextConfig
-    fingerprint: tuple  # of the files when the header was read
-    tokenizer: Tokenizer | bytes | Path  # bytes: the SentencePiece model inside the checkpoint
-    notes: tuple[str, ...] = ()  # what the user should know of how the file was understood
+    tokenizer: Tokenizer | bytes | Path = field(kw_only=True)
 
 
 def read_text_encoder(path: str | Path, tokenizer: Tokenizer | bytes | str | Path | None = None) -> TextFile:
@@ -94,17 +90,20 @@ def read_text_encoder(path: str | Path, tokenizer: Tokenizer | bytes | str | Pat
     Raises:
         WanError: not there, damaged, something else than a umT5 encoder, or no tokenizer.
     """
-    checkpoint = open_checkpoint(_text_encoder_in(Path(path)))
-    config, names, notes = understand_text(checkpoint)
-    source, more = _tokenizer_source(checkpoint, tokenizer, config.vocabulary)
-    notes = (*notes, *more)
-    for note in notes:
-        log.warning("wan_core: %s", note)
-    checkpoint = checkpoint.only(names.values())
-    return TextFile(checkpoint, names, config, checkpoint.fingerprint, source, notes)
+    path = _text_encoder_in(Path(path))
+    source: Tokenizer | bytes | Path = b""
+
+    def understand(checkpoint: Checkpoint) -> Understood[TextConfig]:
+        nonlocal source
+        config, names, notes = understand_text(checkpoint)
+        source, more = _tokenizer_source(checkpoint, tokenizer, config.vocabulary)
+        return config, names, (*notes, *more)
+
+    file = read_file(path, understand)
+    return TextFile(**vars(file), tokenizer=source)
 
 
-def understand_text(checkpoint: Checkpoint) -> tuple[TextConfig, dict[str, str], tuple[str, ...]]:
+def understand_text(checkpoint: Checkpoint) -> Understood[TextConfig]:
     """Dimensions; our key -> the checkpoint's for every tensor of the encoder; and what to say of the rest.
 
     Raises:

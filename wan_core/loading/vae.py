@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 from ..config import VAEConfig, VAEKind
 from ..dtypes import resolve_dtype
-from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..files.checkpoint import Checkpoint
 from ..layouts import vae as vae_files
 from ..layouts.detect import find
 from ..models.vae.vae import VideoVAE
 from ..models.vae.wan21 import Wan21VAE
 from ..models.vae.wan22 import Wan22VAE
 from .build import load_strict
-
-log = logging.getLogger(__name__)
+from .file import ModelFile, Understood, read_file
 
 VAE_CLASSES: dict[VAEKind, type[VideoVAE]] = {"wan2.1": Wan21VAE, "wan2.2": Wan22VAE}
 
 
-@dataclass(frozen=True, eq=False)
-class VAEFile:
-    """A VAE checkpoint whose header has been read and understood; its weights have not."""
-
-    checkpoint: Checkpoint
-    names: dict[str, str]  # our key -> the checkpoint's key
-    config: VAEConfig
-    fingerprint: tuple  # of the files when the header was read
-    notes: tuple[str, ...] = ()  # what the user should know of how the file was understood
+VAEFile: TypeAlias = ModelFile[VAEConfig]
 
 
 def read_vae(path: str | Path) -> VAEFile:
@@ -40,15 +30,10 @@ def read_vae(path: str | Path) -> VAEFile:
     Raises:
         WanError: not there, damaged, or something else than a Wan VAE.
     """
-    checkpoint = open_checkpoint(path)
-    config, names, notes = understand_vae(checkpoint)
-    for note in notes:
-        log.warning("wan_core: %s", note)
-    checkpoint = checkpoint.only(names.values())
-    return VAEFile(checkpoint, names, config, checkpoint.fingerprint, notes)
+    return read_file(path, understand_vae)
 
 
-def understand_vae(checkpoint: Checkpoint) -> tuple[VAEConfig, dict[str, str], tuple[str, ...]]:
+def understand_vae(checkpoint: Checkpoint) -> Understood[VAEConfig]:
     """Dimensions; our key -> the checkpoint's for every tensor of the VAE; and what to say of the rest.
 
     Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config import PerExpert
-from ..errors import WanError
+from ..errors import Hint, WanError
 from ..external import only_own
 from ..loading.dit import DiTFile
 from ..recipe import Loras, LoraUse, ModelRecipe, noise_level_of
@@ -71,12 +71,7 @@ def with_lora(
             f"The LoRA's steps are {first_step} to {last_step}: expected a first step of 0 or more, and a "
             "last step not before it."
         )
-    only_own(
-        recipe.files,
-        "Wan LoRA",
-        "Put ComfyUI's LoraLoaderModelOnly before Wan from ComfyUI MODEL, and Wan LoRA "
-        "between Load Wan Model and Wan Expert Switch.",
-    )
+    only_own(recipe.files, "A LoRA", Hint.LORA_HELD)
     placed = place(file, low) if recipe.low or recipe.variant.experts == 2 else Placed(file, None, "")
     sides = _sides(recipe, placed, strength)
     uses, lines = {}, [placed.note] if placed.note else []

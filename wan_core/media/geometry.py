@@ -110,14 +110,20 @@ def fitted_size(variant: Variant, size: tuple[int, int], images: Sequence[tuple[
     return i2v_size(area, width, height, VAES[variant.vae])
 
 
-def fitted(variant: Variant, originals: Mapping[int, Image], size: tuple[int, int]) -> dict[int, Tensor]:
+def fitted(
+    variant: Variant, originals: Mapping[int, Image | Tensor], size: tuple[int, int], *, cover: bool = False
+) -> dict[int, Tensor]:
     """Pictures by frame number -> [3,H,W] in -1..1 of the video's width and height, as the official code fits them.
 
     A TI2V picture is scaled to cover and cut; those of other models are scaled, after all but the first were made as
     wide and high as the first.
+
+    Args:
+        originals: PIL images, or [H,W,3] in 0..1.
+        cover: whether those of any model are scaled to cover and cut, because the size is not of their aspect ratio.
     """
     width, height = size
-    if variant.image == "frame":
+    if cover or variant.image == "frame":
         return {place: ti2v_image(image, width, height)[:, 0] for place, image in originals.items()}
     return scaled_alike(originals, width, height)
 
@@ -242,6 +248,20 @@ def image_tensor(image: Image | np.ndarray | Tensor) -> Tensor:
 def resize_bicubic(image: Tensor, height: int, width: int) -> Tensor:
     """[3,H,W] -> [3,height,width]; the values may overshoot -1..1 a little, as in the official ``image2video.py``."""
     return F.interpolate(image[None], size=(height, width), mode="bicubic")[0]
+
+
+def middle_square(images: Tensor) -> Tensor:
+    """[..., H, W] -> the square in the middle."""
+    height, width = images.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return images[..., top : top + side, left : left + side]
+
+
+def stretched(images: Tensor, side: int) -> Tensor:
+    """Pictures [B,H,W,3] in 0..1 -> [B,side,side,3], bicubic without antialiasing; values may lie beyond 0..1."""
+    small = [resize_bicubic(image_tensor(one), side, side) for one in images]
+    return torch.stack(small).movedim(1, -1).add(1).div(2)
 
 
 def ti2v_image(image: Image | np.ndarray | Tensor, width: int, height: int) -> Tensor:

@@ -135,8 +135,8 @@ class _Video:
             Codec(self.codec, "w")
         except (UnknownCodecError, ValueError) as error:
             raise WanError(
-                f"This PyAV writes no {ending}: its FFmpeg was built without {self.codec}. Install PyAV "
-                "with `pip install --force-reinstall av`, or save as .png."
+                f"This PyAV writes no {ending}: its FFmpeg was built without {self.codec}. Install "
+                "PyAV from its own wheel (pip install av), or save as .png."
             ) from error
 
     def open(self, file: Path, fps: Fraction) -> AbstractContextManager:

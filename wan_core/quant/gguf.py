@@ -1,18 +1,22 @@
 """GGUF's block types: weights in blocks of 32 or 256 along a row, each block with scales of its own.
 
 Formats as ggml defines them (github.com/ggml-org/ggml, ``ggml-common.h``); the arithmetic is float32, in the order of
-ggml's reference, so that results agree bit for bit. Everything is whole-tensor PyTorch, for any device.
+ggml's reference, so that results agree bit for bit. Everything is whole-tensor PyTorch, for any device. Sizes, numbers
+and names of the types are those of the package gguf, which is imported when the first such file is opened.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..errors import WanError
 from .base import Format, Parts
 
 Decode = Callable[[Tensor], Tensor]  # blocks [n, bytes] uint8 -> [n, weights] float32
@@ -22,6 +26,25 @@ class BlockType(NamedTuple):
     weights: int
     bytes: int
     decode: Decode
+
+
+@cache
+def block_type(name: str) -> BlockType:
+    """One of ``DECODERS``: how many weights and bytes a block has, and how it is decoded."""
+    tables = package()
+    return BlockType(*tables.GGML_QUANT_SIZES[tables.GGMLQuantizationType[name]], DECODERS[name])
+
+
+def package() -> ModuleType:
+    """
+    Raises:
+        WanError: gguf is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise WanError(f"Reading and writing GGUF needs the package gguf ({error}): pip install gguf") from error
+    return gguf
 
 
 @dataclass(frozen=True)
@@ -35,11 +58,11 @@ class GGUF(Format):
         return f"gguf:{self.type}"
 
     def columns(self, data: Tensor) -> int:
-        weights, size, _ = BLOCK_TYPES[self.type]
+        weights, size, _ = block_type(self.type)
         return data.shape[1] // size * weights
 
     def _decode(self, parts: Parts, out: Tensor) -> None:
-        _, size, decode = BLOCK_TYPES[self.type]
+        _, size, decode = block_type(self.type)
         out.copy_(decode(parts["data"].reshape(-1, size)).view(out.shape))
 
 
@@ -139,24 +162,22 @@ def _scaled_and_shifted(d: Tensor, dmin: Tensor, packed: Tensor, q: Tensor) -> T
     return (scale[..., None] * q.float() - minimum[..., None]).flatten(1)
 
 
-_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # denser around zero
-
-
 def _levels(q: Tensor) -> Tensor:
-    return torch.tensor(_LEVELS, dtype=torch.float32, device=q.device)[q.int()]
+    """Sixteen levels that are denser around zero."""
+    return torch.tensor(package().quants.IQ4_NL.kvalues, dtype=torch.float32, device=q.device)[q.int()]
 
 
-BLOCK_TYPES: dict[str, BlockType] = {
-    "Q4_0": BlockType(32, 18, _q4_0),
-    "Q4_1": BlockType(32, 20, _q4_1),
-    "Q5_0": BlockType(32, 22, _q5_0),
-    "Q5_1": BlockType(32, 24, _q5_1),
-    "Q8_0": BlockType(32, 34, _q8_0),
-    "Q2_K": BlockType(256, 84, _q2_k),
-    "Q3_K": BlockType(256, 110, _q3_k),
-    "Q4_K": BlockType(256, 144, _q4_k),
-    "Q5_K": BlockType(256, 176, _q5_k),
-    "Q6_K": BlockType(256, 210, _q6_k),
-    "IQ4_NL": BlockType(32, 18, _iq4_nl),
-    "IQ4_XS": BlockType(256, 136, _iq4_xs),
+DECODERS: dict[str, Decode] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
 }

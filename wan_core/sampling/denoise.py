@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import WanError
+from ..errors import Hint, WanError
 from ..lookup import look_up
 from .experts import Experts
-from .guidance import Condition, OnBlock, guided
+from .guidance import OnBlock, Side, guided
 from .schedules import Schedule
 from .solvers import SOLVERS, History
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,17 +79,84 @@ class KnownLatent:
 
 
 @dataclass(frozen=True, eq=False)
+class Run:
+    """One walk down a schedule, without the model that walks.
+
+    Attributes:
+        positive, negative: a condition, or several entries with ranges and weights; the negative side may be left out
+            where all guidance is 1.
+        known: what is known of the latent.
+        start, end: the steps to do, ``end`` excluded; None, or past the last, means the last.
+    """
+
+    schedule: Schedule
+    solver: str
+    positive: Side
+    negative: Side | None = None
+    known: KnownLatent | None = None
+    start: int = 0
+    end: int | None = None
+
+    @property
+    def last(self) -> int:
+        """The step before which the run ends."""
+        return self.schedule.steps if self.end is None else min(self.end, self.schedule.steps)
+
+
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """Where a run is: enough to stop it, save it, and go on to the identical result.
+
+    Attributes:
+        x: the sample [B,C,T,h,w].
+        step: the step that comes next.
+        history: the solver's.
+        expert: who worked at the step before.
+        kept: what guidance and caches keep from one step to the next. It belongs to the expert at work and is dropped
+            when the other takes over; the solver's history is not.
+    """
+
+    x: Tensor
+    step: int
+    history: History = field(default_factory=History)
+    expert: str | None = None
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def under(self, expert: str) -> RunState:
+        """As the expert of the coming step finds it."""
+        return self if self.expert in (None, expert) else RunState(self.x, self.step, self.history, expert)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """As named tensors, ready for a safetensors file."""
+        saved = {"sample": self.x.contiguous(), "step": torch.tensor(self.step)}
+        saved |= {f"solver.{name}": tensor for name, tensor in self.history.to_tensors().items()}
+        saved |= {f"kept.{name}": tensor.contiguous() for name, tensor in self.kept.items()}
+        if self.expert is not None:
+            saved["expert"] = torch.tensor(list(self.expert.encode()), dtype=torch.uint8)
+        return saved
+
+    @classmethod
+    def from_tensors(cls, saved: Mapping[str, Tensor]) -> RunState:
+        expert = bytes(saved["expert"].tolist()).decode() if "expert" in saved else None
+        history = History.from_tensors(_below("solver.", saved))
+        return cls(saved["sample"], int(saved["step"]), history, expert, _below("kept.", saved))
+
+
+def _below(prefix: str, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
+
+
+@dataclass(frozen=True, eq=False)
 class StepReport:
     """A step that has just been done.
 
     Attributes:
         index: the step in the schedule, from 0.
-        done: steps done in this run, of ``total``.
+        done: steps done of this run's ``total``.
         sigma: the noise level that is left in ``x``.
         expert: "high", "low" or "only".
-        x: the sample after the step.
         x0: the clean estimate that the step was made with.
-        history: the solver's; with x it is all that is needed to go on from here.
+        state: all that is needed to go on from here.
     """
 
     index: int
@@ -93,9 +164,33 @@ class StepReport:
     total: int
     sigma: float
     expert: str
-    x: Tensor
     x0: Tensor
-    history: History
+    state: RunState
+
+    @property
+    def x(self) -> Tensor:
+        """The sample after the step."""
+        return self.state.x
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What is told of a run while it goes; the first two may raise to cancel it.
+
+    Attributes:
+        on_step: called after each step.
+        on_block: called by the model at each block.
+        on_plan: called with each layout in memory, before its weights are loaded.
+        on_note: called with what the user should know.
+    """
+
+    on_step: Callable[[StepReport], None] | None = None
+    on_block: OnBlock | None = None
+    on_plan: Callable[[Any], None] | None = None
+    on_note: Callable[[str], None] = log.warning
+
+
+SILENT = Callbacks()
 
 
 def noised(latent: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -104,90 +199,68 @@ def noised(latent: Tensor, noise: Tensor, sigma: float) -> Tensor:
 
 
 @torch.no_grad()
-def denoise(
-    x: Tensor,
-    experts: Experts,
-    schedule: Schedule,
-    solver: str,
-    positive: Condition,
-    negative: Condition | None,
-    *,
-    given: KnownLatent | None = None,
-    start: int = 0,
-    end: int | None = None,
-    history: History | None = None,
-    on_step: Callable[[StepReport], None] | None = None,
-    on_block: OnBlock | None = None,
-) -> tuple[Tensor, History]:
-    """Walk x down the schedule.
+def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Callbacks = SILENT) -> RunState:
+    """Walk a sample down the schedule.
 
     Args:
-        x: [B,C,T,h,w] at the noise level of ``start``: pure noise for a full run, `noised` for video-to-video, what an
-            earlier run returned to go on with it.
-        start, end: the steps to do, ``end`` excluded; an end past the last step means the last.
-        history: what an earlier run returned. Without it a later start begins at order 1.
-        on_step, on_block: called after each step, and by the model at each block; both may raise to cancel.
+        begin: [B,C,T,h,w] at the noise level of ``run.start``: pure noise for a full run, `noised` for video-to-video,
+            what an earlier run left; the solver then begins at order 1. Or the state of an earlier run, which is gone
+            on with to the identical result.
 
     Returns:
-        x at the noise level of ``end`` (float32), and the solver's history.
+        The state before ``run.end``; its sample is float32.
 
     Raises:
-        WanError: an unknown solver, a start past the end, a history of another step, or values that are not finite.
+        WanError: an unknown solver, a start past the end, a state of another step, or values that are not finite.
     """
-    step = look_up(SOLVERS, solver, "solver")
-    end = schedule.steps if end is None else min(end, schedule.steps)
-    x = _checked_finite(x.float())
-    history = (history or History()).to(x.device)
-    _check_range(start, end, schedule, history)
-    given = given.to(x.device) if given else None
-    velocity = _Velocity(experts, schedule, positive, negative, given, on_block)
-
-    if given and given.clean:
-        x = given.put_back(x)
-    for i in range(start, end):
-        experts.announce(i, schedule)
-        x, history = step(x, i, schedule, velocity, history)
-        sigma = schedule.sigmas[i + 1].item()
-        if given and (given.clean or sigma == 0):
-            x = given.put_back(x)
-        if on_step:
-            expert = experts.at(i, schedule).name
-            on_step(StepReport(i, i + 1 - start, end - start, sigma, expert, x, velocity.x0, history))
-    return x, history
+    step = look_up(SOLVERS, run.solver, "solver")
+    state = begin if isinstance(begin, RunState) else RunState(begin, run.start)
+    _check_range(run, state)
+    x = _checked_finite(state.x.float())
+    known = run.known.to(x.device) if run.known else None
+    velocity = _Velocity(experts, run, known, callbacks.on_block)
+    if known and known.clean:
+        x = known.put_back(x)
+    state = RunState(x, state.step, state.history.to(x.device), state.expert, state.kept)
+    for i in range(state.step, run.last):
+        experts.announce(i, run.schedule)
+        state = state.under(experts.at(i, run.schedule).name)
+        x, history = step(state.x, i, run.schedule, velocity, state.history)
+        sigma = run.schedule.sigmas[i + 1].item()
+        if known and (known.clean or sigma == 0):
+            x = known.put_back(x)
+        expert = experts.at(i, run.schedule).name
+        state = RunState(x, i + 1, history, expert, state.kept)
+        if callbacks.on_step:
+            done, total = i + 1 - run.start, run.last - run.start
+            callbacks.on_step(StepReport(i, done, total, sigma, expert, velocity.x0, state))
+    return state
 
 
 class _Velocity:
-    """What a solver calls: the guided model at a step, with the given parts in place. Keeps its last clean estimate."""
+    """What a solver calls: the guided model at a step, with what is known in place. Keeps its last clean estimate."""
 
-    def __init__(
-        self,
-        experts: Experts,
-        schedule: Schedule,
-        positive: Condition,
-        negative: Condition | None,
-        given: KnownLatent | None,
-        on_block: OnBlock | None,
-    ):
-        self.experts, self.schedule = experts, schedule
-        self.positive, self.negative = positive, negative
-        self.given, self.on_block = given, on_block
+    def __init__(self, experts: Experts, run: Run, known: KnownLatent | None, on_block: OnBlock | None):
+        self.experts, self.run, self.schedule = experts, run, run.schedule
+        self.known, self.on_block = known, on_block
         self.x0: Tensor | None = None
 
     def __call__(self, x: Tensor, i: int) -> Tensor:
         sigma = self.schedule.sigmas[i].item()
         t = torch.full((x.shape[0],), self.schedule.timesteps[i].item())  # on the CPU, where models compare them
-        if self.given is None:
+        if self.known is None:
             v = self._guided(x, t, i)
         else:
-            seen = self.given.seen(x, sigma)
-            v = self.given.flow(self._guided(seen, self.given.frame_timesteps(t), i), x, seen, sigma)
+            seen = self.known.seen(x, sigma)
+            v = self.known.flow(self._guided(seen, self.known.frame_timesteps(t), i), x, seen, sigma)
         self.x0 = x - sigma * v
         return v
 
     def _guided(self, x: Tensor, t: Tensor, i: int) -> Tensor:
         expert = self.experts.at(i, self.schedule)
         expert.begin(i)
-        v = guided(expert.model, x, t, self.positive, self.negative, expert.guidance, self.on_block)
+        sigma, run = self.schedule.sigmas[i].item(), self.run
+        v = guided(expert.model, x, t, run.positive, run.negative, expert.guidance, self.on_block, sigma=sigma)
         if not torch.isfinite(v).all():
             raise WanError(_not_finite(i, self.schedule, expert.name))
         return v
@@ -204,20 +277,18 @@ def _not_finite(i: int, schedule: Schedule, expert: str) -> str:
 
 def _checked_finite(x: Tensor) -> Tensor:
     if not torch.isfinite(x).all():
-        raise WanError("The latent to start from holds NaN or infinity: check the node that made it.")
+        raise WanError("The latent to start from holds NaN or infinity.", Hint.BAD_LATENT)
     return x
 
 
-def _check_range(start: int, end: int, schedule: Schedule, history: History) -> None:
-    if not 0 <= start < schedule.steps:
-        raise WanError(
-            f"The start step is {start}, but the schedule has {schedule.steps} steps: "
-            f"expected 0 to {schedule.steps - 1}."
-        )
+def _check_range(run: Run, state: RunState) -> None:
+    steps, start, end = run.schedule.steps, run.start, run.last
+    if not 0 <= start < steps:
+        raise WanError(f"The start step is {start}, but the schedule has {steps} steps: expected 0 to {steps - 1}.")
     if end <= start:
         raise WanError(f"The end step {end} is not after the start step {start}: nothing would be done.")
-    if history.step not in (None, start):
+    if not start <= state.step <= end:
         raise WanError(
-            f"The saved run goes on at step {history.step}, but the start step is {start}: "
-            f"start at {history.step}, or without its history."
+            f"The saved run goes on at step {state.step}, but the start step is {start} and the end step {end}: "
+            f"start at {state.step}, or with its sample alone."
         )

@@ -23,16 +23,14 @@ Velocity = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class History:
-    """What a solver remembers: enough to stop a run, save it, and go on to the identical result.
+    """What a solver remembers of the steps before.
 
     Attributes:
-        step: the step that comes next; None before the first one.
         order: of the step before, which the corrector of UniPC repeats.
         x0s: clean estimates of the latest steps, newest last.
         x: the sample that the step before started from, where the solver asks for it.
     """
 
-    step: int | None = None
     order: int = 0
     x0s: tuple[Tensor, ...] = field(default=())
     x: Tensor | None = None
@@ -41,8 +39,6 @@ class History:
         """As named tensors, ready for a safetensors file."""
         saved = {f"x0.{i}": x0.contiguous() for i, x0 in enumerate(self.x0s)}
         saved["order"] = torch.tensor(self.order)
-        if self.step is not None:
-            saved["step"] = torch.tensor(self.step)
         if self.x is not None:
             saved["x"] = self.x.contiguous()
         return saved
@@ -50,12 +46,11 @@ class History:
     @classmethod
     def from_tensors(cls, saved: Mapping[str, Tensor]) -> History:
         count = sum(name.startswith("x0.") for name in saved)
-        step = int(saved["step"]) if "step" in saved else None
-        return cls(step, int(saved["order"]), tuple(saved[f"x0.{i}"] for i in range(count)), saved.get("x"))
+        return cls(int(saved["order"]), tuple(saved[f"x0.{i}"] for i in range(count)), saved.get("x"))
 
     def to(self, device: torch.device) -> History:
         x = None if self.x is None else self.x.to(device)
-        return History(self.step, self.order, tuple(x0.to(device) for x0 in self.x0s), x)
+        return History(self.order, tuple(x0.to(device) for x0 in self.x0s), x)
 
 
 Solver = Callable[[Tensor, int, Schedule, Velocity, History], tuple[Tensor, History]]
@@ -72,7 +67,7 @@ def unipc(x: Tensor, i: int, schedule: Schedule, velocity: Velocity, history: Hi
         x = _unipc_corrected(x0, i, schedule, history)
     order = _order(i, schedule, history)
     x0s = (*history.x0s[-1:], x0)
-    return _multistep(x, i, schedule, x0s, order), History(i + 1, order, x0s, x)
+    return _multistep(x, i, schedule, x0s, order), History(order, x0s, x)
 
 
 def dpm_2m(x: Tensor, i: int, schedule: Schedule, velocity: Velocity, history: History) -> tuple[Tensor, History]:
@@ -83,13 +78,13 @@ def dpm_2m(x: Tensor, i: int, schedule: Schedule, velocity: Velocity, history: H
     x0 = x - schedule.sigmas[i].item() * velocity(x, i)
     order = _order(i, schedule, history)
     x0s = (*history.x0s[-1:], x0)
-    return _multistep(x, i, schedule, x0s, order), History(i + 1, order, x0s)
+    return _multistep(x, i, schedule, x0s, order), History(order, x0s)
 
 
 def euler(x: Tensor, i: int, schedule: Schedule, velocity: Velocity, history: History) -> tuple[Tensor, History]:
     """Euler's method, exact for a straight flow (for flow matching: Lipman et al. 2022, arXiv 2210.02747)."""
     sigma, following = _sigmas(schedule, i, i + 1)
-    return x + (following - sigma) * velocity(x, i), History(i + 1, 1)
+    return x + (following - sigma) * velocity(x, i), History(1)
 
 
 def heun(x: Tensor, i: int, schedule: Schedule, velocity: Velocity, history: History) -> tuple[Tensor, History]:
@@ -101,9 +96,9 @@ def heun(x: Tensor, i: int, schedule: Schedule, velocity: Velocity, history: His
     slope = velocity(x, i)
     predicted = x + (following - sigma) * slope
     if i + 1 == schedule.steps:
-        return predicted, History(i + 1, 1)
+        return predicted, History(1)
     slope = (slope + velocity(predicted, i + 1)) / 2
-    return x + (following - sigma) * slope, History(i + 1, 2)
+    return x + (following - sigma) * slope, History(2)
 
 
 SOLVERS: dict[str, Solver] = {"unipc": unipc, "dpm++": dpm_2m, "euler": euler, "heun": heun}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import Variant
-from ..errors import WanError
+from ..errors import Hint, WanError
 from ..media.geometry import condition_chunks, given_mask, latent_shape, noise
 from ..models.dit.inputs import Concat
 from .denoise import KnownLatent
@@ -29,12 +29,12 @@ class Start:
     Attributes:
         noise: [1, C, T, h, w].
         inputs: of a ``Condition``, for both halves of the guidance.
-        given: what is known of the latent itself.
+        known: what is known of the latent itself.
     """
 
     noise: Tensor
     inputs: tuple = ()
-    given: KnownLatent | None = None
+    known: KnownLatent | None = None
 
 
 def begin(
@@ -58,7 +58,7 @@ def begin(
     if variant.image == "channels":
         return Start(start, inputs=(known_channels([pictures], frames, encode),))
     first = encode(iter([pictures[0][None, :, None]]), 1)
-    return Start(start, given=clean_frames(first, shape))
+    return Start(start, known=clean_frames(first, shape))
 
 
 def check_pictures(variant: Variant, pictures: Mapping[int, object]) -> None:
@@ -69,16 +69,13 @@ def check_pictures(variant: Variant, pictures: Mapping[int, object]) -> None:
     """
     name = variant.display_name
     if variant.image == "none" and pictures:
-        raise WanError(f"{name} takes no image. Use an I2V model or TI2V-5B, or leave the image out.")
+        raise WanError(f"{name} takes no image.", Hint.NO_IMAGE)
     if variant.image == "channels" and not pictures:
-        raise WanError(
-            f"{name} animates an image: give a start image (--image), an end image (--end_image), or both. "
-            "For text alone use a T2V model or TI2V-5B."
-        )
+        raise WanError(f"{name} animates an image.", Hint.IMAGES)
     if variant.image == "frame" and set(pictures) - {0}:
         raise WanError(f"{name} takes a start image only. Leave the end image out, or use an I2V model.")
     if variant.needs_end and pictures and not {0, -1} <= set(pictures):
-        raise WanError(f"{name} goes from a first picture to a last: give both (--first_frame and --last_frame).")
+        raise WanError(f"{name} goes from a first picture to a last.", Hint.BOTH_IMAGES)
 
 
 def known_channels(known: Sequence[Pictures], frames: int, encode: EncodeChunks) -> Concat:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import WanError
+from ..errors import Hint, WanError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.place import MARK, check_target, complete_or_nothing, mark
 from ..files.write import Planned, as_json, check_room, write_gguf, write_pickle, write_safetensors
@@ -30,7 +30,7 @@ from ..mapped import fetch
 from ..quant.base import Format
 from ..quant.block_scaled import BlockScaled, in_tiles, tiles_shape
 from ..quant.fp8 import FP8
-from ..quant.gguf import BLOCK_TYPES, GGUF
+from ..quant.gguf import DECODERS, GGUF, block_type, package
 from ..quant.int8 import Int8
 from ..quant.mxfp8 import MXFP8
 from ..quant.nvfp4 import NVFP4
@@ -197,10 +197,7 @@ class _Job:
 
     def _check(self) -> None:
         if self.part == "vae" and (self.target.scaled or self.target.blocks):
-            raise WanError(
-                f"{self.checkpoint.path} is a VAE: it is small and stays in full precision. Expected --to "
-                "bf16, fp16, fp32, official, comfyui or diffusers."
-            )
+            raise WanError(f"{self.checkpoint.path} is a VAE: it is small and stays in full precision.", Hint.TARGET)
 
     def _renames(self) -> Renames:
         dialects, layout = self.module.DIALECTS, self.target.layout
@@ -217,8 +214,8 @@ class _Job:
             if self.target.scaled and self._fits(name, source):
                 self.marks[name.removesuffix(".weight")] = _mark(self.target.scaled)
                 return _SCALED[type(self.target.scaled)](source, name, error)
-            if self.target.blocks in BLOCK_TYPES:
-                if source.shape[-1] % BLOCK_TYPES[self.target.blocks].weights == 0:
+            if self.target.blocks in DECODERS:
+                if source.shape[-1] % block_type(self.target.blocks).weights == 0:
                     return [_blocks(source, name, self.target.blocks, error)]
                 self.report.notes.append(
                     f"{name} has rows of {source.shape[-1]}, which {self.target.blocks} cannot "
@@ -466,8 +463,7 @@ def _mark(kind: Scaled | BlockScaled) -> dict[str, str]:
 
 def _blocks(source: _Source, name: str, kind: str, error: Error) -> Planned:
     def pieces() -> Iterator[Tensor]:
-        import gguf
-
+        gguf = package()
         for rows in source.pieces():
             made = torch.from_numpy(gguf.quants.quantize(rows.float().numpy(), gguf.GGMLQuantizationType[kind]))
             error.add(rows, _decoded(GGUF(kind), {"data": made}))

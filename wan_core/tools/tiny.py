@@ -16,7 +16,6 @@ from torch import nn
 
 from ..config import (
     CLIP_CHECKPOINT,
-    CLIP_COMFY_NAME,
     HIGH_NOISE_FOLDER,
     LOW_NOISE_FOLDER,
     NEGATIVE_PROMPT,
@@ -33,6 +32,7 @@ from ..config import (
 from ..errors import WanError
 from ..files.write import save_tensors
 from ..layouts import clip as clip_keys
+from ..layouts import comfyui
 from ..layouts import dit as dit_keys
 from ..layouts import text as text_keys
 from ..layouts import vae as vae_keys
@@ -45,7 +45,6 @@ from ..models.text.tokenizer import train_tiny_tokenizer, write_tokenizer_folder
 from ..models.text.umt5 import Umt5Encoder
 
 MARK = "wan_core_tiny"  # in the header of every safetensors file made here
-COMFY_TEXT_ENCODER = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 _VOCABULARY_TEXTS = (
     NEGATIVE_PROMPT,
     "Two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted stage.",
@@ -168,16 +167,17 @@ def _official(models: TinyModels, folder: Path) -> None:
 
 
 def _comfyui(models: TinyModels, folder: Path) -> None:
-    for name, weights in zip(models.variant.comfy_names, models.experts, strict=True):
+    names = comfyui.NAMES[models.variant.task]
+    for name, weights in zip(names.models, models.experts, strict=True):
         _save(weights, folder / "diffusion_models" / name)
-    for name, weights in zip(models.variant.comfy_loras, models.experts, strict=bool(models.variant.comfy_loras)):
+    for name, weights in zip(names.loras, models.experts, strict=bool(names.loras)):
         _save(_random_lora(weights), folder / "loras" / name)
-    _save(models.vae_weights, folder / "vae" / VAES[models.variant.vae].comfy_name)
+    _save(models.vae_weights, folder / "vae" / comfyui.VAES[models.variant.vae])
     text = _renamed(models.text_weights, text_keys.DIALECTS["huggingface"])
     if models.clip:
-        _save(models.clip, folder / "clip_vision" / CLIP_COMFY_NAME)
+        _save(models.clip, folder / "clip_vision" / comfyui.CLIP_VISION)
     text["spiece_model"] = torch.frombuffer(bytearray(models.spiece), dtype=torch.uint8)
-    _save(text, folder / "text_encoders" / COMFY_TEXT_ENCODER)
+    _save(text, folder / "text_encoders" / comfyui.TEXT_ENCODERS[-1])
 
 
 def _diffusers(models: TinyModels, folder: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import Architecture, Variant
 from ..dtypes import NAMES
-from ..errors import WanError
+from ..errors import Hint, WanError
 from ..files.write import save_tensors
 from ..layouts.variants import signature_of
 from ..media.video import unfinished
@@ -199,7 +199,8 @@ def check_variant(config: Architecture, variant: Variant, name: str | Path) -> N
     if signature_of(config) != variant.signature:
         raise WanError(
             f"{name} takes {_inputs(signature_of(config))}, but {variant.display_name} takes "
-            f"{_inputs(variant.signature)}: choose its --task."
+            f"{_inputs(variant.signature)}.",
+            Hint.TRAIN_TASK,
         )
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 
-from ..config import CLIP_CHECKPOINT, CLIP_COMFY_NAME, PATCH, VAES, VARIANTS, Variant
+from ..config import CLIP_CHECKPOINT, PATCH, VARIANTS, Variant
 from ..dtypes import resolve_dtype
-from ..errors import WanError
+from ..errors import Hint, WanError
+from ..layouts import comfyui
 from ..layouts.folder import find_parts
 from ..loading.clip import load_clip_vision, read_clip
+from ..loading.compatible import check_compatible
 from ..loading.dit import DiTFile, read_dit
 from ..loading.text import load_text_encoder, read_text_encoder
 from ..loading.vae import load_vae, read_vae
@@ -25,7 +27,6 @@ from ..media.video import check_writable
 from ..memory.devices import empty_cache, total_bytes
 from ..memory.plan import activation_bytes, does_not_fit
 from ..models.dit.dit import WanDiT
-from ..models.dit.features.clip_tokens import ClipTokensConfig
 from .cache import Cache, Latents, Texts, digest, file_key
 from .data import Clip, ClipProblem, Frame, check_frame, read_folder, usable
 from .dit import Data, DiTTask, Recipe, check_variant
@@ -139,17 +140,15 @@ def files_in(folder: Path | None, task: str, expert: str, **own: Path | None) ->
     """
     variant, own = VARIANTS[task], {part: file for part, file in own.items() if file}
     if expert not in experts_of(variant):
-        raise WanError(
-            f"{variant.display_name} has no expert {expert!r}: choose --expert {' or '.join(experts_of(variant))}."
-        )
+        experts = " or ".join(experts_of(variant))
+        raise WanError(f"{variant.display_name} has no expert {expert!r}.", Hint.EXPERT, experts=experts)
     dit = "low" if expert == "low" else "high"
     needed = (dit, "vae", "text_encoder", *(("clip",) if variant.clip else ()))
     wanted = [part for part in needed if own.get("dit" if part == dit else part) is None]
     if not wanted:
         return TrainFiles(**own)
     if folder is None:
-        clip = ", --text_encoder and --clip" if variant.clip else " and --text_encoder"
-        raise WanError(f"Where are the weights? Give --ckpt_dir, or all of --dit, --vae{clip}.")
+        raise WanError("Where are the weights?", Hint.CLIP_WEIGHTS if variant.clip else Hint.WEIGHTS)
     parts = find_parts(folder, variant, wanted)
     tokenizer = None if "text_encoder" in own else parts.tokenizer
     found = {
@@ -295,38 +294,14 @@ def check_files(files: TrainFiles, variant: Variant) -> DiTFile:
     """
     base, vae, text = read_dit(files.dit), read_vae(files.vae), read_text_encoder(files.text_encoder, files.tokenizer)
     check_variant(base.config, variant, files.dit)
-    if vae.config.kind != variant.vae:
+    if variant.clip and files.clip is None:  # what learns without its picture would learn to do without it
         raise WanError(
-            f"{files.vae} is a {vae.config.kind} VAE, but {variant.display_name} needs {variant.vae}: "
-            f"use {VAES[variant.vae].comfy_name} or {VAES[variant.vae].checkpoint}."
+            f"{variant.display_name} hears its picture through CLIP, whose model is missing: expected "
+            f"{comfyui.CLIP_VISION} or {CLIP_CHECKPOINT}.",
+            Hint.CLIP,
         )
-    if text.config.dim != base.config.text_dim:
-        raise WanError(
-            f"{files.text_encoder} gives embeddings {text.config.dim} wide, but {files.dit} takes "
-            f"{base.config.text_dim}. Use the text encoder of the same model."
-        )
-    _check_clip(files, base, variant)
+    check_compatible(variant, base, vae, text, read_clip(files.clip) if variant.clip else None)
     return base
-
-
-def _check_clip(files: TrainFiles, base: DiTFile, variant: Variant) -> None:
-    """What learns without its picture would learn to do without it.
-
-    Raises:
-        WanError: a model that hears CLIP has none, or one of another width.
-    """
-    if not variant.clip:
-        return
-    if files.clip is None:
-        raise WanError(
-            f"{variant.display_name} hears its picture through CLIP, whose model is missing: give "
-            f"{CLIP_COMFY_NAME} or {CLIP_CHECKPOINT} (option clip)."
-        )
-    found, wanted = read_clip(files.clip).config.dim, base.config.feature(ClipTokensConfig).width
-    if found != wanted:
-        raise WanError(
-            f"{files.clip} gives CLIP tokens {found} wide, but {files.dit} takes {wanted}: use {CLIP_COMFY_NAME}."
-        )
 
 
 def check_trainable(file: DiTFile, *, whole: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import Variant
 from ..media.geometry import noise
 from ..models.dit.inputs import with_channels
-from ..sampling.denoise import denoise
+from ..sampling.denoise import Run, denoise
 from ..sampling.experts import Expert, Experts
 from ..sampling.guidance import Condition, OnBlock
 from ..sampling.schedules import schedule
@@ -69,11 +69,11 @@ def sample(
         first: TI2V: clean first latent frames [B, C, 1, h, w].
     """
     start = noise(seed, (len(texts), *shape)).to(high.device)
-    given = None if first is None else clean_frames(first.to(start.device), shape)
+    known = None if first is None else clean_frames(first.to(start.device), shape)
     experts = _experts(high, low, how, variant)
     timetable = schedule("simple", how.steps, how.shift)
     positive, negative = Condition(list(texts), inputs), Condition([empty] * len(texts), inputs)
-    return denoise(start, experts, timetable, how.solver, positive, negative, given=given)[0]
+    return denoise(start, experts, Run(timetable, how.solver, positive, negative, known)).x
 
 
 def _experts(high: TrainedDiT, low: TrainedDiT, how: Sampling, variant: Variant) -> Experts:

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from ...config import PATCH, Architecture
-from ...errors import WanError
+from ...errors import Hint, WanError
 from .attention import Attend, sdpa
 from .features import FEATURES, Branch, feature_of
 from .layers import (
@@ -262,8 +262,8 @@ class WanDiT(nn.Module):
         """
         if context.shape[-1] != self.config.text_dim:
             raise WanError(
-                f"The text embedding is {context.shape[-1]} wide, but this model takes "
-                f"{self.config.text_dim}: use a umT5-XXL text encoder (ComfyUI: CLIPLoader with type wan)."
+                f"The text embedding is {context.shape[-1]} wide, but this model takes {self.config.text_dim}.",
+                Hint.TEXT_ENCODER,
             )
         embedded = self.text_embedding(context.to(self.device, self.dtype))
         return TextStates(embedded, self.config.layers, keep=keep, branches=self.branches(inputs, len(embedded)))

@@ -247,7 +247,7 @@ def _refuse(problem: str, places: list[Path]) -> Path:
     raise WanError(
         f"{problem}. Looked for {FAST_FILE} or {SPIECE_FILE} in: {', '.join(map(str, places))}. Download the folder "
         f"{TOKENIZER_FOLDER}/ of the official checkpoint to the first of these, name its path as the tokenizer, or "
-        "use ComfyUI's umt5_xxl_fp16.safetensors, which carries its own."
+        "use umt5_xxl_fp16.safetensors as repackaged for ComfyUI, which carries its own."
     )
 
 

@@ -195,7 +195,7 @@ class VideoVAE(nn.Module):
     def _other_kind(self, latent: torch.Tensor) -> str:
         for kind, spec in VAES.items():
             if latent.ndim == 5 and kind != self.config.kind and latent.shape[1] == spec.channels:
-                return f" Such a latent belongs to the {kind} VAE: load {spec.checkpoint} or {spec.comfy_name}."
+                return f" Such a latent belongs to the {kind} VAE: load {spec.checkpoint}."
         return ""
 
 
