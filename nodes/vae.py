@@ -17,7 +17,7 @@ from ..wan_core.mapped import fetch
 from ..wan_core.media.geometry import latent_frames, pixel_frames
 from ..wan_core.memory import capacity
 from ..wan_core.memory.plan import decode_bytes
-from ..wan_core.memory.vae_placement import fitting_tiles
+from ..wan_core.memory.vae_placement import WORKSPACE, fitting_tiles, retried, working_bytes
 from ..wan_core.models.vae.tiles import Tiles, cut, decoded_tiles, encode_tiled_chunks
 from ..wan_core.models.vae.vae import VideoVAE, denormalise, normalise
 from . import host
@@ -101,8 +101,7 @@ class WanVAE:
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
         """Pixels -> raw latent. As ComfyUI's VAE: sides are cropped to the stride, frames to 4n + 1."""
         videos = self._videos(pixel_samples, None)
-        bar = host.Chunks(len(videos) * latent_frames(videos.shape[1]))
-        return torch.cat([self.encode_chunks(_pieces(video), videos.shape[1], bar) for video in videos])
+        return retried(lambda tiles: self._encoded(videos, tiles), *videos.shape[2:4], None)
 
     def encode_chunks(
         self, chunks: Iterable[torch.Tensor], frames: int, bar: host.Chunks | None = None
@@ -128,8 +127,13 @@ class WanVAE:
         """Tiles in pixels, as ComfyUI's VAE. Time is streamed, so tiles in time are not needed."""
         tiles = _tiles(tile_y, tile_x, overlap, 1)
         videos = self._videos(pixel_samples, tiles)
-        vae = self._weights()
-        bar = host.Chunks(len(videos) * latent_frames(videos.shape[1]) * self._tile_count(videos.shape[2:4], tiles))
+        return retried(lambda tiles: self._encoded(videos, tiles), *videos.shape[2:4], tiles)
+
+    def _encoded(self, videos: torch.Tensor, tiles: Tiles | None) -> torch.Tensor:
+        vae, frames = self._weights(videos.shape[2:4], tiles), videos.shape[1]
+        bar = host.Chunks(len(videos) * latent_frames(frames) * self._tile_count(videos.shape[2:4], tiles))
+        if tiles is None:
+            return torch.cat([self.encode_chunks(_pieces(video), frames, bar) for video in videos])
         with host.cancellable(vae):
             encoded = [torch.cat(list(encode_tiled_chunks(vae, _pieces(video), tiles, bar)), dim=2) for video in videos]
         return denormalise(torch.cat(encoded), vae.config.kind).to(host.storage_device())
@@ -187,20 +191,20 @@ class WanVAE:
         stride = self.spacial_compression_decode()
         size = (batch, pixel_frames(frames), height * stride, width * stride, 3)
         self._check_decode(size, tiles)
-        vae = self._weights()
-        with host.cancellable(vae):
-            return self._decoded(vae, samples, size, tiles)
+        return retried(lambda tiles: self._decoded(samples, size, tiles), *size[2:4], tiles)
 
-    def _decoded(self, vae: VideoVAE, samples: torch.Tensor, size: Sequence[int], tiles: Tiles | None) -> torch.Tensor:
+    def _decoded(self, samples: torch.Tensor, size: Sequence[int], tiles: Tiles | None) -> torch.Tensor:
         batch, frames = len(samples), samples.shape[2]
+        vae = self._weights(size[2:4], tiles)
         video = torch.zeros(size, device=host.storage_device())
         bar = host.Chunks(batch * frames * self._tile_count(size[2:4], tiles))
-        for i in range(batch):
-            latent = normalise(samples[i : i + 1], vae.config.kind)
-            if tiles is None:
-                _fill(video[i], vae.decode_chunks(latent, bar))
-            else:
-                _blend(video[i], decoded_tiles(vae, latent, tiles, bar))
+        with host.cancellable(vae):
+            for i in range(batch):
+                latent = normalise(samples[i : i + 1], vae.config.kind)
+                if tiles is None:
+                    _fill(video[i], vae.decode_chunks(latent, bar))
+                else:
+                    _blend(video[i], decoded_tiles(vae, latent, tiles, bar))
         return video
 
     def _fitting_tiles(self, samples: torch.Tensor) -> Tiles | None:
@@ -209,7 +213,8 @@ class WanVAE:
             return None
         vae, stride = self._weights(), self.spacial_compression_decode()
         _, _, _, height, width = _video_latent(samples, self.latent_channels).shape
-        free = host.free_bytes(device) + sum(p.nbytes for p in vae.parameters())  # those are there already
+        # What the engine holds makes way, and of that the VAE's weights are there already.
+        free = host.free_bytes(device) + host.engine().bytes_on(device) - WORKSPACE
         return fitting_tiles(vae.config, height * stride, width * stride, free, vae.conv2.weight.dtype)
 
     def _tile_count(self, size: Sequence[int], tiles: Tiles | None) -> int:
@@ -240,8 +245,12 @@ class WanVAE:
     def get_ram_usage(self) -> int:
         return 0
 
-    def _weights(self) -> VideoVAE:
-        return host.engine().vae(self.file, self.patcher.load_device, self.dtype)
+    def _weights(self, size: Sequence[int] | None = None, tiles: Tiles | None = None) -> VideoVAE:
+        """With room for frames of this height and width."""
+        device, working = self.patcher.load_device, 0
+        if size is not None and device.type != "cpu":
+            working = working_bytes(self.file.config, *size, tiles, self._compute_dtype())
+        return host.engine().vae(self.file, device, self.dtype, working=working)
 
 
 def _cropped(videos: torch.Tensor, stride: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import random
@@ -31,10 +32,11 @@ from .memory.devices import available_bytes
 from .memory.engine import Engine, largest_matrix, text_bytes
 from .memory.plan import AUTO, GB, MARGIN, decode_bytes
 from .memory.run import denoise_in_memory
-from .memory.vae_placement import fitting_tiles
+from .memory.vae_placement import fitting_tiles, next_tiles, retried, working_bytes
 from .models.dit.attention import find_backend
 from .models.dit.features.clip_tokens import ClipTokens
 from .models.vae.tiles import Tiles, decode_tiled_chunks, encode_tiled_chunks
+from .models.vae.vae import VideoVAE
 from .recipe import ModelRecipe, pair
 from .sampling.denoise import Callbacks, Run, StepReport
 from .sampling.experts import Switch
@@ -284,14 +286,28 @@ def decode(
 
     Args:
         tile: side of the tiles in pixels; None: tiles where ``room``, in bytes, asks for them.
+
+    Out of memory, it goes on in smaller tiles.
+
+    Raises:
+        WanError: the smallest tiles are too much for the device.
     """
     size = tuple(side * VAES[file.config.kind].spatial_stride for side in latent.shape[2:])
     device, tiles = _vae_layout(file.config, tile, size, room, device)
-    vae = engine.vae(file, device, torch.float32)  # as the official pipelines do, whatever the DiT runs in
-    latent = latent[None]
-    chunks = decode_tiled_chunks(vae, latent.cpu(), tiles) if tiles else vae.decode_chunks(latent.to(device))
-    for chunk in chunks:
-        yield chunk[0].cpu()
+    latent, done = latent[None], 0
+    while True:
+        try:
+            vae = _vae(file, engine, device, size, tiles)
+            chunks = decode_tiled_chunks(vae, latent.cpu(), tiles) if tiles else vae.decode_chunks(latent.to(device))
+            for number, chunk in enumerate(chunks):
+                if number == done:
+                    yield chunk[0].cpu()
+                    done += 1
+            return
+        except torch.OutOfMemoryError as error:
+            said = str(error).partition("\n")[0]
+        chunk = None
+        tiles = next_tiles(*size, tiles, said)
 
 
 def needs(models: Models, request: Request, device: torch.device, text_device: torch.device) -> str:
@@ -353,18 +369,18 @@ def _encode_prompts(
 
 
 def _room(models: Models, engine: Engine, device: torch.device) -> float:
-    """Bytes that a part may take on a device under the run's memory limit."""
+    """Bytes that a part may take on a device: under the run's memory limit, or of what could be free there."""
     limit = models.dit.vram_limit
-    if limit is None or device.type == "cpu":
+    if device.type == "cpu":
         return math.inf
-    return available_bytes(device) + engine.bytes_on(device) - MARGIN if limit == AUTO else limit * GB
+    return available_bytes(device) + engine.bytes_on(device) - MARGIN if limit in (None, AUTO) else limit * GB
 
 
 def _start(models: Models, request: Request, engine: Engine, device: torch.device) -> Start:
     variant = models.dit.variant
     originals = {place: latents.open_image(file) for place, file in request.pictures.items()}
     size = fitted_size(variant, request.size, [(image.width, image.height) for image in originals.values()])
-    pictures = {place: image.to(device) for place, image in fitted(variant, originals, size).items()}
+    pictures = dict(fitted(variant, originals, size))
 
     def encode(chunks: Iterator[torch.Tensor], frames: int) -> torch.Tensor:
         return _encode(models, request, engine, chunks, frames, (size[1], size[0]), device)
@@ -399,20 +415,29 @@ def _encode(
 ) -> torch.Tensor:
     """Chunks [1, 3, f, H, W] -> latent [1, C, T, h, w] on the device."""
     where, tiles = _vae_layout(models.vae.config, request.vae_tile, size, _room(models, engine, device), device)
-    vae = engine.vae(models.vae, where, torch.float32)  # as the official pipelines do, whatever the DiT runs in
-    if tiles:
-        waiting = (chunk.cpu() for chunk in frames)  # until every tile has had its turn
-        encoded = list(encode_tiled_chunks(vae, waiting, tiles, total_frames=count))
-    else:
-        encoded = list(vae.encode_chunks((chunk.to(where) for chunk in frames), total_frames=count))
-    return torch.cat(encoded, dim=2).to(device)
+
+    def encode(tiles: Tiles | None) -> list[torch.Tensor]:
+        nonlocal frames
+        mine, frames = itertools.tee(frames)  # for another try
+        vae = _vae(models.vae, engine, where, size, tiles)
+        if tiles:
+            return list(encode_tiled_chunks(vae, (chunk.cpu() for chunk in mine), tiles, total_frames=count))
+        return list(vae.encode_chunks((chunk.to(where) for chunk in mine), total_frames=count))
+
+    return torch.cat(retried(encode, *size, tiles), dim=2).to(device)
+
+
+def _vae(file: VAEFile, engine: Engine, device: torch.device, size: tuple[int, int], tiles: Tiles | None) -> VideoVAE:
+    """The VAE with room for frames of this height and width, in float32 as in the official pipelines."""
+    working = 0 if device.type == "cpu" else working_bytes(file.config, *size, tiles, torch.float32)
+    return engine.vae(file, device, torch.float32, working=working)
 
 
 def _vae_layout(
     spec: VAEConfig, tile: int | None, size: tuple[int, int], room: float, device: torch.device
 ) -> tuple[torch.device, Tiles | None]:
-    """Where the VAE runs and in which tiles, for frames of this height and width: what was asked for, else what the
-    memory limit leaves room for; the CPU where that is too little for the smallest tile."""
+    """Where the VAE runs and in which tiles, for frames of this height and width: what was asked for, else what
+    there is room for; the CPU where that is too little for the smallest tile."""
     if tile is not None:
         return device, _tiles(tile)
     if math.isinf(room):
@@ -420,7 +445,7 @@ def _vae_layout(
     tiles = fitting_tiles(spec, *size, room, torch.float32)
     if tiles is None or decode_bytes(spec, tiles.height, tiles.width) <= room:
         return device, tiles
-    log.warning("No tile of %dx%d fits the memory limit: the VAE runs on the CPU.", size[1], size[0])
+    log.warning("No tile of %dx%d fits into %.1f GB: the VAE runs on the CPU.", size[1], size[0], room / GB)
     return torch.device("cpu"), None
 
 

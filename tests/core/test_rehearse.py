@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from bench.rehearse.machine import Machine
 from bench.rehearse.report import Report, grown, load, rehearsed, tables
 from bench.rehearse.scenes import Run, models_of, rehearse
 from wan_core import pipeline
+from wan_core.errors import WanError
 from wan_core.memory import engine as engines
+from wan_core.memory.engine import Engine
 from wan_core.memory.plan import Plan, plan
 from wan_core.models.dit.layers import layer_norm
+from wan_core.pipeline import Request
 
 MB = 1024**2
 
@@ -238,3 +242,63 @@ def test_the_second_cure_is_that_blocks_stream(monkeypatch: pytest.MonkeyPatch, 
     seen = rehearse(run, shelf, Machine(planned(run, shelf).total - 0.5e9, claims=40e9))
     assert len(told.said) == 1 and "3 of 6 blocks streamed" in told.said[0], told.said
     assert loads == ["high", "high", "low"] and seen.plan.swapped == 3
+
+
+LATENT = (16, 4, 90, 160)  # 720p, four latent frames
+
+
+def decode_720p(machine: Machine, shelf: Shelf, engine: Engine, **options) -> list[int]:
+    """Frames of the chunks of a video."""
+    latent = torch.zeros(LATENT, device="cuda:0")
+    chunks = pipeline.decode(shelf.vae("t2v-A14B"), latent, engine, machine.device, **options)
+    return [chunk.shape[1] for chunk in chunks if chunk.shape[2:] == (720, 1280)]
+
+
+def test_decoding_makes_room_for_what_it_computes_with(shelf: Shelf):
+    """Beside an expert of 20 GB on a device of 24: the expert goes, the frame is decoded whole."""
+    machine = Machine(24e9)
+    with machine.running() as tally, torch.no_grad():
+        engine = Engine()
+        weights = partial(torch.zeros, 20 * 10**9, dtype=torch.uint8, device="cuda:0")
+        engine.get(("dit", "an expert"), 20 * 10**9, "cuda:0", weights)
+        assert decode_720p(machine, shelf, engine) == [1, 4, 4, 4]
+        assert tally.live.peak < 21e9 and engine.bytes_on("cuda:0") < 1e9
+
+
+@pytest.mark.parametrize(("total", "tile"), [(12e9, 1024), (6e9, 512)])
+def test_decoding_that_runs_out_goes_on_in_tiles(
+    shelf: Shelf, caplog: pytest.LogCaptureFixture, total: float, tile: int
+):
+    """On a device that says it has more than it has: no chunk twice, none left out."""
+    machine = Machine(total, claims=80e9)
+    with machine.running(), torch.no_grad():
+        assert decode_720p(machine, shelf, Engine()) == [1, 4, 4, 4]
+    assert f"in tiles of {tile}x{tile} pixels" in caplog.messages[-1], caplog.messages
+
+
+def test_decoding_with_nothing_left_to_try_says_so(shelf: Shelf):
+    machine = Machine(0.6e9, claims=80e9)
+    with machine.running(), torch.no_grad(), pytest.raises(WanError, match="also in small tiles.*smaller size"):
+        decode_720p(machine, shelf, Engine())
+
+
+def test_encoding_that_runs_out_goes_on_in_tiles(shelf: Shelf, caplog: pytest.LogCaptureFixture):
+    machine = Machine(6e9, claims=80e9)
+    with machine.running(), torch.no_grad():
+        models = models_of(Run("i2v-A14B", "720p"), shelf)
+        chunks = (torch.zeros(1, 3, count, 720, 1280) for count in (1, 4, 4))
+        latent = pipeline._encode(models, Request(""), Engine(), chunks, 9, (720, 1280), machine.device)
+        assert latent.shape == (1, 16, 3, 90, 160) and latent.device == machine.device
+    assert "in tiles of" in caplog.messages[-1]
+
+
+def test_a_device_that_is_small_is_not_refused(shelf: Shelf):
+    """Without a memory limit: tiles that fit are chosen before anything runs out."""
+    run = Run("t2v-A14B", "720p")
+    machine = Machine(8e9)
+    with machine.running() as tally, torch.no_grad():
+        models, engine = models_of(run, shelf), Engine()
+        room = pipeline._room(models, engine, machine.device)
+        pipeline.check_decode(models.vae, (720, 1280), machine.device, room=room)
+        assert decode_720p(machine, shelf, engine, room=room) == [1, 4, 4, 4]
+        assert 4e9 < tally.live.peak < 7e9

@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 
 from wan_core.config import VAES, VAEConfig
 from wan_core.errors import WanError
 from wan_core.layouts.vae import DIALECTS, diffusers_config, diffusers_dialect
 from wan_core.loading.vae import VAE_CLASSES
+from wan_core.models.vae import layers
 from wan_core.models.vae.layers import FrameCache
 from wan_core.models.vae.vae import LATENT_MEAN, LATENT_STD, VideoVAE, fold_pixels, unfold_pixels
 from wan_core.tools.tiny import _random_weights
@@ -326,3 +328,42 @@ def test_bfloat16_weights(vae: VideoVAE):
     assert not torch.equal(found, latent)
     assert (found - latent).std() < 0.03 * latent.std()
     assert (half.decode(latent) - vae.decode(latent)).std() < 0.03
+
+
+# --- half-precision convolutions on a CUDA device
+
+
+@pytest.mark.parametrize(("stride", "padding"), [((1, 1, 1), (0, 1, 1)), ((2, 1, 1), (0, 0, 0))])
+def test_asking_cudnn_is_the_same_convolution(monkeypatch: pytest.MonkeyPatch, stride: tuple, padding: tuple):
+    """With cuDNN played by PyTorch, after the order of arguments that its schema names."""
+    order = [argument.name for argument in torch.ops.aten.cudnn_convolution.default._schema.arguments]
+    asked = []
+
+    def played(*args, **kwargs):
+        named = dict(zip(order, args, strict=False)) | kwargs
+        assert set(named) == set(order)
+        asked.append(named["groups"])
+        return F.conv3d(named["self"], named["weight"], None, named["stride"], named["padding"], named["dilation"])
+
+    monkeypatch.setattr(torch, "cudnn_convolution", played)
+    x, weight, bias = torch.randn(1, 4, 5, 6, 7), torch.randn(8, 4, 3, 1, 1), torch.randn(8)
+    made = layers._by_cudnn(x, weight, bias, padding, stride)
+    assert asked == [1]
+    torch.testing.assert_close(made, F.conv3d(x, weight, bias, stride, padding))
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "cudnn", "care"),
+    [("2.9.0", 91002, True), ("2.10.1+cu130", 91400, True), ("2.8.0", 91002, False), ("2.11.0", 91002, False),
+     ("2.9.0", 91500, False), ("2.9.0", 91001, False)],
+)  # fmt: skip
+def test_which_versions_are_worked_around(monkeypatch: pytest.MonkeyPatch, torch_version: str, cudnn: int, care: bool):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    layers._passes_cudnn_by.cache_clear()
+    try:
+        assert layers._passes_cudnn_by() is care
+    finally:
+        layers._passes_cudnn_by.cache_clear()

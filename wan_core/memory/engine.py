@@ -103,6 +103,8 @@ class Engine:
         device = torch.device(device)
         if key in self._loaded:
             self._loaded.move_to_end(key)
+            if margin > _MARGIN:
+                self._evict_for(0, device, False, margin, spare=key)
             return self._loaded[key].part
         self.make_room(size + margin - _MARGIN, device)
         self._evict_for(size, device, alone, margin)
@@ -199,9 +201,8 @@ class Engine:
         check_unchanged(file)
         key, size = _dit_key(file, recipe, device), dit_bytes(file, recipe, device)
         self._resize(key, size)
-        if key in self._loaded and key != self._at_work:  # others may have come since, or this run is a larger one
-            self._loaded.move_to_end(key)
-            self._evict_for(0, torch.device(device), False, self._margin, spare=key)
+        # Others may have come since, or this run is a larger one: but that is asked once, not at each call.
+        margin = self._margin if key != self._at_work or key not in self._loaded else _MARGIN
         self._at_work = key
         return self.get(
             key,
@@ -216,7 +217,7 @@ class Engine:
                 prefetch=recipe.prefetch,
             ),
             alone=recipe.vram_limit is not None or self._alone,
-            margin=self._margin,
+            margin=margin,
         )
 
     def missing_bytes(self, recipe: ModelRecipe, device: torch.device | str) -> int:
@@ -270,15 +271,23 @@ class Engine:
             key, size, device, lambda: build_text_encoder(file, device=device, dtype=dtype, resident=resident)
         )
 
-    def vae(self, file: VAEFile, device: torch.device | str, dtype: str | torch.dtype | None) -> VideoVAE:
+    def vae(
+        self, file: VAEFile, device: torch.device | str, dtype: str | torch.dtype | None, *, working: int = 0
+    ) -> VideoVAE:
         """A VAE with its weights.
+
+        Args:
+            working: bytes that must be free for it, its weights included; other parts make way.
 
         Raises:
             WanError: the file was changed since its header was read, or see ``build_vae``.
         """
         check_unchanged(file)
         key = ("vae", file.fingerprint, str(device), str(dtype))
-        return self.get(key, _bytes(file, device, dtype), device, lambda: build_vae(file, device=device, dtype=dtype))
+        size = _bytes(file, device, dtype)
+        return self.get(
+            key, size, device, lambda: build_vae(file, device=device, dtype=dtype), margin=max(_MARGIN, working - size)
+        )
 
     def clip(self, file: ClipFile, device: torch.device | str, dtype: str | torch.dtype | None = None) -> ClipVision:
         """A CLIP vision encoder with its weights.

@@ -8,6 +8,7 @@ layout copies, the norm over channels reads contiguous rows, and a pixel's chann
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -81,9 +82,47 @@ class CausalConv3d(nn.Conv3d):
     def convolve(self, window: torch.Tensor) -> torch.Tensor:
         """[B, C, 2 + T, H, W] -> [B, C', T, H, W]; a window of one frame meets the kernel's last slice alone."""
         if window.shape[2] > 1:
-            return F.conv3d(_cheaper_layout(window, self.weight), self.weight, self.bias, padding=self.padding)
+            return conv3d(_cheaper_layout(window, self.weight), self.weight, self.bias, padding=self.padding)
         frame, weight = window[:, :, 0], self.weight[:, :, -1]
         return F.conv2d(_cheaper_layout(frame, weight), weight, self.bias, padding=self.padding[1:])[:, :, None]
+
+
+def conv3d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    padding: tuple[int, int, int] = (0, 0, 0),
+    stride: tuple[int, int, int] = (1, 1, 1),
+) -> torch.Tensor:
+    """``F.conv3d``. Where PyTorch would take a path that needs several times the memory, cuDNN is asked directly."""
+    if x.device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16) or not _passes_cudnn_by():
+        return F.conv3d(x, weight, bias, stride=stride, padding=padding)
+    return _by_cudnn(x, weight, bias, padding, stride)
+
+
+def _by_cudnn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    padding: tuple[int, int, int],
+    stride: tuple[int, int, int],
+) -> torch.Tensor:
+    product = torch.cudnn_convolution(
+        x, weight, padding, stride, (1, 1, 1), 1, benchmark=False, deterministic=False, allow_tf32=True
+    )
+    return product.add_(bias.view(1, -1, 1, 1, 1))
+
+
+@lru_cache(maxsize=1)
+def _passes_cudnn_by() -> bool:
+    """PyTorch 2.9 and 2.10 with cuDNN from 9.10.2 up to 9.15: there ComfyUI asks cuDNN for half-precision 3D
+    convolutions too, because PyTorch's own choice takes far more memory.
+    """
+    if torch.version.cuda is None or not torch.backends.cudnn.is_available():
+        return False
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return (2, 9) <= version <= (2, 10) and 91002 <= torch.backends.cudnn.version() < 91500
 
 
 def _cheaper_layout(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -211,8 +250,11 @@ class Downsample(nn.Module):
         past = cache.take(self)
         cache.keep(self, x[:, :, -1:])
         if past is not None:
-            return self.time_conv(torch.cat([past, x], 2))
-        return x if x.shape[2] == 1 else torch.cat([x[:, :, :1], self.time_conv(x)], 2)
+            return self._halved(torch.cat([past, x], 2))
+        return x if x.shape[2] == 1 else torch.cat([x[:, :, :1], self._halved(x)], 2)
+
+    def _halved(self, x: torch.Tensor) -> torch.Tensor:
+        return conv3d(x, self.time_conv.weight, self.time_conv.bias, stride=self.time_conv.stride)
 
 
 class Upsample(nn.Module):
