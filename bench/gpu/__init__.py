@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .card import Card
+from .document import publish
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "bench" / "results" / "gpu.json"
@@ -44,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"== {name}, {time.monotonic() - start:.0f} s\n{table(report['sections'][name])}\n", flush=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.out == PUBLISHED:
+        publish(report)
     failed = [name for name, rows in report["sections"].items() if "failed" in rows]
     if failed:
         print(f"Failed: {', '.join(failed)}")

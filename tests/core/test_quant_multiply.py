@@ -57,6 +57,7 @@ def test_multiply_is_the_layers_product_in_pieces(x: Tensor, kind: FP8 | Int8, m
     monkeypatch.setattr(int8, "has_int8", lambda device: True)
     monkeypatch.setattr(fp8, "available", lambda device: True)
     monkeypatch.setattr(int8, "available", lambda device: True)
+    monkeypatch.setattr(int8, "gains", lambda device: True)
     monkeypatch.setattr(fp8, "_TOKENS_AT_ONCE", 20)
     monkeypatch.setattr(int8, "_TOKENS_AT_ONCE", 20)
     if kind == FP8(torch.float8_e5m2):  # the CPU has no product of the two kinds of fp8
@@ -112,6 +113,15 @@ def test_without_kernels_and_row_scales_matrices_are_dequantised(x: Tensor, monk
     for kind in (FP8(torch.float8_e4m3fn), Int8()):
         matrix = packed(kind)
         assert matrix.format.multiply(x, matrix.parts) is None
+
+
+def test_on_hopper_int8_is_dequantised(x: Tensor, monkeypatch: pytest.MonkeyPatch):
+    for name in ("has_int8", "available"):
+        monkeypatch.setattr(int8, name, lambda device: True)
+    matrix = packed(Int8())
+    for capability, multiplies in (((9, 0), False), ((8, 9), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert (matrix.format.multiply(x, matrix.parts) is not None) is multiplies
 
 
 def test_activations_packed_in_half_precision_stay_in_range(x: Tensor):
