@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .errors import WanError
 from .quant.registry import MADE_ON_LOAD
+from .quant.scaled import Scaled
 
 NAMES = {
     "float32": torch.float32, "fp32": torch.float32,
@@ -30,22 +33,42 @@ def default_dtype(device: torch.device | str, stored: torch.dtype | None = None)
     return torch.bfloat16 if device.type in ("xpu", "npu") else torch.float32
 
 
-def resolve_dtype(
-    dtype: torch.dtype | str | None, device: torch.device | str, stored: torch.dtype | None = None
-) -> torch.dtype:
-    """The dtype of the computation.
+class Precision(NamedTuple):
+    """The two things that a ``dtype`` option names with one word.
 
-    From a name or a dtype; None, "auto" and the names of quantised formats mean the default of the device and the
-    file's dtype.
+    Attributes:
+        compute: what is computed in; None: the default of the device and the file.
+        weights: what matrices are packed into while they are loaded; None: they stay as the file has them.
+    """
+
+    compute: torch.dtype | None = None
+    weights: Scaled | None = None
+
+    def on(self, device: torch.device | str, stored: torch.dtype | None = None) -> torch.dtype:
+        """The dtype of the computation on a device, for a file of this dtype."""
+        return self.compute or default_dtype(device, stored)
+
+
+def precision_of(dtype: torch.dtype | str | None) -> Precision:
+    """From a name or a dtype; None and "auto" choose neither, the name of a quantised format chooses the weights'.
 
     Raises:
         WanError: an unknown name.
     """
-    if dtype is None or dtype == "auto" or dtype in MADE_ON_LOAD:
-        return default_dtype(device, stored)
+    if dtype is None or dtype == "auto":
+        return Precision()
     if isinstance(dtype, torch.dtype):
-        return dtype
+        return Precision(compute=dtype)
+    if dtype in MADE_ON_LOAD:
+        return Precision(weights=MADE_ON_LOAD[dtype])
     if dtype not in NAMES:
         expected = ", ".join(("auto", *NAMES, *MADE_ON_LOAD))
         raise WanError(f"Unknown dtype {dtype!r}: expected one of {expected}.")
-    return NAMES[dtype]
+    return Precision(compute=NAMES[dtype])
+
+
+def resolve_dtype(
+    dtype: torch.dtype | str | None, device: torch.device | str, stored: torch.dtype | None = None
+) -> torch.dtype:
+    """The dtype of the computation by an option; see ``precision_of`` and ``Precision.on``."""
+    return precision_of(dtype).on(device, stored)

@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from ..config import Architecture
-from ..dtypes import resolve_dtype
+from ..dtypes import precision_of
 from ..files.checkpoint import Checkpoint
 from ..layouts import dit as keys
 from ..layouts.architecture import check_runs
 from ..layouts.detect import find
 from ..models.dit.attention import find_backend
 from ..models.dit.dit import WanDiT, keeps_float32
-from ..quant.registry import MADE_ON_LOAD
 from .build import load_strict
 from .file import ModelFile, Understood, read_file
 
@@ -79,10 +78,10 @@ def fill_dit(
         stream: blocks and the computation's dtype -> what brings some of them in their turn.
 
     Raises:
-        WanError: see ``load_strict``, ``find_backend`` and ``resolve_dtype``.
+        WanError: see ``load_strict``, ``find_backend`` and ``precision_of``.
     """
-    requested, make = dtype, MADE_ON_LOAD.get(dtype) if isinstance(dtype, str) else None
-    dtype = resolve_dtype(dtype, device, file.checkpoint.dtype)
+    requested, precision = dtype, precision_of(dtype)
+    dtype = precision.on(device, file.checkpoint.dtype)
     backend = find_backend(attention, device, dtype)
     if note := quantised_note(file, requested, device):
         log.info("wan_core: %s", note)
@@ -98,7 +97,7 @@ def fill_dit(
         keep_float32=keeps_float32,
         place=swap.places if swap else lambda key: True,
         packs=keys.packs,
-        make=lambda key: make,
+        make=lambda key: precision.weights,
         spare=lambda key: swap is not None and not key.startswith("blocks."),
     )
     model.attend = backend.run
@@ -108,9 +107,9 @@ def fill_dit(
 
 def quantised_note(file: DiTFile, dtype: torch.dtype | str | None, device: torch.device | str) -> str | None:
     """What the user should know of quantised weights on a device that cannot multiply them as they are."""
-    made = [MADE_ON_LOAD[dtype]] if isinstance(dtype, str) and dtype in MADE_ON_LOAD else []
+    made = precision_of(dtype).weights
     infos = (file.checkpoint.tensors[theirs] for own, theirs in file.names.items() if keys.packs(own))
-    formats = made or [info.format for info in infos if info.format]
+    formats = [made] if made else [info.format for info in infos if info.format]
     lacking = sorted({one.name for one in formats if one.lacks_arithmetic(torch.device(device))})
     if not lacking:
         return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import TEXT_ENCODER_CHECKPOINT, TEXT_LENGTH, TOKENIZER_FOLDER, TextConfig
-from ..dtypes import resolve_dtype
+from ..dtypes import precision_of
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint
 from ..layouts import text as layout
@@ -21,7 +21,6 @@ from ..layouts.gguf_tokenizer import spiece_inside
 from ..models.text.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, places_beside, tokenizer_file
 from ..models.text.tokenizer_check import problem_of
 from ..models.text.umt5 import Umt5Encoder
-from ..quant.registry import MADE_ON_LOAD
 from .build import load_strict
 from .file import ModelFile, Understood, read_file
 
@@ -125,10 +124,10 @@ def build_text_encoder(
     Without ``resident`` they stay mapped and pass through one buffer on the device as they are used.
 
     Raises:
-        WanError: see ``load_strict`` and ``resolve_dtype``.
+        WanError: see ``load_strict`` and ``precision_of``.
     """
     device = torch.device(device)
-    make = MADE_ON_LOAD.get(dtype) if isinstance(dtype, str) else None
+    precision = precision_of(dtype)
     with torch.device("meta"):
         encoder = Umt5Encoder(file.config)
     load_strict(
@@ -136,10 +135,10 @@ def build_text_encoder(
         file.checkpoint,
         file.names,
         device=device,
-        dtype=resolve_dtype(dtype, device, file.checkpoint.dtype),
+        dtype=precision.on(device, file.checkpoint.dtype),
         place=lambda key: _is_small(key) or (resident and device.type != "cpu" and key != layout.TABLE),
         packs=layout.packs,
-        make=lambda key: make if layout.is_matrix(key) else None,
+        make=lambda key: precision.weights if layout.is_matrix(key) else None,
     )
     return TextEncoder(encoder, file.tokenizer)
 

@@ -16,7 +16,7 @@ import torch
 
 from .. import kernels
 from ..config import PATCH, TEXT_LENGTH, Architecture, VAEConfig
-from ..dtypes import resolve_dtype
+from ..dtypes import precision_of, resolve_dtype
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint
 from ..layouts.dit import packs
@@ -26,7 +26,6 @@ from ..models.dit.dit import TOKENS_AT_ONCE, keeps_float32, may_stay_in_file
 from ..models.dit.features import feature_of
 from ..models.dit.layers import SLICE, rows_at_once
 from ..models.dit.rope import SLICE as ROTATED_AT_ONCE
-from ..quant.registry import MADE_ON_LOAD
 from ..recipe import LoraUse
 from .devices import total_bytes
 from .stream.ring import STAGES, check_count, spread
@@ -134,8 +133,8 @@ def weights_of(
         streaming: whether any blocks stream.
     """
     device = torch.device(device)
-    compute = resolve_dtype(dtype, device, file.checkpoint.dtype)
-    make = dtype in MADE_ON_LOAD if isinstance(dtype, str) else False
+    precision = precision_of(dtype)
+    compute, make = precision.on(device, file.checkpoint.dtype), precision.weights is not None
     on_cpu = device.type == "cpu" and not mapped_too
     outside, scratch = 0, 0
     blocks, slots, small = ([0] * file.config.layers for _ in range(3))

@@ -22,7 +22,7 @@ from ..errors import WanError
 from ..files.atomic import unfinished
 from .folder import LOG, PLOT, STATE, check_folder, forget, read_state
 from .optim import cosine, make_optimiser
-from .parallel import Processes
+from .parallel import Losses, Processes
 from .report import Log, plot_loss, read_log
 
 __all__ = ["LOG", "PLOT", "STATE", "Plan", "StepReport", "Task", "check_resumable", "forget", "save_atomically",
@@ -120,11 +120,12 @@ def train(
     processes = Processes.current()
     parameters = {name: p for name, p in task.parameters().items() if p.requires_grad}
     state = _start(task, plan, parameters, folder / STATE)
+    losses = processes.together(task.loss, parameters.values())
     log = Log(folder / LOG, state.step) if processes.first else None
     begun = saved = time.monotonic()
     try:
         while state.step < plan.steps:
-            row = _step(task, plan, state, parameters, processes)
+            row = _step(losses, plan, state, parameters, processes)
             if log:
                 log.write(row)
             if processes.first and plan.sample_every and state.step % plan.sample_every == 0:
@@ -154,7 +155,7 @@ def _due(plan: Plan, step: int, saved: float) -> bool:
 
 
 def _step(
-    task: Task, plan: Plan, state: _State, parameters: Mapping[str, nn.Parameter], processes: Processes
+    losses: Losses, plan: Plan, state: _State, parameters: Mapping[str, nn.Parameter], processes: Processes
 ) -> dict[str, float]:
     began = time.monotonic()
     rate = plan.learning_rate * cosine(state.step, plan.steps, plan.warmup)
@@ -164,10 +165,9 @@ def _step(
     total, figures = 0.0, {}
     for part in range(plan.accumulate):
         batch = (state.step * plan.accumulate + part) * processes.count + processes.rank
-        loss, figures = task.loss(batch, step_generator(plan.seed, batch))
-        (loss / plan.accumulate).backward()
-        total += loss.item() / plan.accumulate
-    processes.average_gradients(parameters.values())
+        chance, last = step_generator(plan.seed, batch), part + 1 == plan.accumulate
+        loss, figures = losses.backward(batch, chance, of=plan.accumulate, last=last)
+        total += loss / plan.accumulate
     total = processes.mean(total)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), plan.clip or float("inf")).item()
     if not (total == total and norm < float("inf")):

@@ -7,18 +7,22 @@ environment variables; torch.distributed does the rest. All processes see the sa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import WanError
 
 _PATIENCE = timedelta(hours=4)  # a process may encode a long clip, or draw samples, while the others wait
-_BUCKET = 2**24  # numbers that are sent at once
+
+Loss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,9 @@ class Processes:
             _join(_device_of(int(os.environ.get("LOCAL_RANK", 0)), torch.device(wanted or "cuda")))
         return cls(distributed.get_rank(), distributed.get_world_size(), _home())
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Afterwards every process holds the same gradients, to the last bit."""
-        if self.count == 1:
-            return
-        for bucket in _buckets(parameter.grad for parameter in parameters if parameter.grad is not None):
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
-            distributed.all_reduce(flat)
-            parts = flat.div_(self.count).split([gradient.numel() for gradient in bucket])
-            for gradient, mean in zip(bucket, parts, strict=True):
-                gradient.copy_(mean.view_as(gradient))
+    def together(self, loss: Loss, parameters: Iterable[nn.Parameter]) -> Losses:
+        """A loss whose gradients are averaged over all processes, by torch's DDP, while they are computed."""
+        return Losses(loss, parameters, alone=self.count == 1)
 
     def mean(self, value: float) -> float:
         return value if self.count == 1 else self._sum(value) / self.count
@@ -107,14 +104,48 @@ def _home() -> torch.device:
     return torch.device("cpu")
 
 
-def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradients in lists of one dtype and a limited size: one message each, and little memory beside them."""
-    bucket: list[Tensor] = []
-    for gradient in gradients:
-        full = sum(held.numel() for held in bucket) + gradient.numel() > _BUCKET
-        if bucket and (full or gradient.dtype != bucket[0].dtype):
-            yield bucket
-            bucket = []
-        bucket.append(gradient)
-    if bucket:
-        yield bucket
+class Losses:
+    """A loss of many batches, each process's own; after the last of a step every process holds the same gradients.
+
+    Args:
+        loss: batch number, chance -> the loss, and figures for the log.
+        parameters: what is trained. Each process must begin with the same values; one that a batch does not touch
+            counts as a gradient of 0 where it touches it in another process.
+        alone: whether there is one process only.
+    """
+
+    def __init__(self, loss: Loss, parameters: Iterable[nn.Parameter], *, alone: bool):
+        self._call = loss if alone else _parallel(_Module(loss, parameters))
+
+    def backward(
+        self, batch: int, generator: torch.Generator, *, of: int, last: bool
+    ) -> tuple[float, dict[str, float]]:
+        """Add the gradients of one of a step's ``of`` batches; returns its loss and figures.
+
+        Args:
+            last: whether it is the last of the step, with which processes hear of each other.
+        """
+        waits = not last and isinstance(self._call, DistributedDataParallel)
+        with self._call.no_sync() if waits else nullcontext():
+            loss, figures = self._call(batch, generator)
+            (loss / of).backward()
+        return loss.item(), figures
+
+
+class _Module(nn.Module):
+    """A loss as a module, which DDP asks for its parameters; the model itself is not its child, whose frozen weights
+    and buffers need no copying."""
+
+    def __init__(self, loss: Loss, parameters: Iterable[nn.Parameter]):
+        super().__init__()
+        self.loss = loss
+        self.trained = nn.ParameterList(parameters)
+
+    def forward(self, batch: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        return self.loss(batch, generator)
+
+
+def _parallel(module: _Module) -> DistributedDataParallel:
+    # Said once where every parameter was used, which is no news.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    return DistributedDataParallel(module, find_unused_parameters=True, gradient_as_bucket_view=True)
