@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, TypeVar
 import comfy.model_management as management
 import folder_paths
 import torch
+from comfy.cli_args import args
 from comfy.utils import ProgressBar
 from comfy_api.latest import ui
 from torch import nn
 
 from ..wan_core.errors import WanError
 from ..wan_core.memory import devices
+from ..wan_core.models.dit.attention import find_backend
 from ..wan_core.quant.registry import MADE_ON_LOAD
 from ..wan_core.safe_text import safe_text as safe_text  # the nodes take it from here
 
@@ -239,6 +241,23 @@ def cancellable(*modules: object) -> Iterator[None]:
 def device() -> torch.device:
     """Where the transformer runs."""
     return management.get_torch_device()
+
+
+# ComfyUI's options that choose an attention, and what does the same here.
+_ATTENTION_OPTIONS = {"use_sage_attention": "sage", "use_flash_attention": "flash2", "use_ck_attention": "kitchen"}
+
+
+def attention_asked(asked: str, dtype: torch.dtype) -> tuple[str, str | None]:
+    """A node's choice of attention and what to say of it: auto follows what ComfyUI was started with, if that runs."""
+    option = next((option for option in _ATTENTION_OPTIONS if getattr(args, option, False)), None)
+    if asked != "auto" or option is None:
+        return asked, None
+    name, flag = _ATTENTION_OPTIONS[option], "--" + option.replace("_", "-")
+    try:
+        find_backend(name, device(), dtype)
+    except WanError as error:
+        return asked, f"ComfyUI was started with {flag}, but sdpa is used: {error}"
+    return name, f"Attention: {name}, for ComfyUI was started with {flag}."
 
 
 def vae_device() -> torch.device:

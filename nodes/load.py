@@ -49,8 +49,9 @@ class LoadModel(WanNode):
                     "attention",
                     options=["auto", *BACKENDS],
                     default="auto",
-                    tooltip="How attention is computed. auto is sdpa, PyTorch's own; the others are faster on some "
-                    "GPUs and must be installed (sage: pip install sageattention).",
+                    tooltip="How self-attention is computed. auto is sdpa, PyTorch's own, or what ComfyUI was started "
+                    "with (--use-sage-attention, --use-flash-attention). The others are faster on some GPUs and must "
+                    "be installed; sage, sage3 and kitchen round more.",
                 ),
                 io.Combo.Input(
                     "variant",
@@ -77,10 +78,12 @@ class LoadModel(WanNode):
     @classmethod
     def execute(cls, model_name: str, dtype: str, attention: str, variant: str = AUTO) -> io.NodeOutput:
         file: DiTFile = host.read_header(read_dit, FOLDER, model_name)
-        find_backend(attention, host.device(), resolve_dtype(dtype, host.device(), file.checkpoint.dtype))
+        compute = resolve_dtype(dtype, host.device(), file.checkpoint.dtype)
+        attention, followed = host.attention_asked(attention, compute)
+        find_backend(attention, host.device(), compute)
         note = quantised_note(file, dtype, host.device())
         chosen = _chosen(file, variant)
-        notes = tuple(filter(None, (*file.notes, note, chosen.assumed)))
+        notes = tuple(filter(None, (*file.notes, note, chosen.assumed, followed)))
         model = ModelRecipe(file, dtype=dtype, attention=attention, notes=notes, variant=chosen.variant)
         return io.NodeOutput(model, ui=host.told("\n".join(model.notes)))
 

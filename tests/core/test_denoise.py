@@ -340,6 +340,39 @@ def test_an_answer_that_is_not_finite_names_step_and_expert(bad: float):
         run(pair(Toy(), Broken(), switch=Switch("step", 2)))
 
 
+class Rounded(Toy):
+    """Answers with NaN in its third call, until it is told to be exact."""
+
+    def __init__(self, mends: bool = True):
+        super().__init__()
+        self.asked, self.exact, self.mends = 0, False, mends
+
+    def be_exact(self) -> str | None:
+        told, self.exact = self.exact, True
+        return None if told else "sage"
+
+    def __call__(self, x: Tensor, *rest, **options) -> Tensor:
+        answer = super().__call__(x, *rest, **options)
+        self.asked += 1
+        bad = self.asked >= 3 and not (self.exact and self.mends)
+        return answer * float("nan") if bad else answer
+
+
+def test_a_step_that_is_not_finite_is_done_again_with_exact_attention():
+    said: list[str] = []
+    model = Rounded()
+    expected = denoise(normal(0), Experts.dense(Toy(), 1.0), walk()).x
+    ours = denoise(normal(0), Experts.dense(model, 1.0), walk(), Callbacks(on_note=said.append)).x
+    assert torch.equal(ours, expected)
+    assert len(said) == 1 and "Step 3 of 6: with the attention 'sage' the model answered with NaN" in said[0]
+    assert model.asked == 7
+
+
+def test_what_stays_not_finite_ends_the_run():
+    with pytest.raises(WanError, match="Step 3 of 6: the model answered with NaN"):
+        denoise(normal(0), Experts.dense(Rounded(mends=False), 1.0), walk(), Callbacks(on_note=lambda _: None))
+
+
 def test_a_start_that_is_not_finite_is_refused():
     x = normal(0)
     x[0, 0, 0, 0, 0] = float("nan")

@@ -12,7 +12,9 @@ from torch import Tensor
 from wan_core.config import Architecture
 from wan_core.errors import WanError
 from wan_core.layouts.dit import DIALECTS, diffusers_config
-from wan_core.models.dit.attention import find_backend
+from wan_core.models.dit import attention
+from wan_core.models.dit import dit as dit_module
+from wan_core.models.dit.attention import BACKENDS, Backend, find_backend
 from wan_core.models.dit.dit import WanDiT
 from wan_core.models.dit.features.clip_tokens import ClipTokens, ClipTokensConfig
 from wan_core.tools.tiny import _random_weights
@@ -237,5 +239,69 @@ def test_attention_backends_that_are_missing_say_what_to_install():
     assert find_backend("auto", cpu, torch.float32).name == "sdpa"
     with pytest.raises(WanError, match="pip install sageattention|does not run with"):
         find_backend("sage", cpu, torch.float32)
-    with pytest.raises(WanError, match="expected one of auto, sdpa, sage, flash2, flash3"):
+    with pytest.raises(WanError, match="expected one of auto, sdpa, sage, sage3, kitchen, flash2, flash3, flash4"):
         find_backend("flash", cpu, torch.float32)
+
+
+@pytest.fixture
+def a_card(monkeypatch: pytest.MonkeyPatch):
+    """``a_card(8, 9)``: CUDA devices have this compute capability, and every backend is installed."""
+    monkeypatch.setattr(Backend, "installed", True)
+
+    def set_to(*capability: int) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    return set_to
+
+
+CARDS = {(7, 5): {"kitchen"}, (8, 6): {"kitchen", "flash2", "sage"}, (8, 9): {"kitchen", "flash2", "sage"},
+         (9, 0): {"kitchen", "flash2", "flash3", "flash4", "sage"},
+         (10, 0): {"kitchen", "flash2", "flash4", "sage3"},
+         (12, 0): {"kitchen", "flash2", "flash4", "sage", "sage3"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", CARDS)
+def test_attention_is_refused_on_cards_that_its_kernels_are_not_for(
+    a_card, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+):
+    """Before a weight is read. SageAttention 2 is built for some cards only."""
+    monkeypatch.setattr(attention, "_sage_version", lambda: 2)
+    a_card(*capability)
+    for name in set(BACKENDS) - {"sdpa"}:
+        if name in CARDS[capability]:
+            assert find_backend(name, "cuda:0", torch.bfloat16).name == name
+        else:
+            with pytest.raises(
+                WanError, match=rf"'{name}' does not run.*{capability[0]}\.{capability[1]}.*Choose sdpa"
+            ):
+                find_backend(name, "cuda:0", torch.bfloat16)
+
+
+def test_sage_of_version_1_runs_where_triton_does(a_card, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "_sage_version", lambda: 1)
+    a_card(10, 0)
+    assert find_backend("sage", "cuda:0", torch.float16).name == "sage"
+    with pytest.raises(WanError, match="does not run with torch.float32"):
+        find_backend("sage", "cuda:0", torch.float32)
+
+
+@pytest.mark.parametrize("tokens", ["few", "many"])
+def test_a_backend_that_prepares_all_keys_is_asked_once_for_self_attention(monkeypatch, tokens: str):
+    """And text never: the answers are those of PyTorch's own."""
+    monkeypatch.setattr(dit_module, "TOKENS_AT_ONCE", 8 if tokens == "many" else 10_000)
+    seen: list[tuple[int, int]] = []
+
+    def counted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.append((q.shape[1], k.shape[1]))
+        return attention.sdpa(q, k, v)
+
+    monkeypatch.setattr(attention, "BACKENDS", dict(BACKENDS))
+    attend = attention.backend("counted", whole=True)(counted)
+    model = make(T2V)
+    x, t, text = torch.randn(1, 16, 2, 8, 8), torch.tensor([500.0]), torch.randn(1, 9, 96)
+    with torch.no_grad():
+        expected = model(x, t, text)
+        model.attend = attend
+        ours = model(x, t, text)
+    assert torch.allclose(ours, expected, atol=1e-6)
+    assert seen == [(32, 32)] * model.config.layers

@@ -17,6 +17,8 @@ from wan_core.errors import WanError
 from wan_core.memory import engine as engines
 from wan_core.memory.engine import Engine
 from wan_core.memory.readahead import ReadAhead
+from wan_core.models.dit import attention
+from wan_core.models.dit.attention import Backend
 from wan_core.models.dit.dit import WanDiT
 from wan_core.pipeline import Models, Request, generate, read_models
 from wan_core.sampling.denoise import StepReport
@@ -236,3 +238,21 @@ def test_the_command_line_runs_swapped(folder: Path, tmp_path: Path):
 
         latents.append(load_file(out)["latent"])
     assert all(torch.equal(latents[0], other) for other in latents[1:])
+
+
+def test_exact_attention_is_the_runs_alone(models: Models, monkeypatch: pytest.MonkeyPatch):
+    """A backend that makes NaNs in the third step: the run ends as one without it, and the engine's model keeps it."""
+    calls: list[str] = []
+
+    def breaks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append("broken")
+        return attention.sdpa(q, k, v) * (float("nan") if len(calls) > 10 * LAYERS else 1)
+
+    monkeypatch.setitem(attention.BACKENDS, "broken", Backend("broken", lambda q, k, v, *, kind: breaks(q, k, v)))
+    engine = Engine()
+    expected = run(models)
+    assert torch.equal(run(models, engine, attention="broken"), expected)
+    made = len(calls)
+    assert 10 * LAYERS < made < 18 * LAYERS  # each expert finds out for itself
+    assert torch.equal(run(models, engine, attention="broken"), expected)
+    assert len(calls) > made

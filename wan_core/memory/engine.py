@@ -30,6 +30,7 @@ from ..loading.vae import VAEFile, build_vae
 from ..lora.apply import adaptation_of
 from ..memory.build import build_dit
 from ..models.clip.vit import ClipVision
+from ..models.dit.attention import BACKENDS, Attend
 from ..models.dit.dit import TextStates, WanDiT
 from ..models.dit.inputs import with_channels
 from ..models.vae.vae import VideoVAE
@@ -358,6 +359,7 @@ class LazyDiT:
         self.device = device
         self._loras, self._step = recipe.loras_of(file), 0
         self._revision = 0  # of the weights that the text states belong to
+        self._attention: str | None = None  # instead of the recipe's
         self._owner: weakref.ref[WanDiT] | None = None  # weak, so that the engine can release it during the run
         self._texts: dict[int, TextStates] = {}  # by the condition's key
 
@@ -366,8 +368,38 @@ class LazyDiT:
     ) -> torch.Tensor:
         dit = self.engine.dit(self.file, self.recipe, self.device)
         self._adapt(dit)
+        if self._attention:
+            return self._attending(dit, BACKENDS[self._attention].run, x, t, condition, on_block)
+        return self._call(dit, x, t, condition, on_block)
+
+    def _attending(self, dit: WanDiT, attend: Attend, *args) -> torch.Tensor:
+        """A call with another attention; the model is the engine's, and keeps its own."""
+        own, dit.attend = dit.attend, attend
+        try:
+            return self._call(dit, *args)
+        finally:
+            dit.attend = own
+
+    def _call(
+        self,
+        dit: WanDiT,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        on_block: Callable[[int], None] | None,
+    ) -> torch.Tensor:
         x = with_channels(x.to(self.device), condition.inputs)
         return dit(x, t, self._text(dit, condition, len(x)), on_block=on_block).to(torch.float32)
+
+    def be_exact(self) -> str | None:
+        """From now on attention is PyTorch's own, which rounds nothing more; the name of what it was, None if it was.
+
+        For a run whose numbers are no numbers any more.
+        """
+        if self._attention or self.recipe.attention in ("auto", "sdpa"):
+            return None
+        self._attention = "sdpa"
+        return self.recipe.attention
 
     def begin(self, step: int) -> None:
         """The calls that follow are of this step of the schedule."""
@@ -438,7 +470,7 @@ def _identity(recipe: ModelRecipe) -> Hashable:
     """What decides a recipe's plan."""
     files = tuple(file.fingerprint for file in recipe.files)
     loras = tuple(use.file.fingerprint for use in recipe.loras if use.strength)
-    return files, loras, recipe.dtype, recipe.vram_limit, recipe.swap_blocks, recipe.prefetch
+    return files, loras, recipe.dtype, recipe.attention, recipe.vram_limit, recipe.swap_blocks, recipe.prefetch
 
 
 def _bytes(

@@ -22,6 +22,7 @@ from ..files.checkpoint import Checkpoint
 from ..layouts.dit import packs
 from ..layouts.keys import block_of
 from ..lora.use import bytes_beside, merges
+from ..models.dit.attention import takes_whole
 from ..models.dit.dit import TOKENS_AT_ONCE, keeps_float32, may_stay_in_file
 from ..models.dit.features import feature_of
 from ..models.dit.layers import SLICE, rows_at_once
@@ -171,10 +172,21 @@ def _packed_bytes(checkpoint: Checkpoint, key: str) -> int:
     return checkpoint.stored_bytes(key) if info.format else math.prod(info.shape) + 4 * info.shape[0]
 
 
-def activation_bytes(config: Architecture, batch: int, tokens: int, dtype: torch.dtype, *, fused: bool = False) -> int:
+def activation_bytes(
+    config: Architecture,
+    batch: int,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    fused: bool = False,
+    whole_attention: bool = False,
+) -> int:
     """The peak inside a block, the residual stream and the rotation table included.
 
-    ``fused``: with the pack's own kernels, which make no float32 copies.
+    Args:
+        fused: with the pack's own kernels, which make no float32 copies.
+        whole_attention: self-attention answers for all tokens at once (``takes_whole``); what its kernels take for
+            themselves, such as queries and keys in int8, is counted as one copy of the tokens.
 
     Each line below is one hungry moment of ``models.dit.Block``: copies of the tokens, and pieces of them.
     """
@@ -191,7 +203,7 @@ def activation_bytes(config: Architecture, batch: int, tokens: int, dtype: torch
     branches = context_tokens(config) > TEXT_LENGTH  # which are heard beside the text, a part of the tokens at a time
     whole = 0 if tokens > TOKENS_AT_ONCE else x  # a short video's answer is a copy of its own
     moments = (
-        4 * x + part + given,  # tokens; queries, keys, values; a part of what is seen
+        6 * x if whole_attention else 4 * x + part + given,  # tokens; queries, keys, values; (a part of) what is seen
         4 * x + bool(wide) * piece(ROTATED_AT_ONCE, 2 * wide + item),  # rotating the keys
         (3 * x + 2 * part if branches else 4 * x) + text,  # tokens, the same normed, queries, what is heard
         2 * x + piece(TOKENS_AT_ONCE, item, config.ffn_dim) + part + given,  # feed-forward
@@ -360,7 +372,10 @@ def _layout(
     b, _, t, h, w = shape
     tokens = t * math.ceil(h / PATCH[1]) * math.ceil(w / PATCH[2])
     held = held_bytes(config, shape, dtype, guided=guided, keep_text=recipe.keeps_text)
-    activations = activation_bytes(config, b, tokens, dtype, fused=_is_fused(device)) + held
+    activations = activation_bytes(
+        config, b, tokens, dtype, fused=_is_fused(device), whole_attention=takes_whole(recipe.attention)
+    )
+    activations += held
     streams = device.type in BACKENDS
 
     def lay(swapped: int, prefetch: int) -> Plan:

@@ -65,7 +65,7 @@ def can_multiply(x: Tensor, data: Tensor) -> bool:
 
 
 def gains(device: torch.device) -> bool:
-    """Not on Hopper, where the product takes 0.9 to 1.2 of the time of dequantising and bfloat16 (docs/benchmarks.md)."""
+    """Not on Hopper, where it takes as long as dequantising and a product in bfloat16 (docs/benchmarks.md)."""
     return torch.cuda.get_device_capability(device) != (9, 0)
 
 

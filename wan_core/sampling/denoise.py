@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import Hint, WanError
 from ..lookup import look_up
-from .experts import Experts
+from .experts import Expert, Experts
 from .guidance import OnBlock, Side, guided
 from .schedules import Schedule
 from .solvers import SOLVERS, History
@@ -218,7 +218,7 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
     _check_range(run, state)
     x = _checked_finite(state.x.float())
     known = run.known.to(x.device) if run.known else None
-    velocity = _Velocity(experts, run, known, callbacks.on_block)
+    velocity = _Velocity(experts, run, known, callbacks)
     if known and known.clean:
         x = known.put_back(x)
     state = RunState(x, state.step, state.history.to(x.device), state.expert, state.kept)
@@ -240,9 +240,9 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
 class _Velocity:
     """What a solver calls: the guided model at a step, with what is known in place. Keeps its last clean estimate."""
 
-    def __init__(self, experts: Experts, run: Run, known: KnownLatent | None, on_block: OnBlock | None):
+    def __init__(self, experts: Experts, run: Run, known: KnownLatent | None, callbacks: Callbacks):
         self.experts, self.run, self.schedule = experts, run, run.schedule
-        self.known, self.on_block = known, on_block
+        self.known, self.callbacks = known, callbacks
         self.x0: Tensor | None = None
 
     def __call__(self, x: Tensor, i: int) -> Tensor:
@@ -259,17 +259,32 @@ class _Velocity:
     def _guided(self, x: Tensor, t: Tensor, i: int) -> Tensor:
         expert = self.experts.at(i, self.schedule)
         expert.begin(i)
+        v = self._asked(expert, x, t, i)
+        if torch.isfinite(v).all():
+            return v
+        if (rounded := expert.be_exact()) is not None:
+            v = self._asked(expert, x, t, i)
+            if torch.isfinite(v).all():
+                self.callbacks.on_note(
+                    f"Step {i + 1} of {self.schedule.steps}: with the attention {rounded!r} {_who(expert)} answered "
+                    "with NaN or infinity. The step was done again with 'sdpa', and so are its next ones."
+                )
+                return v
+        raise WanError(_not_finite(i, self.schedule, expert))
+
+    def _asked(self, expert: Expert, x: Tensor, t: Tensor, i: int) -> Tensor:
         sigma, run = self.schedule.sigmas[i].item(), self.run
-        v = guided(expert.model, x, t, run.positive, run.negative, expert.guidance, self.on_block, sigma=sigma)
-        if not torch.isfinite(v).all():
-            raise WanError(_not_finite(i, self.schedule, expert.name))
-        return v
+        on_block = self.callbacks.on_block
+        return guided(expert.model, x, t, run.positive, run.negative, expert.guidance, on_block, sigma=sigma)
 
 
-def _not_finite(i: int, schedule: Schedule, expert: str) -> str:
-    who = "the model" if expert == "only" else f"the {expert}-noise expert"
+def _who(expert: Expert) -> str:
+    return "the model" if expert.name == "only" else f"the {expert.name}-noise expert"
+
+
+def _not_finite(i: int, schedule: Schedule, expert: Expert) -> str:
     return (
-        f"Step {i + 1} of {schedule.steps}: {who} answered with NaN or infinity at timestep "
+        f"Step {i + 1} of {schedule.steps}: {_who(expert)} answered with NaN or infinity at timestep "
         f"{schedule.timesteps[i].item():g}. Load it in bfloat16 or float32 instead of float16, choose the "
         "attention 'sdpa', lower the LoRA strengths, and check that the file is complete."
     )

@@ -28,6 +28,10 @@ class Expert:
         if hasattr(self.model, "begin"):
             self.model.begin(step)
 
+    def be_exact(self) -> str | None:
+        """Have the model compute without what it rounds for the sake of speed; its name, None if there is nothing."""
+        return self.model.be_exact() if hasattr(self.model, "be_exact") else None
+
 
 @dataclass(frozen=True)
 class Switch:

@@ -186,7 +186,10 @@ class Block(nn.Module):
         attention, feed_forward = self._modulations(timed)
         # The hungriest moment: tokens, queries, keys and values. What attention answers takes the queries' place.
         q, k, v = self.self_attn.queries_keys_values(modulated_norm(x, attention, self.eps), rope)
-        seen = over(lambda part, k=k, v=v: attend(part, k, v, kind="self"), q).flatten(2)
+        if getattr(attend, "whole", False):
+            seen = attend(q, k, v, kind="self").flatten(2)
+        else:
+            seen = over(lambda part, k=k, v=v: attend(part, k, v, kind="self"), q).flatten(2)
         del q, k, v
         x = add_gated(x, self.self_attn.o(seen), attention)
         del seen
