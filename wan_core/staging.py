@@ -40,7 +40,7 @@ class Piece:
 
 
 def upload(pieces: Iterable[Piece], device: torch.device, largest: int, readers: Executor) -> None:
-    """Bring pieces to their places on a device; all have arrived when this returns.
+    """Bring pieces to their places on a device: what the current stream does next finds them there.
 
     Args:
         largest: bytes of a piece, at most.
@@ -60,8 +60,7 @@ def upload(pieces: Iterable[Piece], device: torch.device, largest: int, readers:
         while reading:
             ring.send(*reading.popleft())
     finally:
-        wait([job for job, _, _ in reading])
-        ring.close()
+        wait([job for job, _, _ in reading])  # PyTorch keeps pinned memory until it is copied, but not until it is read
 
 
 class _Ring:
@@ -88,11 +87,6 @@ class _Ring:
             piece.place.copy_(stored.to(self._device, non_blocking=True))
         self._copied[slot] = torch.cuda.Event()
         self._copied[slot].record(torch.cuda.current_stream(self._device))
-
-    def close(self) -> None:
-        for event in self._copied:
-            if event is not None:
-                event.synchronize()
 
 
 def pinned(size: int) -> Tensor:
