@@ -25,7 +25,9 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from . import staging
 from .errors import Hint, WanError
+from .staging import Piece
 
 ALIGNMENT = 64  # bytes: what PyTorch's allocator gives, and the widest instructions and cache lines want
 _READERS = 4  # reads under way at once: one alone reaches neither a disk's speed nor that of the memory
@@ -121,7 +123,7 @@ def read_into(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         WanError: a file was changed, truncated or removed, or cannot be read any more. Nothing is being written to
             the places when this returns or raises.
     """
-    jobs = []
+    jobs, uploads = [], {}
     try:
         for tensor, place in pairs:
             source = _behind(tensor)
@@ -129,12 +131,30 @@ def read_into(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
                 place.copy_(tensor)
             elif _is_copy(tensor, place):
                 jobs += [_pool.submit(part.read, into) for part, into in _parts(source, place)]
+            elif place.device.type == "cpu" and place.is_contiguous():
+                parts = _parts(source, place, tensor.dtype)
+                jobs += [_pool.submit(_convert, part, tensor.dtype, into) for part, into in parts]
+            elif place.device.type == "cuda" and place.is_contiguous():
+                uploads.setdefault(place.device, []).append((source, tensor.dtype, place))
             else:
                 _convert(source, tensor.dtype, place)
+        for device, sources in uploads.items():
+            _upload(device, sources)
     finally:
         wait(jobs)
     for job in jobs:
         job.result()
+
+
+def _upload(device: torch.device, sources: Sequence[tuple[_Source, torch.dtype, Tensor]]) -> None:
+    """Fill places on a CUDA device."""
+    pieces = (
+        Piece(part.read, dtype, into)
+        for source, dtype, place in sources
+        for part, into in _parts(source, place, dtype, staging.PIECE)
+    )
+    largest = max(min(staging.PIECE, place.numel() * dtype.itemsize) for _, dtype, place in sources)
+    staging.upload(pieces, device, largest, _pool)
 
 
 @dataclass(frozen=True)
@@ -179,17 +199,21 @@ def _map_at(address: int) -> MappedFile | None:
     return next((one for one in list(_maps) if one.address <= address < one.address + len(one)), None)
 
 
-def _parts(source: _Source, place: Tensor) -> Iterator[tuple[_Source, Tensor]]:
-    """A large tensor in parts for several readers."""
-    for part in place.view(-1).split(max(1, _PART // place.dtype.itemsize)):
+def _parts(
+    source: _Source, place: Tensor, dtype: torch.dtype | None = None, size: int = _PART
+) -> Iterator[tuple[_Source, Tensor]]:
+    """A large tensor in parts of so many stored bytes for several readers; ``dtype``: as stored, if not the place's."""
+    width = (dtype or place.dtype).itemsize
+    for part in place.view(-1).split(max(1, size // width)):
         yield source, part
-        source = replace(source, offset=source.offset + part.nbytes)
+        source = replace(source, offset=source.offset + part.numel() * width)
 
 
 def _is_copy(tensor: Tensor, place: Tensor) -> bool:
     return place.device.type == "cpu" and place.dtype == tensor.dtype and place.is_contiguous()
 
 
+@torch.no_grad()  # threads have a mode of their own
 def _convert(source: _Source, dtype: torch.dtype, place: Tensor) -> None:
     """Fill a contiguous tensor of another dtype or on another device, a part at a time."""
     stored = torch.empty(min(place.numel(), _CHUNK // dtype.itemsize), dtype=dtype)

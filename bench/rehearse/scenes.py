@@ -106,6 +106,7 @@ class Watched:
     steps: list[Counts] = field(default_factory=list)
     block: Counts = field(default_factory=Counts)
     plan: Plan | None = None
+    notes: list[str] = field(default_factory=list)  # what the user was told
     peak: int = 0
     beside: int = 0  # bytes of the other expert, which may stay while this one works
     missing: int = 0  # bytes of the blocks that the rehearsed model lacks, were they resident
@@ -227,16 +228,19 @@ def _sampling_watched(machine: Machine, seen: Watched, run: Run) -> Iterator[Non
     """Sampling with an empty device at its beginning, so that its peak is the plan's."""
     plain, live = pipeline.denoise_in_memory, machine.tally.live
 
-    def sample(engine: Engine, *args, **kwargs):
+    def sample(engine: Engine, recipe: ModelRecipe, guidance: PerExpert, device, noise, walk, callbacks):
         engine.release("text", "vae", "clip")
         live.peak = live.now
         if run.masked:
-            kwargs["given"] = _half_known(args[3])
-        result = plain(engine, *args, on_plan=lambda plan: setattr(seen, "plan", plan), **kwargs)
+            walk = replace(walk, known=_half_known(noise))
+        callbacks = replace(
+            callbacks, on_plan=lambda plan: setattr(seen, "plan", plan), on_note=lambda note: seen.notes.append(note)
+        )
+        result = plain(engine, recipe, guidance, device, noise, walk, callbacks)
         seen.peak = live.peak
         held = [entry.bytes for key, entry in engine._loaded.items() if key[0] == "dit"]
         seen.beside += sum(held) - max(held)
-        seen.missing = _missing(run, args[0])
+        seen.missing = _missing(run, recipe)
         return result
 
     with mock.patch.object(pipeline, "denoise_in_memory", sample):

@@ -25,6 +25,7 @@ from wan_core.memory.stream.swap import BlockSwap
 from wan_core.memory.stream.transfer import HostBackend, transfer_of
 from wan_core.models.dit.dit import WanDiT, keeps_float32
 from wan_core.models.dit.features.clip_tokens import ClipTokens, ClipTokensConfig
+from wan_core.staging import pinned
 from wan_core.tools.tiny import _random_weights
 
 LAYERS = 5
@@ -430,5 +431,5 @@ def test_without_pinned_memory_plain_memory_serves(monkeypatch: pytest.MonkeyPat
         return real(*shape, **options)
 
     monkeypatch.setattr(torch, "empty", refuse)
-    assert not offload._pinned(64).is_pinned()
+    assert not pinned(64).is_pinned()
     assert "no pinned memory (CUDA error: out of memory)" in caplog.text

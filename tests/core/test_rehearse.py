@@ -16,6 +16,7 @@ from bench.rehearse.scenes import Run, models_of, rehearse
 from wan_core import pipeline
 from wan_core.errors import WanError
 from wan_core.memory import engine as engines
+from wan_core.memory.build import build_dit
 from wan_core.memory.engine import Engine
 from wan_core.memory.plan import Plan, plan
 from wan_core.models.dit.layers import layer_norm
@@ -187,17 +188,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     return Shelf(tmp_path_factory.mktemp("checkpoints"))
 
 
-class Told:
-    """What a run tells the user."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.said: list[str] = []
-        sample = pipeline.denoise_in_memory
-        monkeypatch.setattr(
-            pipeline, "denoise_in_memory", lambda *args, **kwargs: sample(*args, on_note=self.said.append, **kwargs)
-        )
-
-
 def loads_of_experts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The file of each expert that is read, in order."""
     made, build = [], engines.build_dit
@@ -219,28 +209,30 @@ def planned(run: Run, shelf: Shelf) -> Plan:
 def test_two_experts_stay_only_beside_what_they_compute_with(monkeypatch: pytest.MonkeyPatch, shelf: Shelf, stay: bool):
     """Both fit by their weights; whether their activations fit too decides, and nothing runs out on the way."""
     run = Run("t2v-A14B", "720p", dtype="fp8_e4m3fn")
-    needed, told = planned(run, shelf), Told(monkeypatch)
+    needed = planned(run, shelf)
     both = 2 * needed.weights + needed.activations
     assert needed.activations > 3e9
     seen = rehearse(run, shelf, Machine(both + 1.2e9 if stay else both - 0.5e9))
-    assert (seen.beside > 0) is stay and not told.said
+    assert (seen.beside > 0) is stay and not seen.notes
 
 
 def test_the_first_cure_is_that_the_other_expert_goes(monkeypatch: pytest.MonkeyPatch, shelf: Shelf):
     """On a device that says it has more than it has; nothing streams."""
     run = Run("t2v-A14B", "480p", dtype="fp8_e4m3fn", layers=3)
-    told, loads = Told(monkeypatch), loads_of_experts(monkeypatch)
+    loads = loads_of_experts(monkeypatch)
     seen = rehearse(run, shelf, Machine(planned(run, shelf).total + 1e9, claims=20e9))
-    assert len(told.said) == 1 and "after 1 steps" in told.said[0] and "one model at a time" in told.said[0], told.said
+    assert len(seen.notes) == 1 and "after 1 steps" in seen.notes[0] and "one model at a time" in seen.notes[0], (
+        seen.notes
+    )
     assert loads == ["high", "low", "low"] and seen.plan.swapped == 0 and seen.beside == 0
 
 
 def test_the_second_cure_is_that_blocks_stream(monkeypatch: pytest.MonkeyPatch, shelf: Shelf):
     """Where one expert alone is too much."""
     run = Run("t2v-A14B", "480p", layers=6)
-    told, loads = Told(monkeypatch), loads_of_experts(monkeypatch)
+    loads = loads_of_experts(monkeypatch)
     seen = rehearse(run, shelf, Machine(planned(run, shelf).total - 0.5e9, claims=40e9))
-    assert len(told.said) == 1 and "3 of 6 blocks streamed" in told.said[0], told.said
+    assert len(seen.notes) == 1 and "3 of 6 blocks streamed" in seen.notes[0], seen.notes
     assert loads == ["high", "high", "low"] and seen.plan.swapped == 3
 
 
@@ -302,3 +294,16 @@ def test_a_device_that_is_small_is_not_refused(shelf: Shelf):
         pipeline.check_decode(models.vae, (720, 1280), machine.device, room=room)
         assert decode_720p(machine, shelf, engine, room=room) == [1, 4, 4, 4]
         assert 4e9 < tally.live.peak < 7e9
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("float32", "bfloat16"), ("bfloat16", "fp8_e4m3fn"), ("Q4_K", "auto")])
+def test_weights_are_loaded_from_pinned_memory(shelf: Shelf, stored: str, dtype: str):
+    """As they are stored, in pieces of 32 MB, and cast on the device."""
+    machine = Machine()
+    with machine.running() as tally, torch.no_grad():
+        file, counts = shelf.dit("ti2v-5B", 1, stored=stored), tally.begin()
+        model = build_dit(file, device=machine.device, dtype=dtype)
+        assert counts.pageable < 1e6
+        assert counts.pinned == pytest.approx(sum(map(file.checkpoint.stored_bytes, file.names.values())), rel=0.01)
+        made = [*model.parameters(), *model.buffers()]
+        assert tally.live.now == pytest.approx(sum(one.nbytes for one in made), rel=0.01)

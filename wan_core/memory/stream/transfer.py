@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -11,8 +10,7 @@ import torch
 from torch import nn
 
 from ...mapped import read_into
-
-log = logging.getLogger(__name__)
+from ...staging import pinned
 
 ALIGNMENT = 256  # bytes; a tensor's place in a slot
 
@@ -145,15 +143,6 @@ class HostBackend:
     def close(self) -> None: ...
 
 
-def _pinned(size: int) -> torch.Tensor:
-    """Host memory that a device copies from by itself; plain memory, waited for, where the system gives none."""
-    try:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
-        log.warning("wan_core: no pinned memory (%s): blocks are copied more slowly.", str(error).split("\n")[0])
-        return torch.empty(size, dtype=torch.uint8)
-
-
 class CudaBackend:
     """Pinned staging buffers and a stream of its own for copies; events order it and the computation."""
 
@@ -161,7 +150,7 @@ class CudaBackend:
     def __init__(self, device: torch.device, slots: int, stages: int, size: int):
         self.device = device
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
-        self.stages = [_pinned(size) for _ in range(stages)]
+        self.stages = [pinned(size) for _ in range(stages)]
         self.stream = torch.cuda.Stream(device)
         self._ready = [torch.cuda.Event() for _ in range(slots)]  # the slot's copy is done
         self._free = [torch.cuda.Event() for _ in range(slots)]  # the slot's last computation is done
