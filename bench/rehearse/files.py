@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from bench.sparse import shapes_of, write_sparse
 from wan_core.config import VARIANTS, Architecture, TextConfig, VAEConfig
-from wan_core.files.gguf import _TYPE_NUMBERS, MAGIC
+from wan_core.files.gguf import type_numbers
+from wan_core.files.kind import GGUF_MAGIC
 from wan_core.layouts import text as text_keys
 from wan_core.loading.clip import ClipFile, read_clip
 from wan_core.loading.dit import DiTFile, read_dit
@@ -25,10 +26,9 @@ from wan_core.models.dit.features.clip_tokens import ClipTokensConfig
 from wan_core.models.text.tokenizer import load_tokenizer
 from wan_core.models.text.umt5 import Umt5Encoder
 from wan_core.models.vae.taehv import TinyConfig, TinyDecoder, published_key
-from wan_core.quant.gguf import BLOCK_TYPES
+from wan_core.quant.gguf import DECODERS, block_type
 
 ROOT = Path(__file__).resolve().parents[2]
-_NUMBERS = {name: number for number, name in _TYPE_NUMBERS.items()}
 _ALIGNMENT = 32  # bytes, of tensors in a GGUF file
 
 _WIDE = Architecture(16, 16, 5120, 13824, layers=40, text_dim=4096, freq_dim=256, heads=40)
@@ -57,7 +57,7 @@ class Shelf:
         """``stored``: a dtype, or a type of GGUF's for the matrices."""
         shapes = shapes_of(lambda: WanDiT(replace(ARCHITECTURES[task], layers=layers)))
         name = f"{task}_{expert}_noise_{layers}_{stored}"
-        if stored in BLOCK_TYPES:
+        if stored in DECODERS:
             return read_dit(self._made(f"{name}.gguf", lambda file: write_sparse_gguf(file, shapes, stored)))
         dtype = getattr(torch, stored)
         return read_dit(self._made(f"{name}.safetensors", lambda file: write_sparse(file, shapes, dtype)))
@@ -107,17 +107,17 @@ class Shelf:
 def write_sparse_gguf(file: Path, shapes: Mapping[str, tuple[int, ...]], blocks: str) -> None:
     """A GGUF file of zeros: the matrices of the blocks of a type, all else in float32."""
     entries, end = [], 0
-    weights, size, _ = BLOCK_TYPES[blocks]
+    weights, size, _ = block_type(blocks)
     for key, shape in shapes.items():
         count = torch.Size(shape).numel()
         packed = key.startswith("blocks.") and key.endswith(".weight") and len(shape) == 2
         dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
         name = struct.pack("<Q", len(key)) + key.encode()
-        entries.append(name + dims + struct.pack("<IQ", _NUMBERS[blocks if packed else "F32"], end))
+        entries.append(name + dims + struct.pack("<IQ", type_numbers()[blocks if packed else "F32"], end))
         end += count // weights * size if packed else 4 * count
         end += -end % _ALIGNMENT
     field = b"general.architecture"
-    head = MAGIC + struct.pack("<IQQ", 3, len(entries), 1)
+    head = GGUF_MAGIC + struct.pack("<IQQ", 3, len(entries), 1)
     head += struct.pack("<Q", len(field)) + field + struct.pack("<IQ", 8, 3) + b"wan" + b"".join(entries)
     with file.open("wb") as stream:
         stream.write(head + bytes(-len(head) % _ALIGNMENT))
