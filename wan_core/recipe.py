@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PREFETCH = 1  # streamed blocks on the device before their turn, unless asked otherwise
 
 Network = DiTFile | ExternalModel
+_BY_ITS_FILE = cast(Variant, None)  # always one of the table's: chosen by the file where none is given
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +87,9 @@ class ModelRecipe:
     prefetch: int = PREFETCH
     loras: Loras = field(default_factory=Loras)
     merge_loras: bool = False
-    variant: Variant | None = None  # always one of the table's: chosen by the file where none is given
+    variant: Variant = _BY_ITS_FILE
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.variant is None:
             chosen = choose(self.high.config, self.high.path, pair=self.low is not None)
             object.__setattr__(self, "variant", chosen.variant)
@@ -115,9 +116,9 @@ class ModelRecipe:
         return tuple(file for file in self.files if not isinstance(file, ExternalModel))
 
     @property
-    def stored(self) -> torch.dtype:
+    def stored(self) -> torch.dtype | None:
         """What decides the number format of an "auto" computation."""
-        return self.own[0].checkpoint.dtype if self.own else self.high.dtype
+        return self.own[0].checkpoint.dtype if self.own else cast(ExternalModel, self.high).dtype
 
     def __str__(self) -> str:
         return f"{self.variant.display_name} ({', '.join(file.path.name for file in self.files)})"

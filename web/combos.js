@@ -1,10 +1,7 @@
-// @ts-check
-/// <reference path="./types.d.ts" />
-
 /**
  * Lists names of files as text in the menus of a node's widgets: the classic canvas of ComfyUI 0.3.75 reads them as
  * HTML, and whoever made a file chose its name.
- * @param {Node} node
+ * @param {GraphNode} node
  */
 export function listAsText(node) {
   for (const widget of node.widgets ?? []) {

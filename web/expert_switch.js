@@ -1,5 +1,3 @@
-// @ts-check
-/// <reference path="./types.d.ts" />
 import { texts } from './texts.js'
 import { findWidget, onChange, onConfigured, setWidgets } from './widgets.js'
 
@@ -8,7 +6,7 @@ const STARTS = { timestep: 0.875, step: 20, snr: 0.02 }
 
 /**
  * Says what the boundary of Wan Expert Switch means, and greys it where it is ignored.
- * @param {Node} node
+ * @param {GraphNode} node
  */
 export function watchExpertSwitch(node) {
   const mode = findWidget(node, 'mode')

@@ -1,5 +1,3 @@
-// @ts-check
-/// <reference path="./types.d.ts" />
 import { app } from '../../scripts/app.js'
 
 /** The graph that is open, with its subgraphs below it; before there is one, nothing, and no complaint of rootGraph. */
@@ -10,7 +8,7 @@ export function openGraph() {
 /**
  * A node by the id it runs under: "5", or "5:3" for node 3 in the subgraph of node 5.
  * @param {string} id
- * @returns {Node | null | undefined}
+ * @returns {GraphNode | null | undefined}
  */
 export function nodeOf(id) {
   const hosts = String(id).split(':')

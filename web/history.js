@@ -1,5 +1,3 @@
-// @ts-check
-/// <reference path="./types.d.ts" />
 import { api } from '../../scripts/api.js'
 import { nodeOf, openGraph } from './graph.js'
 import { findWidget } from './widgets.js'

@@ -1,5 +1,3 @@
-// @ts-check
-/// <reference path="./types.d.ts" />
 import { app } from '../../scripts/app.js'
 import { listAsText } from './combos.js'
 import { watchExpertSwitch } from './expert_switch.js'

@@ -1,5 +1,3 @@
-// @ts-check
-/// <reference path="./types.d.ts" />
 import { app } from '../../scripts/app.js'
 import { LENGTH, SAMPLER, SIZE } from './presets.js'
 import { texts } from './texts.js'
@@ -7,7 +5,7 @@ import { setWidgets } from './widgets.js'
 
 /**
  * The presets of a node: entries for its menu, none for nodes that have no presets.
- * @param {Node} node
+ * @param {GraphNode} node
  * @returns {MenuItem[]}
  */
 export function presetsOf(node) {
@@ -23,7 +21,7 @@ export function presetsOf(node) {
 }
 
 /**
- * @param {Node} node
+ * @param {GraphNode} node
  * @param {string} content
  * @param {Record<string, Record<string, unknown>>} presets
  * @returns {MenuItem}

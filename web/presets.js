@@ -1,5 +1,3 @@
-// @ts-check
-
 /**
  * The official settings of each model: the table VARIANTS of wan_core/config.py, which a test compares with this.
  * And those that the 4-step LoRAs were made for.

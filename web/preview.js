@@ -1,5 +1,3 @@
-// @ts-check
-/// <reference path="./types.d.ts" />
 import { api } from '../../scripts/api.js'
 import { nodeOf } from './graph.js'
 import { texts } from './texts.js'
@@ -16,7 +14,7 @@ const MARGIN = 10 // that the classic canvas leaves around a widget
 const HIGHEST = 400 // of a picture, in pixels of the graph
 const NOWHERE = '-1' // a place where no node is
 
-/** @type {WeakMap<Node, Panel>} */
+/** @type {WeakMap<GraphNode, Panel>} */
 const panels = new WeakMap()
 /** @type {Set<Panel>} */
 const counting = new Set()
@@ -36,7 +34,7 @@ export function watchPreviews() {
 /**
  * Gives a new node the place where its runs are shown, of no height yet. Not made when a run begins: Nodes 2.0 of
  * ComfyUI 0.3.75 shows no widget that comes after the node's links.
- * @param {Node} node
+ * @param {GraphNode} node
  */
 export function addPreview(node) {
   panels.set(node, new Panel(node))
@@ -62,7 +60,7 @@ function withoutTheStill({ detail }) {
 }
 
 class Panel {
-  /** @param {Node} node */
+  /** @param {GraphNode} node */
   constructor(node) {
     this.node = node
     this.run = 0

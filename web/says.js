@@ -1,5 +1,3 @@
-// @ts-check
-/// <reference path="./types.d.ts" />
 import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
 import { nodeOf } from './graph.js'
@@ -16,7 +14,7 @@ const STYLE = `font: 12px/16px sans-serif; white-space: pre-wrap; overflow-wrap:
   box-sizing: border-box; max-height: ${HIGHEST}px; overflow-x: hidden; overflow-y: auto; border-radius: 4px;
   background: var(--comfy-input-bg); user-select: text; -webkit-user-select: text; cursor: text; outline: none`
 
-/** @type {WeakMap<Node, Panel>} */
+/** @type {WeakMap<GraphNode, Panel>} */
 const panels = new WeakMap()
 
 /** Shows on our nodes what they say, from now on. */
@@ -35,7 +33,7 @@ export function watchTexts() {
 
 /**
  * Gives a new node the place where it says something, of no height yet; see addPreview.
- * @param {Node} node
+ * @param {GraphNode} node
  */
 export function addText(node) {
   panels.set(node, new Panel(node))
@@ -74,9 +72,11 @@ function panelOf(id) {
 }
 
 class Panel {
-  /** @param {Node} node */
+  /** @param {GraphNode} node */
   constructor(node) {
     this.node = node
+    /** @type {{ text: string, width: number, height: number } | undefined} */
+    this.measured = undefined
     this.element = document.createElement('div')
     this.element.className = 'wan-core-text'
     this.element.style.cssText = STYLE
@@ -119,9 +119,9 @@ class Panel {
   height() {
     if (this.empty) return 0
     const width = Math.round(this.node.size[0]) - 2 * MARGIN
-    const text = this.element.textContent
+    const text = this.element.textContent ?? ''
     if (this.measured?.text !== text || this.measured.width !== width) {
-      this.measured = { text, width, height: heightOf(text ?? '', width) }
+      this.measured = { text, width, height: heightOf(text, width) }
     }
     return this.measured.height + 2 * MARGIN
   }

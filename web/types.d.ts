@@ -7,7 +7,7 @@ declare module '*/scripts/app.js' {
     canvas: {
       canvas: HTMLCanvasElement
       ds: { scale: number; offset: [number, number] }
-      selected_nodes: Record<string, Node>
+      selected_nodes: Record<string, GraphNode>
       processMouseWheel(event: WheelEvent): void
     }
     rootGraph?: Graph
@@ -25,7 +25,7 @@ declare module '*/scripts/api.js' {
 
 interface Graph {
   id?: string
-  getNodeById(id: string): Node | null | undefined
+  getNodeById(id: string): GraphNode | null | undefined
 }
 
 declare const LiteGraph: {
@@ -38,15 +38,15 @@ declare const LiteGraph: {
 interface Extension {
   name: string
   commands?: { id: string; label: string; icon: string; function: () => void }[]
-  nodeCreated?(node: Node): void
+  nodeCreated?(node: GraphNode): void
   setup?(): void
   afterConfigureGraph?(): void
   onNodeOutputsUpdated?(outputs: Record<string, { text?: unknown } | undefined>): void
-  getNodeMenuItems?(node: Node): MenuItem[]
-  getSelectionToolboxCommands?(item: Node): string[]
+  getNodeMenuItems?(node: GraphNode): MenuItem[]
+  getSelectionToolboxCommands?(item: GraphNode): string[]
 }
 
-interface Node {
+interface GraphNode {
   comfyClass?: string
   pos: [number, number]
   size: [number, number]

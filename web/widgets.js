@@ -1,9 +1,6 @@
-// @ts-check
-/// <reference path="./types.d.ts" />
-
 /**
  * Widgets are always found by name, never by place: a later version may add some.
- * @param {Node} node
+ * @param {GraphNode} node
  * @param {string} name
  * @returns {Widget | undefined}
  */
@@ -13,7 +10,7 @@ export function findWidget(node, name) {
 
 /**
  * Sets widgets as if the user had typed the values; names that the node lacks are passed over.
- * @param {Node} node
+ * @param {GraphNode} node
  * @param {Record<string, unknown>} values
  */
 export function setWidgets(node, values) {
@@ -42,7 +39,7 @@ export function onChange(widget, listener) {
 
 /**
  * Calls `listener` each time values are put into the node: when a workflow is opened, or the node pasted.
- * @param {Node} node
+ * @param {GraphNode} node
  * @param {() => void} listener
  */
 export function onConfigured(node, listener) {

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from wan_core.quant.base import Packed
-from wan_core.quant.gguf import BLOCK_TYPES, GGUF
+from wan_core.quant.gguf import GGUF, block_type
 from wan_core.quant.linear import QuantLinear
 from wan_core.quant.registry import MADE_ON_LOAD
 from wan_core.quant.scratch import Scratch
@@ -56,6 +56,6 @@ def packed_layer(packed: Packed, bias: torch.Tensor) -> QuantLinear:
 
 def random_blocks(kind: GGUF, rows: int, columns: int, device: torch.device) -> Packed:
     """A matrix of random blocks: what it costs to unpack does not depend on the numbers."""
-    weights, size, _ = BLOCK_TYPES[kind.type]
+    weights, size, _ = block_type(kind.type)
     data = torch.randint(0, 256, (rows, columns // weights * size), dtype=torch.uint8, device=device)
     return Packed(kind, {"data": data})

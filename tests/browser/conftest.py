@@ -148,7 +148,7 @@ class App:
         self.stand_still()
 
     def stand_still(self) -> None:
-        self.page.evaluate("window.__still = [null, 0]")
+        self.page.evaluate("window.__still = [null, 0, 0]")
         self.page.wait_for_function(_STILL, polling="raf", timeout=60_000)
 
     def screenshot(self, name: str) -> Path:
@@ -174,14 +174,15 @@ _DOM_BOXES = """() => [...document.querySelectorAll('[data-node-id]')].map(eleme
     return [element.dataset.nodeId, ...[left, top, right, bottom].map(place => place / app.canvas.ds.scale)]
 })"""
 
-# True once neither canvas, view nor a node has changed for 30 frames.
+# True once neither canvas, view nor a node has changed for 8 frames and 300 milliseconds: large screens are drawn here
+# without a GPU, ten times a second, and what is put off is put off by the clock.
 _STILL = """() => {
     const boxes = [...document.querySelectorAll('[data-node-id]')].map(element => element.getBoundingClientRect())
     const {width, height} = app.canvas.canvas
     const now = JSON.stringify([innerWidth, width, height, app.canvas.ds.scale, [...app.canvas.ds.offset], boxes])
-    const [before, frames] = window.__still
-    window.__still = [now, now === before ? frames + 1 : 0]
-    return window.__still[1] >= 30
+    const [before, frames, since] = window.__still
+    window.__still = now === before ? [now, frames + 1, since] : [now, 0, performance.now()]
+    return frames >= 8 && now === before && performance.now() - since >= 300
 }"""
 _DROP = """([name, type, data]) => {
     const file = new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], name, {type})

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from ..errors import WanError
 
@@ -17,7 +18,7 @@ COUNTS = 2**31 - 1
 class Parser(argparse.ArgumentParser):
     """Tells mistakes as all other mistakes are told."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """
         Raises:
             WanError: always.

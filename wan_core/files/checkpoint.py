@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,7 +72,7 @@ class Checkpoint:
         return sorted({info.file for info in self.tensors.values()})
 
     @property
-    def fingerprint(self) -> tuple:
+    def fingerprint(self) -> tuple[Any, ...]:
         """Changes when any of the files does, and when what lies beside them appears, changes or goes.
 
         (path, size, modification time) of each; of a file that is not there, the path alone.
@@ -80,7 +81,7 @@ class Checkpoint:
         return (*self.state_of_files, *map(_state_beside, (*beside, *self.beside)))
 
     @property
-    def state_of_files(self) -> tuple:
+    def state_of_files(self) -> tuple[Any, ...]:
         """The part of the fingerprint that is about the files which hold the tensors."""
         return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files)
 
@@ -104,7 +105,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype that most of the numbers are stored in; packed matrices count as what they are packed in."""
-        totals = Counter()
+        totals: Counter[torch.dtype] = Counter()
         for info in self.tensors.values():
             if info.dtype.is_floating_point or info.format:
                 totals[info.dtype] += math.prod(info.shape)
@@ -118,6 +119,7 @@ class Checkpoint:
     def packed(self, key: str) -> Packed:
         """A matrix in its quantised format, memory-mapped; only for keys whose ``TensorInfo`` names one."""
         info = self.tensors[key]
+        assert info.format, key
         with self.reading():
             return Packed(info.format, info.format.prepared({name: self._piece(piece) for name, piece in info.parts}))
 
@@ -157,7 +159,7 @@ class _OpenFiles:
     files: dict[Path, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
 
-def _state_beside(file: Path) -> tuple:
+def _state_beside(file: Path) -> tuple[Any, ...]:
     try:
         state = file.stat()
     except OSError:
@@ -175,7 +177,7 @@ def _open_file(file: Path) -> Mapping[str, torch.Tensor]:
             return _load_pickle(file, "cpu")
 
 
-class _SafetensorsFile(Mapping):
+class _SafetensorsFile(Mapping[str, torch.Tensor]):
     """A mapping of names to tensors over one safetensors file.
 
     safetensors' own reader maps privately, which Linux counts as memory that might be written: it refuses a file that
@@ -188,9 +190,10 @@ class _SafetensorsFile(Mapping):
 
     def __getitem__(self, key: str) -> torch.Tensor:
         entry = self.entries[key]
+        assert entry.storage.dtype is not None, key  # others are refused before: TensorInfo.unread
         return self.data.tensor(entry.begin, entry.shape, entry.storage.dtype)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
     def __len__(self) -> int:
@@ -352,7 +355,7 @@ def _by_name(loaded: object, file: Path) -> dict[str, torch.Tensor]:
         if inner is None:
             break
         loaded = inner
-    if not _tensors(loaded):
+    if not isinstance(loaded, dict) or not _tensors(loaded):
         raise WanError(f"{shown(file)} holds a {type(loaded).__name__} and no tensors by name: expected a state dict.")
     if len(loaded) > MOST_TENSORS:
         raise Damage(f"it holds {len(loaded)} tensors, expected at most {MOST_TENSORS}")
@@ -364,7 +367,7 @@ def _checked(key: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _inside(loaded: object, file: Path) -> dict | None:
+def _inside(loaded: object, file: Path) -> dict[Any, Any] | None:
     """The state dict inside a wrapper, by its name or as the one with the most tensors; None where there is none."""
     if not isinstance(loaded, dict):
         return None
@@ -386,12 +389,12 @@ def _tensors(value: object) -> int:
     return sum(isinstance(one, torch.Tensor) for one in value.values()) if isinstance(value, dict) else 0
 
 
-def _weight(value: dict) -> int:
+def _weight(value: dict[Any, Any]) -> int:
     """How many tensors with names a dict holds, or the dicts in it."""
     below = (_tensors(one) for key, one in value.items() if isinstance(key, str) and isinstance(one, dict))
     return max(_tensors(value), max(below, default=0))
 
 
-def _holds_tensors(value: dict) -> bool:
+def _holds_tensors(value: dict[Any, Any]) -> bool:
     """With names: an optimiser's state has numbers in their place."""
     return _weight(value) > 0

@@ -51,7 +51,7 @@ class Array:
     count: int
     start: int
 
-    def read(self) -> list:
+    def read(self) -> list[Any]:
         """
         Raises:
             WanError: more than any header needs, or damaged.
@@ -148,7 +148,7 @@ def _original_shape(file: Path, key: str, original: Array, entry: Entry) -> tupl
     return shape
 
 
-class GGUFFile(Mapping):
+class GGUFFile(Mapping[str, torch.Tensor]):
     """A mapping of names to mapped tensors over one GGUF file: plain ones in their shape, blocks as rows of bytes."""
 
     def __init__(self, file: Path):

@@ -165,6 +165,7 @@ class _Stored:
         return self._unmarked(dtype)
 
     def _marked(self) -> Format:
+        assert self.mark
         name = self.mark["format"]
         if name not in MARKED:
             raise WanError(
@@ -272,6 +273,7 @@ class _Stored:
 
     def _smoothed(self, info: TensorInfo) -> TensorInfo:
         key = self.belongings["smooth"]
+        assert info.format, key
         if len(info.shape) != 2 or math.prod(self.stored[key].shape) != info.shape[1]:
             raise self._refused(
                 f"{list(info.shape)} with {shown(key)} {list(self.stored[key].shape)}; expected one "

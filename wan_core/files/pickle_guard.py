@@ -54,7 +54,7 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Tuple:
-    items: tuple
+    items: tuple[Any, ...]
     depth: int
 
 
@@ -84,7 +84,7 @@ class _Machine:
 
     room: int
     storages: dict[Any, int] = field(default_factory=dict)  # key -> bytes
-    stack: list = field(default_factory=list)
+    stack: list[Any] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
     steps: int = 0
     copied: int = 0  # entries
@@ -103,7 +103,7 @@ class _Machine:
             step(self, value)
         return self.stack.pop()
 
-    def since_mark(self) -> list:
+    def since_mark(self) -> list[Any]:
         at = len(self.stack) - 1
         while self.stack[at] is not _MARK:
             at -= 1
@@ -113,7 +113,7 @@ class _Machine:
         del self.stack[at:]
         return items
 
-    def tuple_of(self, items: list) -> None:
+    def tuple_of(self, items: list[Any]) -> None:
         depth = 1 + max((item.depth for item in items if isinstance(item, _Tuple)), default=0)
         if depth > _DEEPEST:
             raise Refused("tuples nested too deeply")
@@ -129,7 +129,13 @@ class _Machine:
             raise Damage("a pickle that fills what is no container")
         self.stack[-1].size += entries
 
-    def set_items(self, items: list) -> None:
+    def fill(self, taken: int) -> None:
+        """One entry, of which this many parts lie on the stack: a value, or a key and a value."""
+        for _ in range(taken):
+            self.stack.pop()
+        self.grow(1)
+
+    def set_items(self, items: list[Any]) -> None:
         self.grow(len(items) // 2)
 
     def get(self, place: int) -> None:
@@ -184,7 +190,7 @@ class _Machine:
             raise Refused("a call of something that is no function")
         self.stack.append(self.called(function.name, given.items))
 
-    def called(self, name: str, given: tuple) -> Any:
+    def called(self, name: str, given: tuple[Any, ...]) -> Any:
         if name == "collections.OrderedDict" and not given:
             return _Container()
         if name in _TENSORS:
@@ -200,7 +206,7 @@ class _Machine:
             return _Container(sum(one.size for one in given if isinstance(one, _Container)))
         raise Refused(f"a call of {_named(name)}")
 
-    def _tensor(self, name: str, given: tuple) -> _Tensor:
+    def _tensor(self, name: str, given: tuple[Any, ...]) -> _Tensor:
         """(storage, offset, size, stride, …), and a dtype in the newest kind: all of it must lie in its storage."""
         storage, offset, size, stride = given[:4] if len(given) >= 4 else (None,) * 4
         if not isinstance(storage, _Storage) or not is_count(offset) or not _counts(size) or not _counts(stride):
@@ -221,7 +227,7 @@ def _counts(given: Any) -> bool:
     return isinstance(given, _Tuple) and all(is_count(number) for number in given.items)
 
 
-def _item_bytes(given: tuple) -> int:
+def _item_bytes(given: tuple[Any, ...]) -> int:
     found = getattr(torch, given[0].name.rpartition(".")[2], None) if given and isinstance(given[0], _Global) else None
     if not isinstance(found, torch.dtype):
         raise Damage("a tensor of no dtype")
@@ -255,9 +261,9 @@ _STEPS: dict[str, Step] = {
     "TUPLE1": lambda machine, value: machine.last(1),
     "TUPLE2": lambda machine, value: machine.last(2),
     "TUPLE3": lambda machine, value: machine.last(3),
-    "APPEND": lambda machine, value: (machine.stack.pop(), machine.grow(1)),
+    "APPEND": lambda machine, value: machine.fill(1),
     "APPENDS": lambda machine, value: (lambda items: machine.grow(len(items)))(machine.since_mark()),
-    "SETITEM": lambda machine, value: (machine.stack.pop(), machine.stack.pop(), machine.grow(1)),
+    "SETITEM": lambda machine, value: machine.fill(2),
     "SETITEMS": lambda machine, value: machine.set_items(machine.since_mark()),
     "BINPERSID": lambda machine, value: machine.persistent(),
     "REDUCE": lambda machine, value: machine.reduce(),

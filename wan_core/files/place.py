@@ -17,11 +17,11 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ..errors import Hint, WanError
 from .checkpoint import Checkpoint
-from .gguf import MAGIC
+from .kind import GGUF_MAGIC
 
 MARK = "wan_core.convert"  # the header's entry; its value is JSON
 _UNFINISHED = "wan_core.unfinished.json"  # in a folder that is being written
@@ -141,7 +141,7 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _claim(target: Path, names: Sequence[str], undo: ExitStack) -> tuple[Path, IO]:
+def _claim(target: Path, names: Sequence[str], undo: ExitStack) -> tuple[Path, IO[bytes]]:
     """A name beside the target that nobody has, made and locked; what a killed run of ours left goes first."""
     for number in range(1, 100):
         place = target.with_name(f"{target.name}{'' if number == 1 else f'.{number}'}.part")
@@ -204,7 +204,7 @@ def _remove_unfinished(place: Path, names: Sequence[str]) -> None:
         _remove_empty(place)
 
 
-def _lock(stream: IO) -> bool:
+def _lock(stream: IO[bytes]) -> bool:
     """Whether nobody else writes this file; where the system has no such locks, an open file cannot be removed."""
     try:
         import fcntl
@@ -266,7 +266,7 @@ def _foreign_entries(folder: Path) -> str | None:
     return f"it holds what this program did not write there ({', '.join(foreign[:3])}{more})"
 
 
-def _listed(said: Mapping, part: str) -> Mapping | list:
+def _listed(said: Mapping[str, Any], part: str) -> Any:
     found = said.get(part)
     if part == "texts":
         return found if isinstance(found, dict) else {}
@@ -292,7 +292,7 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def read_mark(file: Path) -> dict | None:
+def read_mark(file: Path) -> dict[str, Any] | None:
     """What ``MARK`` says in a file's header, or None where it has none or cannot be read."""
     try:
         with file.open("rb") as stream:
@@ -304,8 +304,8 @@ def read_mark(file: Path) -> dict | None:
     return said if isinstance(said, dict) else None
 
 
-def _marked_in(file: Path, stream: IO, first: bytes) -> str | bytes | None:
-    if first[:4] == MAGIC:
+def _marked_in(file: Path, stream: IO[bytes], first: bytes) -> str | bytes | None:
+    if first[:4] == GGUF_MAGIC:
         return _gguf_field(stream.read(4096))
     if first[:2] == b"PK":
         with zipfile.ZipFile(file) as content:

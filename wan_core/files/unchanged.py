@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..mapped import changed
 from .checkpoint import Checkpoint
@@ -12,7 +12,7 @@ class HeaderRead(Protocol):
     """What reading a header leaves behind."""
 
     checkpoint: Checkpoint
-    fingerprint: tuple  # of the files when the header was read
+    fingerprint: tuple[Any, ...]  # of the files when the header was read
 
 
 def check_unchanged(file: HeaderRead) -> None:

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from torch import Tensor
 from ..errors import WanError
 from ..mapped import ALIGNMENT
 from ..quant.gguf import block_type
-from .gguf import MAGIC, PLAIN, type_numbers
+from .gguf import PLAIN, type_numbers
+from .kind import GGUF_MAGIC
 from .place import mark_pickle
 from .storage import NAMES as _NAMES
 
@@ -64,7 +65,7 @@ def write_safetensors(
 
     The header is padded with spaces, which the format allows; gaps between tensors it does not.
     """
-    header: dict[str, dict] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, dict[str, Any]] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets, end = {}, 0
     for one in sorted(tensors, key=lambda one: -_evenness(one.bytes)):
         start, end = end, end + one.bytes
@@ -101,7 +102,7 @@ def _evenness(size: int) -> int:
 
 def write_gguf(file: Path, tensors: Sequence[Planned], fields: Mapping[str, object], on_written: OnWritten) -> None:
     """``fields`` are the header's values: strings, booleans, integers (as uint32), and lists of one kind."""
-    head = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(fields))]
+    head = [GGUF_MAGIC, struct.pack("<IQQ", 3, len(tensors), len(fields))]
     head += [_string(key) + _value(value) for key, value in fields.items()]
     offset = 0
     for one in tensors:
@@ -146,7 +147,7 @@ def as_json(content: object) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def _shared_mapping() -> AbstractContextManager:
+def _shared_mapping() -> AbstractContextManager[object]:
     import mmap
 
     return torch.serialization.set_default_mmap_options(mmap.MAP_SHARED)
@@ -156,7 +157,7 @@ def _write(stream: BinaryIO, one: Planned) -> None:
     written = 0
     for piece in one.pieces():
         data = piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        stream.write(data)
+        stream.write(data.data)
         written += data.nbytes
     assert written == one.bytes, (one.name, written, one.bytes)
 
@@ -172,7 +173,7 @@ def _string(text: str | bytes) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _value(value: object) -> bytes:
+def _value(value: Any) -> bytes:
     if isinstance(value, list):
         kind, code = _KINDS[type(value[0])]
         items = b"".join(map(_string, value)) if code is None else struct.pack(f"<{len(value)}{code}", *value)

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,9 +57,8 @@ MARKS: Marks = {
 
 def names_in(place: Place, path: Path | None = None, outside: Collection[str] = ()) -> dict[str, str]:
     """Our key -> the file's, of the half that looks at pictures."""
-    found = {DIALECTS[place.dialect].to_own(key): theirs for key, theirs in place.keys.items()}
-    found.pop(None, None)
-    return found
+    dialect = DIALECTS[place.dialect]
+    return {own: theirs for key, theirs in place.keys.items() if (own := dialect.to_own(key)) is not None}
 
 
 def used(names: Mapping[str, str]) -> dict[str, str]:
@@ -110,7 +110,7 @@ def _stated_heads(checkpoint: Checkpoint) -> int | None:
     if file is None or not file.is_file():
         return None
     try:
-        config: Mapping = json.loads(file.read_text(encoding="utf-8"))
+        config: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         heads = config.get("vision_config", config).get("num_attention_heads")
     except (ValueError, AttributeError, OSError):
         return None
@@ -119,10 +119,10 @@ def _stated_heads(checkpoint: Checkpoint) -> int | None:
 
 def official_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """transformers' weights under the official names, queries, keys and values in one matrix."""
-    own = {DIALECTS["huggingface"].to_own(key): tensor for key, tensor in weights.items()}
-    own.pop(None, None)
+    to_own = DIALECTS["huggingface"].to_own
+    own = {name: tensor for key, tensor in weights.items() if (name := to_own(key)) is not None}
     parts: dict[str, list[Tensor]] = {}
-    made = {}
+    made: dict[str, Tensor] = {}
     for key in sorted(own):  # k, q, v of a layer
         if match := re.fullmatch(r"(.*\.attn\.)[qkv](\..*)", key):
             parts.setdefault(f"{match[1]}to_qkv{match[2]}", []).append(own[key])
@@ -130,10 +130,11 @@ def official_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             made[key] = own[key]
     made |= {key: torch.cat([part[1], part[0], part[2]]) for key, part in parts.items()}
     made["cls_embedding"], made["pos_embedding"] = made["cls_embedding"].view(1, 1, -1), made["pos_embedding"][None]
-    return {DIALECTS["official"].to_theirs(key): tensor for key, tensor in made.items()}
+    to_theirs = DIALECTS["official"].to_theirs
+    return {name: tensor for key, tensor in made.items() if (name := to_theirs(key)) is not None}
 
 
-def huggingface_config(config: ClipConfig) -> dict:
+def huggingface_config(config: ClipConfig) -> dict[str, Any]:
     """The ``config.json`` of transformers' CLIPVisionModelWithProjection."""
     return {
         "architectures": ["CLIPVisionModelWithProjection"],

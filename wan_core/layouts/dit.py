@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..config import HEAD_DIM, PATCH, VARIANTS, Architecture
 from ..errors import WanError
@@ -192,7 +193,7 @@ def config_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> 
     )
 
 
-def _json_object(file: Path) -> dict:
+def _json_object(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_bytes().decode("utf-8-sig"))
     except (ValueError, OSError, RecursionError):
@@ -208,7 +209,7 @@ _STATED = {
 _MODEL_TYPES = ("t2v", "i2v", "ti2v")
 
 
-def _not_ours(stated: dict, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def _not_ours(stated: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Why a config.json says nothing of this model, or None."""
     if not stated:
         return "is no JSON object"
@@ -239,7 +240,7 @@ def packs(key: str) -> bool:
     return key.startswith("blocks.") and key.endswith(".weight") and "norm" not in key
 
 
-def official_config(config: Architecture, task: str) -> dict:
+def official_config(config: Architecture, task: str) -> dict[str, Any]:
     """The config.json that stands beside official shards."""
     kind = task.split("-")[0].replace("t2i", "t2v")
     return {
@@ -258,7 +259,7 @@ def official_config(config: Architecture, task: str) -> dict:
     }
 
 
-def diffusers_config(config: Architecture) -> dict:
+def diffusers_config(config: Architecture) -> dict[str, Any]:
     """The config.json of diffusers' WanTransformer3DModel."""
     clip = config.feature(ClipTokensConfig)
     return {

@@ -128,8 +128,9 @@ def _all_in_one(files: Iterable[Path], folder: Path, variant: Variant, wanted: C
     held = {file: parts for file in files if (parts := _parts_in(file, variant))}
     models = [file for file, parts in held.items() if "dit" in parts and len(parts) > 1]
     levels = ("high", "low") if variant.experts == 2 else ("",)
-    chosen = [_one([file for file in models if level in file.name.lower()], variant, level) for level in levels]
-    if None in chosen:
+    found = [_one([file for file in models if level in file.name.lower()], variant, level) for level in levels]
+    chosen = [file for file in found if file is not None]
+    if len(chosen) < len(levels):
         return None
     vae, text = (next((file for file in chosen if part in held[file]), None) for part in ("vae", "text"))
     beside = [layout(folder, variant) for layout in (_official, _comfyui, _diffusers)]
@@ -140,8 +141,8 @@ def _all_in_one(files: Iterable[Path], folder: Path, variant: Variant, wanted: C
         tokenizer = None  # the one beside it is found by itself
     elif spiece_key(open_checkpoint(text)):
         tokenizer = None
-    found = Parts(chosen[0], chosen[1] if len(chosen) > 1 else None, vae, text, tokenizer)
-    return found if all((path := getattr(found, part)) is None or path.exists() for part in wanted) else None
+    whole = Parts(chosen[0], chosen[1] if len(chosen) > 1 else None, vae, text, tokenizer)
+    return whole if all((path := getattr(whole, part)) is None or path.exists() for part in wanted) else None
 
 
 def _parts_in(file: Path, variant: Variant) -> tuple[str, ...]:

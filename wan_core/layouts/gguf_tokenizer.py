@@ -28,6 +28,7 @@ from .text import spiece_key
 _PREFIX = "tokenizer.ggml."
 # The header's name of a special token -> where the trainer's part of the file has its id, and the id by default.
 _IDS = {"unknown_token_id": (40, 0), "bos_token_id": (41, 1), "eos_token_id": (42, 2), "padding_token_id": (43, -1)}
+_ARRAYS = ("tokens", "scores", "token_type")
 _KINDS = ((8,), (6, 12), (0, 1, 2, 3, 4, 5, 10, 11))  # of the arrays: texts, fractions, integers
 _UNIGRAM = 1
 _NORMAL, _UNKNOWN, _UNUSED = 1, 2, 5
@@ -44,8 +45,8 @@ def spiece_model(file: Path) -> bytes | None:
     fields = {
         key.removeprefix(_PREFIX): value for key, value in read_header(file).fields.items() if key.startswith(_PREFIX)
     }
-    arrays = [fields.get(name) for name in ("tokens", "scores", "token_type")]
-    if fields.get("model") != "t5" or not all(isinstance(array, Array) for array in arrays):
+    arrays = [array for name in _ARRAYS if isinstance(array := fields.get(name), Array)]
+    if fields.get("model") != "t5" or len(arrays) != len(_ARRAYS):
         return None
     fitting = all(array.kind in kinds for array, kinds in zip(arrays, _KINDS, strict=True))
     if not fitting or len({array.count for array in arrays}) != 1:
@@ -130,8 +131,9 @@ def _trainer(rows: list[tuple[str, float, int]], fields: Mapping[str, Any]) -> b
 
 def _normaliser(fields: Mapping[str, Any]) -> bytes:
     chars = fields.get("precompiled_charsmap")
-    whole = isinstance(chars, Array) and chars.kind in _KINDS[2]
-    charsmap = bytes(value & 255 for value in chars.read()) if whole else b""
+    charsmap = b""
+    if isinstance(chars, Array) and chars.kind in _KINDS[2]:
+        charsmap = bytes(value & 255 for value in chars.read())
     dummy_prefix, spaces = fields.get("add_space_prefix", True), fields.get("remove_extra_whitespaces", False)
     name = b"precompiled" if charsmap else b"identity"
     flags = _integer(3, int(bool(dummy_prefix))) + _integer(4, int(bool(spaces)))

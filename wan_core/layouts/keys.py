@@ -32,11 +32,11 @@ class Renames:
         return _rename(key, self._backward)
 
     @cached_property
-    def _forward(self) -> list[tuple[re.Pattern, str]]:
+    def _forward(self) -> list[tuple[re.Pattern[str], str]]:
         return _compile(self.rows)
 
     @cached_property
-    def _backward(self) -> list[tuple[re.Pattern, str]]:
+    def _backward(self) -> list[tuple[re.Pattern[str], str]]:
         return _compile((own, theirs) for theirs, own in self.rows)
 
 
@@ -79,18 +79,18 @@ def refuse_empty(shapes: Mapping[str, tuple[int, ...]]) -> None:
         raise ValueError(f"{empty} (it has no numbers)")
 
 
-def _compile(rows: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern, str]]:
+def _compile(rows: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
     longest_first = sorted(rows, key=lambda row: -len(row[0]))
     return [(_pattern(source), target) for source, target in longest_first]
 
 
-def _pattern(template: str) -> re.Pattern:
+def _pattern(template: str) -> re.Pattern[str]:
     numbered = re.sub(r"\\\{([a-z])\\\}", r"(?P<\1>[0-9]+)", re.escape(template))
     rest = r"(?P<rest>.*)" if not template else r"(?P<rest>(?:\..*)?)"
     return re.compile(numbered + rest)
 
 
-def _rename(key: str, compiled: list[tuple[re.Pattern, str]]) -> str | None:
+def _rename(key: str, compiled: list[tuple[re.Pattern[str], str]]) -> str | None:
     for pattern, target in compiled:
         if match := pattern.fullmatch(key):
             numbers = match.groupdict()

@@ -17,7 +17,7 @@ _LEVELS: tuple[Level, Level] = ("high", "low")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _TASK = re.compile(r"(?i)(?<![a-z])(?:ti2v|[tis]2v|a14b|14b)(?=high|low)")
 _VERSION = re.compile(r"(?i)(high|low)(?=v\d)")
-_DIFFUSERS = {"transformer": "high", "transformer_2": "low"}
+_DIFFUSERS: dict[str, Level] = {"transformer": "high", "transformer_2": "low"}
 
 
 def noise_level_of(path: Path) -> Level | None:

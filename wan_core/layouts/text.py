@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..config import TextConfig
 from ..errors import WanError
@@ -136,7 +137,7 @@ def _config(shapes: Mapping[str, tuple[int, ...]], layers: int) -> TextConfig:
     return TextConfig(vocabulary, dim, attention_dim, ffn_dim, heads, layers, buckets)
 
 
-def huggingface_config(config: TextConfig) -> dict:
+def huggingface_config(config: TextConfig) -> dict[str, Any]:
     """The ``config.json`` of transformers' UMT5EncoderModel."""
     return {
         "architectures": ["UMT5EncoderModel"],

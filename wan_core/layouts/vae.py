@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..config import VAES, VAEConfig, VAEKind
 from ..errors import WanError
@@ -178,13 +179,13 @@ def _check_config(config: VAEConfig, widths: list[int]) -> None:
         )
 
 
-def diffusers_config(config: VAEConfig) -> dict:
+def diffusers_config(config: VAEConfig) -> dict[str, Any]:
     """The ``config.json`` of diffusers' AutoencoderKLWan for these dimensions."""
     layout = {"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.35.0"}
     return {**layout, **_dimensions(config), **_PIXELS[config.kind]}
 
 
-def _dimensions(config: VAEConfig) -> dict:
+def _dimensions(config: VAEConfig) -> dict[str, Any]:
     return {
         "base_dim": config.encoder_dim,
         "decoder_base_dim": config.decoder_dim,
@@ -201,7 +202,7 @@ def _dimensions(config: VAEConfig) -> dict:
     }
 
 
-_PIXELS: dict[VAEKind, dict] = {
+_PIXELS: dict[VAEKind, dict[str, Any]] = {
     "wan2.1": {"is_residual": False, "in_channels": 3, "out_channels": 3, "patch_size": None},
     "wan2.2": {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2},
 }

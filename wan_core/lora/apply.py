@@ -124,8 +124,8 @@ class Adaptation:
             return
         self.revision += 1
         with ExitStack() as files:
-            for one in (self.file, *loras):
-                files.enter_context(one.checkpoint.reading())
+            for checkpoint in (self.file.checkpoint, *(lora.checkpoint for lora in loras)):
+                files.enter_context(checkpoint.reading())
             self._change(None if same else tuple(loras), strengths, merge=merge)
 
     def _change(self, loras: tuple[LoraFile, ...] | None, strengths: Sequence[float], *, merge: bool) -> None:

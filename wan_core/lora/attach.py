@@ -8,8 +8,8 @@ from pathlib import Path
 from ..config import PerExpert
 from ..errors import Hint, WanError
 from ..external import only_own
-from ..loading.dit import DiTFile
-from ..recipe import Loras, LoraUse, ModelRecipe, noise_level_of
+from ..layouts.noise_level import noise_level_of
+from ..recipe import Loras, LoraUse, ModelRecipe, Network
 from .expert_pairs import find_twin, has_other_epoch, level_of
 from .files import LoraFile, read_lora
 
@@ -92,7 +92,7 @@ def with_lora(
     return replace(recipe, loras=loras, merge_loras=recipe.merge_loras or merge), "\n".join(lines)
 
 
-def _read(path: Path, model: DiTFile, level: str, placed: Placed) -> LoraFile:
+def _read(path: Path, model: Network, level: str, placed: Placed) -> LoraFile:
     try:
         return read_lora(path, model, level)
     except WanError as error:
@@ -109,7 +109,7 @@ _TITLES = {"high": "High-noise expert", "low": "Low-noise expert", "only": "Mode
 
 def _sides(
     recipe: ModelRecipe, placed: Placed, strength: PerExpert
-) -> dict[str, tuple[DiTFile, Path | None, float, str]]:
+) -> dict[str, tuple[Network, Path | None, float, str]]:
     """Each expert with its file, strength and level; one expert on its own takes those of its noise level."""
     if recipe.low:
         return {

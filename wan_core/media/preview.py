@@ -176,7 +176,7 @@ class _Offer:
         latent, ready = self.source
         stream = _stream(latent.device) if ready else None
         with torch.cuda.stream(stream) if stream else nullcontext():
-            if ready:
+            if ready and stream:
                 stream.wait_event(ready)
             paint(latent, self.about)
         if stream:

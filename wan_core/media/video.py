@@ -151,9 +151,12 @@ class _FrameWriter:
 
         self.container = av.open(str(file), mode="w", format=kind.container)
         self.container.metadata["comment"] = _MARK
-        self.stream = self.container.add_stream(kind.codec, rate=fps, options=dict(kind.options))
+        stream = self.container.add_stream(kind.codec, rate=fps, options=dict(kind.options))
+        assert isinstance(stream, av.VideoStream), kind.codec
+        self.stream = stream
         self.stream.pix_fmt = "yuv420p"
-        self.even, self.size = kind.even, None
+        self.even = kind.even
+        self.size: tuple[int, int] | None = None
 
     def __enter__(self) -> _FrameWriter:
         return self
@@ -172,7 +175,7 @@ class _FrameWriter:
         """[F, H, W, 3] uint8."""
         import av
 
-        height, width = frames.shape[1:3]
+        height, width = frames.shape[1], frames.shape[2]
         if self.even and (height % 2 or width % 2):
             frames = _with_even_sides(frames)
             if self.size is None:
@@ -184,7 +187,7 @@ class _FrameWriter:
                     frames.shape[1],
                 )
         if self.size is None:  # once: a codec that is open keeps its size
-            self.size = tuple(frames.shape[1:3])
+            self.size = frames.shape[1], frames.shape[2]
             self.stream.height, self.stream.width = self.size
         for frame in frames.numpy():
             self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -225,7 +228,8 @@ class _AnimationWriter:
     """Frames are kept until the end: Pillow writes them together."""
 
     def __init__(self, kind: _Animation, file: Path, fps: Fraction):
-        self.kind, self.file, self.fps, self.frames = kind, file, fps, []
+        self.kind, self.file, self.fps = kind, file, fps
+        self.frames: list[Image] = []
 
     def __enter__(self) -> _AnimationWriter:
         return self
@@ -281,7 +285,7 @@ class _Pictures:
     def _written(self, chunks: Iterable[torch.Tensor], folder: Path) -> list[Path]:
         from PIL import Image
 
-        frames = []
+        frames: list[Path] = []
         for chunk in chunks:
             for frame in to_bytes(chunk).numpy():
                 frames.append(folder / str(len(frames)))

@@ -66,7 +66,7 @@ def parse_choice(group: str, entry: str) -> str | None:
 
 def _chosen(choices: Mapping[str, str | None]) -> list[Term]:
     wanted = {group: parse_choice(group, choice or NONE) for group, choice in choices.items()}
-    return [group[wanted[group.id]] for group in GROUPS.values() if wanted.get(group.id)]
+    return [group[term] for group in GROUPS.values() if (term := wanted.get(group.id))]
 
 
 def _find_group(id: str) -> Group:

@@ -28,7 +28,10 @@ class Format(ABC):
     The part "data" has one row for each row of the matrix.
     """
 
-    name: str
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What files and messages call it."""
 
     @abstractmethod
     def _decode(self, parts: Parts, out: Tensor) -> None:

@@ -32,7 +32,8 @@ class BlockType(NamedTuple):
 def block_type(name: str) -> BlockType:
     """One of ``DECODERS``: how many weights and bytes a block has, and how it is decoded."""
     tables = package()
-    return BlockType(*tables.GGML_QUANT_SIZES[tables.GGMLQuantizationType[name]], DECODERS[name])
+    weights, size = tables.GGML_QUANT_SIZES[tables.GGMLQuantizationType[name]]
+    return BlockType(weights, size, DECODERS[name])
 
 
 def package() -> ModuleType:

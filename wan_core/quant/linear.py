@@ -25,6 +25,8 @@ class QuantLinear(nn.Module):
     computation. Without gradients the dequantised matrix lives in the scratch buffer that all layers of a model share.
     """
 
+    bias: Tensor | None
+
     def __init__(self, packed: Packed, bias: Tensor | None, scratch: Scratch):
         super().__init__()
         self.out_features, self.in_features = packed.shape
@@ -56,6 +58,8 @@ class QuantLinear(nn.Module):
 
 class QuantEmbedding(nn.Module):
     """A packed table of which only the rows asked for are dequantised, where the table lies."""
+
+    data: Tensor
 
     def __init__(self, packed: Packed):
         super().__init__()
@@ -100,8 +104,8 @@ def pack_layers(module: nn.Module, packed: Mapping[str, Packed], scratch: Scratc
 
 
 def _packed_layer(layer: nn.Module, matrix: Packed, scratch: Scratch) -> nn.Module:
-    if hasattr(layer, "packed_kind"):
-        return layer.packed_kind(matrix)
+    if kind := getattr(layer, "packed_kind", None):
+        return kind(matrix)
     made = QuantLinear(matrix, None, scratch)
     made.register_parameter("bias", getattr(layer, "bias", None))
     return made

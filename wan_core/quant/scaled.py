@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,11 @@ class Scaled(Format):
     """
 
     dtype: torch.dtype  # of data
-    largest: float  # what data can hold
+
+    @property
+    @abstractmethod
+    def largest(self) -> float:
+        """What data can hold."""
 
     def columns(self, data: Tensor) -> int:
         return data.shape[1]

@@ -34,8 +34,8 @@ class Scratch(threading.local):
         if buffer is None or buffer.numel() < size or buffer.device != like.device or buffer.dtype != like.dtype:
             self.buffer = None  # the old one goes first: both together might not fit
             with torch.inference_mode(False):  # it may be written to later, out of inference mode
-                self.buffer = torch.empty(size, device=like.device, dtype=like.dtype)
-        return self.buffer[:size].view(*shape)
+                self.buffer = buffer = torch.empty(size, device=like.device, dtype=like.dtype)
+        return buffer[:size].view(*shape)
 
     def fitted(self, weight: Tensor, like: Tensor) -> Tensor:
         """The weight with the device and dtype of ``like``, in memory; valid until the next call."""

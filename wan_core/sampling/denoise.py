@@ -42,7 +42,7 @@ class KnownLatent:
     noise: Tensor | None = None
     clean: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.clean and self.noise is None:
             raise ValueError("kept places need noise unless they are clean")
 
@@ -52,7 +52,7 @@ class KnownLatent:
 
     def seen(self, x: Tensor, sigma: float) -> Tensor:
         """x as the model must see it at a noise level."""
-        known = self.latent if self.clean else noised(self.latent, self.noise, sigma)
+        known = self.latent if self.noise is None or self.clean else noised(self.latent, self.noise, sigma)
         return (1 - self.mask) * known + self.mask * x
 
     def flow(self, v: Tensor, x: Tensor, seen: Tensor, sigma: float) -> Tensor:
@@ -232,6 +232,7 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
         expert = experts.at(i, run.schedule).name
         state = RunState(x, i + 1, history, expert, state.kept)
         if callbacks.on_step:
+            assert velocity.x0 is not None  # every solver has called it
             done, total = i + 1 - run.start, run.last - run.start
             callbacks.on_step(StepReport(i, done, total, sigma, expert, velocity.x0, state))
     return state

@@ -47,7 +47,7 @@ class Switch:
     mode: str = "auto"
     value: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         needs_value, fits, expected = look_up(_MODES, self.mode, "expert switch")
         if needs_value and (self.value is None or not fits(self.value)):
             raise WanError(f"The expert switch by {self.mode} is set to {self.value}: expected {expected}.")
@@ -76,7 +76,7 @@ class Experts:
     boundary: float | None
     switch: Switch = Switch()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.switch.mode == "auto" and self.boundary is None and self.high is not self.low:
             raise WanError(
                 "This model has two experts and no boundary of its own: set the expert switch by timestep, step or SNR."
@@ -105,12 +105,13 @@ class Experts:
         return [self.at(i, schedule).name for i in range(schedule.steps)]
 
     def _is_high(self, i: int, schedule: Schedule) -> bool:
-        mode, value = self.switch.mode, self.switch.value
+        mode = self.switch.mode
+        value = self.boundary if mode == "auto" else self.switch.value
+        assert value is not None  # see __post_init__
         if mode == "step":
             return i < value
         if mode == "snr":
             sigma = schedule.sigmas[i].item()
             return ((1 - sigma) / sigma) ** 2 < value
         # The official rule compares the timestep that the model is told, not the solver's sigma.
-        fraction = self.boundary if mode == "auto" else value
-        return schedule.timesteps[i].item() >= fraction * TRAIN_STEPS
+        return schedule.timesteps[i].item() >= value * TRAIN_STEPS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class Condition:
     """
 
     text: Tensor
-    inputs: tuple = ()
+    inputs: tuple[Any, ...] = ()
     key: int = field(default_factory=itertools.count().__next__)
 
 

@@ -158,7 +158,7 @@ def resized(x: Tensor, height: int, width: int) -> Tensor:
     top = round((old_height - old_height * (old / new)) / 2) if old < new else 0
     middle = x[..., top : old_height - top, left : old_width - left]
     flat = functional.interpolate(middle.flatten(1, 2), size=(height, width), mode="bilinear")
-    return flat.unflatten(1, x.shape[1:3])
+    return flat.reshape(*x.shape[:3], height, width)
 
 
 def in_batch(x: Tensor, batch: int) -> Tensor:

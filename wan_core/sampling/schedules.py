@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from ..lookup import look_up
 
 AUTO = "auto"
 MOST_STEPS = 10_000
+Levels = TypeVar("Levels", np.ndarray, Tensor)
 _ONE = 0.9999  # ComfyUI's KSampler takes any denoise above this for the whole way
 
 
@@ -133,7 +135,7 @@ SCHEDULES: dict[str, Callable[[int, float], Schedule]] = {
 }
 
 
-def _shifted(sigmas: np.ndarray | Tensor, shift: float) -> np.ndarray | Tensor:
+def _shifted(sigmas: Levels, shift: float) -> Levels:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 

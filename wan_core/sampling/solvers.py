@@ -128,6 +128,7 @@ def _unipc_corrected(x0: Tensor, i: int, schedule: Schedule, history: History) -
     h = lam_target - lam
     weight = -(1 - target) * math.expm1(-h)
     before = history.x0s[-1]
+    assert history.x is not None  # unipc writes it at every step
     moved = (target / sigma) * history.x + weight * before
     if history.order == 1:
         return moved + (0.5 * weight) * (x0 - before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Start:
     """
 
     noise: Tensor
-    inputs: tuple = ()
+    inputs: tuple[Any, ...] = ()
     known: KnownLatent | None = None
 
 

@@ -107,8 +107,9 @@ class Latents:
     ):
         self.cache, self.vae_key, self.variant, self.on_chunk = cache, vae_key, variant, on_chunk
         self.clip_key = clip_key
-        self._load, self._vae = vae, None
-        self._load_clip, self._clip = clip, None
+        self._load, self._load_clip = vae, clip
+        self._vae: VideoVAE | None = None
+        self._clip: ClipVision | None = None
 
     def __call__(self, clip: Clip) -> Entry:
         video = cache(lambda: whole_chunks(clip.pixels(), clip.name))  # read once, and only if a part is missing
@@ -132,7 +133,7 @@ class Latents:
 
     def _makers(self) -> dict[str, Maker]:
         """The parts of an entry, and how those of some clips are made from their videos."""
-        makers = {"latent": self._encode}
+        makers: dict[str, Maker] = {"latent": self._encode}
         if self.variant.image == "channels":
             makers["concat"] = self._condition
         if self.variant.clip:
@@ -193,7 +194,8 @@ class Texts:
         self, cache: Cache, encoder: Callable[[], TextEncoder], encoder_key: str, on_block: OnBlock | None = None
     ):
         self.cache, self.encoder_key, self.on_block = cache, encoder_key, on_block
-        self._load, self._encoder = encoder, None
+        self._load = encoder
+        self._encoder: TextEncoder | None = None
 
     def __call__(self, prompt: str) -> Tensor:
         return self.cache.get(digest(prompt, self.encoder_key), lambda: self._make(prompt))["text"]

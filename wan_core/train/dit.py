@@ -146,7 +146,8 @@ class DiTTask:
             given = torch.rand(len(latent), generator=generator) >= self.recipe.image_dropout
             made = with_clean_first_frame(made, latent, given & (latent.shape[2] > 1))
         device = self.model.device
-        return Example(*(part.to(device) for part in (made.x, made.t, made.target, made.weight)), made.inputs)
+        x, t, target, weight = (part.to(device) for part in (made.x, made.t, made.target, made.weight))
+        return Example(x, t, target, weight, made.inputs)
 
     def sample(self, step: int, folder: Path) -> None:
         if self.sampler:

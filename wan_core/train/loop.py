@@ -162,7 +162,7 @@ def _step(
     for group in state.optimiser.param_groups:
         group["lr"] = rate
     state.optimiser.zero_grad(set_to_none=True)
-    total, figures = 0.0, {}
+    total, figures = 0.0, dict[str, float]()
     for part in range(plan.accumulate):
         batch = (state.step * plan.accumulate + part) * processes.count + processes.rank
         chance, last = step_generator(plan.seed, batch), part + 1 == plan.accumulate

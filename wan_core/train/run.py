@@ -368,7 +368,8 @@ def prepare(
     clips = usable(clips, ready, skip_bad=request.skip_bad_clips)
     empty, wishes = texts(""), _wishes(request, clips, shapes, latents, texts)
     hooks.tell(f"{len(clips)} clips are ready in {folder}.")
-    latents.release(), texts.release()
+    latents.release()
+    texts.release()
     gc.collect()
     empty_cache()
     rows = [clip for clip in clips for _ in range(request.repeat)]

@@ -79,8 +79,9 @@ def sample(
 def _experts(high: TrainedDiT, low: TrainedDiT, how: Sampling, variant: Variant) -> Experts:
     if high is low:
         return Experts.dense(_Model(high, how.precision), how.guidance)
-    both = (Expert(_Model(model, how.precision), how.guidance, name) for model, name in ((high, "high"), (low, "low")))
-    return Experts(*both, variant.boundary)
+    first = Expert(_Model(high, how.precision), how.guidance, "high")
+    second = Expert(_Model(low, how.precision), how.guidance, "low")
+    return Experts(first, second, variant.boundary)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ Module names are the official checkpoint's key names.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -245,7 +245,7 @@ class WanDiT(nn.Module):
         for feature in config.features:
             feature_of(feature).attach(self, feature)
         self.attend: Attend = sdpa
-        self.swap = None
+        self.swap: Any = None  # memory/stream/swap.py's, further up
         self.adaptation = None
 
     @property

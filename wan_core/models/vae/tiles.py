@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -121,8 +121,8 @@ def decode_tiled(vae: VideoVAE, latent: Tensor, tiles: Tiles, on_chunk: OnChunk 
     b, _, t, h, w = latent.shape
     stride = vae.spec.spatial_stride
     video = latent.new_zeros(b, 3, TEMPORAL_STRIDE * (t - 1) + 1, h * stride, w * stride, dtype=torch.float32)
-    for place, chunk, weight in decoded_tiles(vae, latent, tiles, on_chunk):
-        video[(..., *place)] += chunk * weight
+    for (frames, rows, columns), chunk, weight in decoded_tiles(vae, latent, tiles, on_chunk):
+        video[..., frames, rows, columns] += chunk * weight
     return video
 
 
@@ -228,7 +228,7 @@ def _stretches(parts: Iterable[Part], part_bytes: int | None = None) -> Iterator
     stretch: list[Part] = []
     held = 0
     for part in parts:
-        size = part.nbytes if part_bytes is None else part_bytes
+        size = cast(Tensor, part).nbytes if part_bytes is None else part_bytes
         if stretch and held + size > HELD:
             yield stretch, False
             stretch, held = [], 0
