@@ -16,6 +16,9 @@ NAMES = {
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
 }  # fmt: skip
 
+# AMD's RDNA2 and older, by the beginning of their architecture's name; the capability that they report says nothing.
+_WITHOUT_BF16 = ("gfx101", "gfx103", "gfx900", "gfx906", "gfx80")
+
 
 def default_dtype(device: torch.device | str, stored: torch.dtype | None = None) -> torch.dtype:
     """bfloat16 where the device is fast in it, else float32.
@@ -26,6 +29,9 @@ def default_dtype(device: torch.device | str, stored: torch.dtype | None = None)
     """
     device = torch.device(device)
     if device.type == "cuda":
+        if torch.version.hip:
+            architecture = torch.cuda.get_device_properties(device).gcnArchName
+            return torch.float16 if architecture.startswith(_WITHOUT_BF16) else torch.bfloat16
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if device.type == "cpu":
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

@@ -28,7 +28,7 @@ from .lookup import look_up
 from .media import geometry as latents
 from .media.geometry import fitted, fitted_size, image_tensor
 from .memory import plan as plans
-from .memory.devices import available_bytes
+from .memory.devices import available_bytes, is_out_of_memory
 from .memory.engine import Engine, largest_matrix, text_bytes
 from .memory.plan import AUTO, GB, MARGIN, decode_bytes
 from .memory.run import denoise_in_memory
@@ -304,7 +304,9 @@ def decode(
                     yield chunk[0].cpu()
                     done += 1
             return
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             said = str(error).partition("\n")[0]
         chunk = None
         tiles = next_tiles(*size, tiles, said)
@@ -443,7 +445,7 @@ def _vae_layout(
     if math.isinf(room):
         return device, None
     tiles = fitting_tiles(spec, *size, room, torch.float32)
-    if tiles is None or decode_bytes(spec, tiles.height, tiles.width) <= room:
+    if tiles is None or decode_bytes(spec, min(tiles.height, size[0]), min(tiles.width, size[1])) <= room:
         return device, tiles
     log.warning("No tile of %dx%d fits into %.1f GB: the VAE runs on the CPU.", size[1], size[0], room / GB)
     return torch.device("cpu"), None

@@ -57,6 +57,9 @@ class _Fake(FakeTensorMode):
 class Machine(TorchDispatchMode):
     """The device ``cuda:0``, or another kind's; inside ``running()`` what is asked of it is counted in ``tally``.
 
+    Any other kind has neither float64 nor complex numbers, as Apple's MPS. PyTorch lets only its place for other
+    backends be played, see ``play_other_kind``.
+
     Args:
         total: bytes of its memory. More is an ``OutOfMemoryError``, as on a real one.
         claims: bytes that it says it has, where that is another number.
@@ -199,17 +202,26 @@ class Machine(TorchDispatchMode):
         return tensor.untyped_storage().data_ptr() in self._pinned
 
     def _refuse_what_it_lacks(self, given: list[Tensor], kwargs: dict) -> None:
-        if self.device.type != "mps":
+        kind = self.device.type
+        if kind == "cuda":
             return
-        asked = kwargs.get("dtype") if kwargs.get("device") is None or kwargs["device"].type == "mps" else None
+        asked = kwargs.get("dtype") if kwargs.get("device") is None or kwargs["device"].type == kind else None
         kinds = {one.dtype for one in given if isinstance(one, FakeTensor)} | ({asked} if asked else set())
         if kinds & {torch.float64, torch.complex64, torch.complex128}:
-            raise TypeError("MPS has neither float64 nor, in most of its operations, complex numbers")
+            raise TypeError(f"{kind} has neither float64 nor complex numbers: a rehearsal")
 
 
 @cache
 def _is_composite(function) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
+
+
+def play_other_kind() -> str:
+    """Register a device without a backend, once and for the whole process; returns its kind."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend()
+    return "privateuseone"
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ from wan_core.memory.plan import Plan, plan
 from wan_core.models.dit.layers import layer_norm
 from wan_core.pipeline import Request
 
+ROOT = Path(__file__).resolve().parents[2]
 MB = 1024**2
 
 
@@ -307,3 +312,50 @@ def test_weights_are_loaded_from_pinned_memory(shelf: Shelf, stored: str, dtype:
         assert counts.pinned == pytest.approx(sum(map(file.checkpoint.stored_bytes, file.names.values())), rel=0.01)
         made = [*model.parameters(), *model.buffers()]
         assert tally.live.now == pytest.approx(sum(one.nbytes for one in made), rel=0.01)
+
+
+def test_tiles_larger_than_one_side_of_the_frame_are_no_reason_for_the_cpu(shelf: Shelf):
+    machine = Machine(15e9)
+    with machine.running():
+        config = shelf.vae("ti2v-5B").config
+        device, tiles = pipeline._vae_layout(config, None, (704, 1280), 14.3e9, machine.device)
+    assert device == machine.device and tiles.width == 1024
+
+
+# --- devices of other kinds
+
+_ELSEWHERE = """
+import sys
+from pathlib import Path
+from bench.rehearse.files import Shelf
+from bench.rehearse.machine import Machine, play_other_kind
+from bench.rehearse.scenes import Run, rehearse
+kind, shelf = play_other_kind(), Shelf(Path(sys.argv[1]))
+for run in (
+    Run("t2v-1.3B", "480p", dtype="float16", solver="dpm++", guided=True),
+    Run("t2v-1.3B", "480p", dtype="float16", layers=3, swap=2, masked=True),
+    Run("ti2v-5B", "704p", dtype="float16", image=True),
+    Run("i2v-14B", "480p", dtype="float16", image=True, lora="added"),
+    Run("t2v-1.3B", "480p", dtype="fp8_e4m3fn"),
+    Run("t2v-1.3B", "480p", stored="Q4_0", dtype="float16"),
+):
+    seen = rehearse(run, shelf, Machine(kind=kind))
+    assert sum(seen.steps[-1].waits.values()) == 1, (str(run), seen.steps[-1].waits)
+    print("ran", run)
+try:
+    with Machine(kind=kind).running():
+        import torch
+        torch.zeros(3, device=kind).double().add_(1)
+except TypeError as error:
+    print("refused", error)
+"""
+
+
+def test_a_device_without_float64_and_complex_numbers(tmp_path: Path):
+    """In a process of its own: PyTorch knows the place for other backends, once used, to the end of the process."""
+    command = [sys.executable, "-c", _ELSEWHERE, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("ran ") == 6 and "refused" in done.stdout

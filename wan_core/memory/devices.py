@@ -6,6 +6,7 @@ import ctypes
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import torch
@@ -14,7 +15,21 @@ from ..errors import WanError
 
 
 def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The accelerator of this machine (CUDA, MPS, XPU, NPU), else the CPU."""
+    return _accelerator() or torch.device("cpu")
+
+
+def _accelerator() -> torch.device | None:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if not hasattr(torch, "accelerator") or not torch.accelerator.is_available():
+        return None
+    return torch.device(torch.accelerator.current_accelerator().type)
+
+
+def backend_of(device: torch.device) -> ModuleType | None:
+    """PyTorch's module for a kind of device, such as ``torch.xpu``."""
+    return getattr(torch, device.type, None)
 
 
 def resolve_device(name: str | torch.device | None) -> torch.device:
@@ -36,18 +51,21 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
 
 def _here() -> list[str]:
     """The devices of this machine by their names."""
-    names = ["cpu"]
-    if torch.cuda.is_available():
-        names += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        names.append("mps")
-    return names
+    found = _accelerator()
+    if found is None:
+        return ["cpu"]
+    count = getattr(backend_of(found), "device_count", lambda: 1)()
+    return ["cpu", *(f"{found.type}:{i}" for i in range(count))]
 
 
 def total_bytes(device: torch.device) -> int:
     """All the memory that a device has, in use or not; of a CPU what this process may take, swap included."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    if hasattr(backend_of(device), "mem_get_info"):
+        return backend_of(device).mem_get_info(device)[1]
     machine = psutil.virtual_memory().total + psutil.swap_memory().total
     return min([machine, *_container_limits()])
 
@@ -63,16 +81,29 @@ def _container_limits() -> list[int]:
 
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be allocated, what the allocator holds in reserve included."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
+    module = backend_of(device)
+    if device.type == "mps":  # of the machine's own memory
+        rest = module.recommended_max_memory() - module.current_allocated_memory()
+        return max(0, min(rest, psutil.virtual_memory().available))
+    if device.type == "cpu" or not hasattr(module, "mem_get_info"):
+        return psutil.virtual_memory().available
+    free, _ = module.mem_get_info(device)
+    return free + module.memory_reserved(device) - module.memory_allocated(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had too little memory: not every kind of device has the error that PyTorch has for it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in said or "not enough gpu video memory" in said)
 
 
 def empty_cache() -> None:
     """Give the allocators' reserves back to the device and to the system."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    found = _accelerator()
+    if hasattr(found and backend_of(found), "empty_cache"):
+        backend_of(found).empty_cache()
     if trim := getattr(_c_library(), "malloc_trim", None):  # glibc keeps what was freed below its top
         trim(0)
 

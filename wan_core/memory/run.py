@@ -11,6 +11,7 @@ from ..config import PerExpert
 from ..errors import WanError
 from ..recipe import ModelRecipe
 from ..sampling.denoise import SILENT, Callbacks, Run, RunState, StepReport, denoise
+from .devices import is_out_of_memory
 from .engine import Engine
 from .plan import Plan
 
@@ -46,7 +47,9 @@ def denoise_in_memory(
     while True:
         try:
             return attempt(fitted, planned)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             said = str(error).partition("\n")[0]
         # Outside the except block, where the error's frames no longer hold tensors.
         steps = reached.state.step - run.start

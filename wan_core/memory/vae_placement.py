@@ -11,7 +11,7 @@ import torch
 from ..config import VAEConfig
 from ..errors import WanError
 from ..models.vae.tiles import Tiles
-from .devices import empty_cache
+from .devices import empty_cache, is_out_of_memory
 from .plan import decode_bytes
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,9 @@ def retried(run: Callable[[Tiles | None], Made], height: int, width: int, tiles:
     while True:
         try:
             return run(tiles)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             said = str(error).partition("\n")[0]
         tiles = next_tiles(height, width, tiles, said)  # outside the except block, where no frame holds tensors
 
