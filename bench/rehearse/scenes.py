@@ -55,6 +55,7 @@ class Run:
     previews: bool = False
     guided: bool = False  # both prompts
     kernels: bool = True  # the pack's own
+    capability: tuple[int, int] = (9, 0)  # of the card: Hopper
 
     def __str__(self) -> str:
         said = [self.task, self.size, self.solver]
@@ -63,6 +64,7 @@ class Run:
         said += [f"{self.swap} of {self.layers} blocks streamed"] * bool(self.swap)
         said += [f"{self.limit} GB allowed"] * bool(self.limit)
         said += ["image"] * self.image + ["end image"] * self.end_image + [f"LoRA {self.lora}"] * bool(self.lora)
+        said += ["compute capability {}.{}".format(*self.capability)] * (self.capability != (9, 0))
         said += [] if self.kernels else ["without Triton"]
         return ", ".join([*said, *["mask"] * self.masked, *["previews"] * self.previews])
 
@@ -89,6 +91,7 @@ RUNS = (
     Run("t2v-A14B", "480p", dtype="fp8_e4m3fn"),
     Run("t2v-A14B", "480p", dtype="fp8_e4m3fn", kernels=False),
     Run("t2v-A14B", "480p", dtype="int8"),
+    Run("t2v-A14B", "480p", dtype="int8", capability=(8, 9)),
     Run("t2v-A14B", "480p", stored="Q4_K"),
     Run("t2v-A14B", "480p", layers=3, swap=2, guided=True),
     Run("t2v-A14B", "480p", layers=3, limit=4.5, guided=True),
@@ -139,7 +142,11 @@ def rehearse(run: Run, shelf: Shelf, machine: Machine | None = None) -> Watched:
     Raises:
         RuntimeError: tensors of two devices met.
     """
-    machine, seen, began = machine or Machine(kernels=run.kernels), Watched(), time.perf_counter()
+    machine, seen, began = (
+        machine or Machine(kernels=run.kernels, capability=run.capability),
+        Watched(),
+        time.perf_counter(),
+    )
     models, request = models_of(run, shelf), _request(run, shelf)
     with machine.running(), fresh_caches(), torch.no_grad(), ExitStack() as stack:
         engine = Engine()
