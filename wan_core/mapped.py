@@ -17,7 +17,7 @@ import os
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -127,7 +127,8 @@ def read_into(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         WanError: a file was changed, truncated or removed, or cannot be read any more. Nothing is being written to
             the places when this returns or raises.
     """
-    jobs, uploads = [], {}
+    jobs: list[Future] = []
+    uploads: dict[torch.device, list[tuple[_Source, torch.dtype, Tensor]]] = {}
     try:
         for tensor, place in pairs:
             source = _behind(tensor)

@@ -69,11 +69,11 @@ class _Ring:
     def __init__(self, device: torch.device, size: int):
         self._device = device
         self._buffers = [pinned(size) for _ in range(PIECES)]
-        self._copied: list[torch.cuda.Event | None] = [None] * PIECES
+        self._copied: dict[int, torch.cuda.Event] = {}
 
     def room(self, slot: int, piece: Piece) -> Tensor:
         """Host memory for a piece, once what was there has been copied."""
-        if self._copied[slot] is not None:
+        if slot in self._copied:
             self._copied[slot].synchronize()
         return self._buffers[slot][: piece.bytes].view(piece.dtype)
 

@@ -42,6 +42,17 @@ FLASH_HEAD = 256  # numbers in a head, at most, for a flash kernel
 
 
 class _Fake(FakeTensorMode):
+    _inside = threading.local()
+
+    @property
+    def in_kernel_invocation(self) -> bool:
+        """Whether tensors say that they are on the meta device: of each thread by itself, for others compute too."""
+        return getattr(self._inside, "now", False)
+
+    @in_kernel_invocation.setter
+    def in_kernel_invocation(self, value: bool) -> None:
+        self._inside.now = value
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # to guard against a compiler that is not in use, PyTorch would import it: seconds

@@ -74,6 +74,7 @@ def _importable(package: str, name: str | None) -> bool:
 
 
 BACKENDS: dict[str, Backend] = {}
+WHOLE = "whole"  # the attribute by which a model knows that it must not ask for a part at a time
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -85,7 +86,7 @@ def backend(name: str, **constraints) -> Callable[[Attend], Attend]:
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, kind: KIND = "self") -> torch.Tensor:
             return run(q, k, v) if kind == "self" else sdpa(q, k, v)
 
-        attend.whole = constraints.get("whole", False)
+        setattr(attend, WHOLE, constraints.get("whole", False))
         BACKENDS[name] = Backend(name, attend, **constraints)
         return attend
 

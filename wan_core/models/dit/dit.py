@@ -15,7 +15,7 @@ from torch import nn
 
 from ...config import PATCH, Architecture
 from ...errors import Hint, WanError
-from .attention import Attend, sdpa
+from .attention import WHOLE, Attend, sdpa
 from .features import FEATURES, Branch, feature_of
 from .layers import (
     SLICE,
@@ -186,7 +186,7 @@ class Block(nn.Module):
         attention, feed_forward = self._modulations(timed)
         # The hungriest moment: tokens, queries, keys and values. What attention answers takes the queries' place.
         q, k, v = self.self_attn.queries_keys_values(modulated_norm(x, attention, self.eps), rope)
-        if getattr(attend, "whole", False):
+        if getattr(attend, WHOLE, False):
             seen = attend(q, k, v, kind="self").flatten(2)
         else:
             seen = over(lambda part, k=k, v=v: attend(part, k, v, kind="self"), q).flatten(2)
