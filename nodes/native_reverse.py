@@ -86,7 +86,7 @@ def from_model(patcher: Any, name: str) -> ModelRecipe:
     dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
     same = (id(patcher.model), patcher.patches_uuid)
     _check_channels(config, name)
-    held = ExternalModel(name, config, dtype, same, lambda device: NativeExpert(patcher))
+    held = ExternalModel(name, config, dtype, same, lambda device: NativeExpert(patcher), host="ComfyUI")
     shifted = "model_sampling" in patcher.object_patches
     note = f"{name}: the shift that a node gave to this MODEL is not used; set it on Wan Sampler."
     return ModelRecipe(held, notes=(note,) if shifted else ())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from comfy_api.latest import io
@@ -15,9 +16,10 @@ from ..wan_core.layouts import comfyui
 from ..wan_core.loading.vae import VAEFile, read_vae
 from ..wan_core.mapped import fetch
 from ..wan_core.media.geometry import latent_frames, pixel_frames
+from ..wan_core.media.pixels import blend, cropped, fill, pieces
 from ..wan_core.memory import capacity
 from ..wan_core.memory.plan import decode_bytes
-from ..wan_core.memory.vae_placement import WORKSPACE, fitting_tiles, retried, working_bytes
+from ..wan_core.memory.vae_placement import WORKSPACE, Place, at_once, place, retried, vae_at
 from ..wan_core.models.vae.tiles import Tiles, cut, decoded_tiles, encode_tiled_chunks
 from ..wan_core.models.vae.vae import VideoVAE, denormalise, normalise
 from . import host
@@ -100,21 +102,27 @@ class WanVAE:
 
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
         """Pixels -> raw latent. As ComfyUI's VAE: sides are cropped to the stride, frames to 4n + 1."""
-        videos = self._videos(pixel_samples, None)
-        return retried(lambda tiles: self._encoded(videos, tiles), *videos.shape[2:4], None)
+        return self._encode(pixel_samples, None)
 
     def encode_chunks(
         self, chunks: Iterable[torch.Tensor], frames: int, bar: host.Chunks | None = None
     ) -> torch.Tensor:
         """A stream of [1,3,f,H,W] in -1..1 -> raw latent [1,C,T,h,w]."""
-        vae = self._weights()
+        return self._encoded_chunks(self._weights(), chunks, frames, bar)
+
+    def _weights(self) -> VideoVAE:
+        return host.engine().vae(self.file, self.patcher.load_device, self.dtype)
+
+    def _encoded_chunks(
+        self, vae: VideoVAE, chunks: Iterable[torch.Tensor], frames: int, bar: host.Chunks | None = None
+    ) -> torch.Tensor:
         with host.cancellable(vae):
             encoded = list(vae.encode_chunks(chunks, bar or host.Chunks(latent_frames(frames)), total_frames=frames))
         return denormalise(torch.cat(encoded, dim=2), vae.config.kind).to(host.storage_device())
 
     def decode(self, samples_in: torch.Tensor, vae_options: dict | None = None) -> torch.Tensor:
         """Raw latent -> pixels [B,F,H,W,3], filled chunk by chunk; in tiles where the device has too little memory."""
-        return self._decode(samples_in, self._fitting_tiles(samples_in))
+        return self._decode(samples_in, None)
 
     def encode_tiled(
         self,
@@ -125,17 +133,22 @@ class WanVAE:
         **time: int | None,
     ) -> torch.Tensor:
         """Tiles in pixels, as ComfyUI's VAE. Time is streamed, so tiles in time are not needed."""
-        tiles = _tiles(tile_y, tile_x, overlap, 1)
-        videos = self._videos(pixel_samples, tiles)
-        return retried(lambda tiles: self._encoded(videos, tiles), *videos.shape[2:4], tiles)
+        return self._encode(pixel_samples, _tiles(tile_y, tile_x, overlap, 1))
 
-    def _encoded(self, videos: torch.Tensor, tiles: Tiles | None) -> torch.Tensor:
-        vae, frames = self._weights(videos.shape[2:4], tiles), videos.shape[1]
+    def _encode(self, pixels: torch.Tensor, tiles: Tiles | None) -> torch.Tensor:
+        videos = self._videos(pixels, tiles)
+        where = self._place(videos.shape[2:4], tiles)
+        return retried(
+            lambda tiles: self._encoded(videos, replace(where, tiles=tiles)), *videos.shape[2:4], where.tiles
+        )
+
+    def _encoded(self, videos: torch.Tensor, where: Place) -> torch.Tensor:
+        vae, frames, tiles = vae_at(host.engine(), self.file, where, videos.shape[2:4]), videos.shape[1], where.tiles
         bar = host.Chunks(len(videos) * latent_frames(frames) * self._tile_count(videos.shape[2:4], tiles))
         if tiles is None:
-            return torch.cat([self.encode_chunks(_pieces(video), frames, bar) for video in videos])
+            return torch.cat([self._encoded_chunks(vae, pieces(video), frames, bar) for video in videos])
         with host.cancellable(vae):
-            encoded = [torch.cat(list(encode_tiled_chunks(vae, _pieces(video), tiles, bar)), dim=2) for video in videos]
+            encoded = [torch.cat(list(encode_tiled_chunks(vae, pieces(video), tiles, bar)), dim=2) for video in videos]
         return denormalise(torch.cat(encoded), vae.config.kind).to(host.storage_device())
 
     def decode_tiled(
@@ -156,8 +169,8 @@ class WanVAE:
             raise WanError(f"The images are {found}: expected [frames, height, width, 3].")
         frames = pictures(pixels.flatten(0, 1) if pixels.ndim == 5 else pixels, "The images")
         videos = frames.view(*pixels.shape[:-1], 3) if pixels.ndim == 5 else frames[None]
-        videos = _cropped(videos, self.spacial_compression_encode())
-        self.check_encode(*_at_once(videos.shape[2:4], tiles))
+        videos = cropped(videos, self.spacial_compression_encode())
+        self.check_encode(*at_once(videos.shape[2:4], tiles))
         return videos
 
     def check_encode(self, height: int, width: int) -> None:
@@ -169,12 +182,12 @@ class WanVAE:
         needed = capacity.encode_bytes(self.file.config, height, width, self._compute_dtype())
         capacity.check_bytes(needed, f"Encoding frames of {width}x{height}", device, host.total_bytes(device))
 
-    def _check_decode(self, size: Sequence[int], tiles: Tiles | None) -> None:
+    def _check_decode(self, size: Sequence[int], where: Place) -> None:
         """Refuse what cannot be decoded, [B,F,H,W,3], before anything is allocated."""
         host_device = host.storage_device()
         capacity.check_tensor(size, "A video", device=host_device, total=host.total_bytes(host_device))
-        device, (height, width) = self.patcher.load_device, _at_once(size[2:4], tiles)
-        needed = decode_bytes(self.file.config, height, width, self._compute_dtype())
+        device, (height, width) = where.device, at_once(size[2:4], where.tiles)
+        needed = decode_bytes(self.file.config, height, width, where.dtype)
         capacity.check_bytes(
             needed,
             f"Decoding frames of {width}x{height} at once",
@@ -190,32 +203,32 @@ class WanVAE:
         batch, _, frames, height, width = _video_latent(samples, self.latent_channels).shape
         stride = self.spacial_compression_decode()
         size = (batch, pixel_frames(frames), height * stride, width * stride, 3)
-        self._check_decode(size, tiles)
-        return retried(lambda tiles: self._decoded(samples, size, tiles), *size[2:4], tiles)
+        where = self._place(size[2:4], tiles)
+        self._check_decode(size, where)
+        return retried(lambda tiles: self._decoded(samples, size, replace(where, tiles=tiles)), *size[2:4], where.tiles)
 
-    def _decoded(self, samples: torch.Tensor, size: Sequence[int], tiles: Tiles | None) -> torch.Tensor:
-        batch, frames = len(samples), samples.shape[2]
-        vae = self._weights(size[2:4], tiles)
+    def _decoded(self, samples: torch.Tensor, size: Sequence[int], where: Place) -> torch.Tensor:
+        batch, frames, tiles = len(samples), samples.shape[2], where.tiles
+        vae = vae_at(host.engine(), self.file, where, size[2:4])
         video = torch.zeros(size, device=host.storage_device())
         bar = host.Chunks(batch * frames * self._tile_count(size[2:4], tiles))
         with host.cancellable(vae):
             for i in range(batch):
                 latent = normalise(samples[i : i + 1], vae.config.kind)
                 if tiles is None:
-                    _fill(video[i], vae.decode_chunks(latent, bar))
+                    fill(video[i], vae.decode_chunks(latent, bar))
                 else:
-                    _blend(video[i], decoded_tiles(vae, latent, tiles, bar))
+                    blend(video[i], decoded_tiles(vae, latent, tiles, bar))
         return video
 
-    def _fitting_tiles(self, samples: torch.Tensor) -> Tiles | None:
-        device = self.patcher.load_device
-        if device.type == "cpu":  # pages are swapped out before a tile would help
-            return None
-        vae, stride = self._weights(), self.spacial_compression_decode()
-        _, _, _, height, width = _video_latent(samples, self.latent_channels).shape
+    def _place(self, size: Sequence[int], tiles: Tiles | None) -> Place:
+        """For frames of this height and width: in the tiles that were asked for, else as there is room."""
+        device, dtype = self.patcher.load_device, self._compute_dtype()
+        if tiles is not None or device.type == "cpu":
+            return Place(device, tiles, dtype)
         # What the engine holds makes way, and of that the VAE's weights are there already.
         free = host.free_bytes(device) + host.engine().bytes_on(device) - WORKSPACE
-        return fitting_tiles(vae.config, height * stride, width * stride, free, vae.conv2.weight.dtype)
+        return place(self.file.config, size, device, dtype, room=free)
 
     def _tile_count(self, size: Sequence[int], tiles: Tiles | None) -> int:
         stride = self.spacial_compression_decode()
@@ -244,51 +257,6 @@ class WanVAE:
 
     def get_ram_usage(self) -> int:
         return 0
-
-    def _weights(self, size: Sequence[int] | None = None, tiles: Tiles | None = None) -> VideoVAE:
-        """With room for frames of this height and width."""
-        device, working = self.patcher.load_device, 0
-        if size is not None and device.type != "cpu":
-            working = working_bytes(self.file.config, *size, tiles, self._compute_dtype())
-        return host.engine().vae(self.file, device, self.dtype, working=working)
-
-
-def _cropped(videos: torch.Tensor, stride: int) -> torch.Tensor:
-    """[B,F,H,W,3] -> the middle that the VAE can encode, without the last frames that do not fill a latent frame."""
-    _, frames, height, width, _ = videos.shape
-    kept, h, w = pixel_frames(1 + (frames - 1) // TEMPORAL_STRIDE), height // stride * stride, width // stride * stride
-    if (kept, h, w) != (frames, height, width):
-        log.warning("Wan VAE: %d frames of %dx%d are cropped to %d of %dx%d.", frames, width, height, kept, w, h)
-    top, left = (height - h) // 2, (width - w) // 2
-    return videos[:, :kept, top : top + h, left : left + w]
-
-
-def _pieces(video: torch.Tensor) -> Iterator[torch.Tensor]:
-    """[F,H,W,3] in 0..1 -> [1,3,f,H,W] in -1..1, one frame and then four at a time."""
-    starts = [0, *range(1, len(video), TEMPORAL_STRIDE)]
-    for start, end in zip(starts, [*starts[1:], len(video)], strict=True):
-        yield video[start:end].movedim(-1, 0)[None].float() * 2 - 1
-
-
-def _fill(video: torch.Tensor, chunks: Iterable[torch.Tensor]) -> None:
-    """[1,3,f,H,W] in -1..1, one after the other, into [F,H,W,3] in 0..1."""
-    start = 0
-    for chunk in chunks:
-        pixels = chunk[0].movedim(0, -1)
-        video[start : start + len(pixels)] = pixels.add(1).div(2)
-        start += len(pixels)
-
-
-def _blend(video: torch.Tensor, pieces: Iterable[tuple[tuple, torch.Tensor, torch.Tensor]]) -> None:
-    """Weighted pieces [1,3,f,H,W] in -1..1 into [F,H,W,3] in 0..1, which is zero before."""
-    for place, piece, weight in pieces:
-        video[place] += (piece[0].add(1).div(2) * weight).movedim(0, -1).to(video.device)
-
-
-def _at_once(size: Sequence[int], tiles: Tiles | None) -> tuple[int, int]:
-    """Height and width of what the VAE sees at a time."""
-    height, width = size
-    return (min(tiles.height, height), min(tiles.width, width)) if tiles else (height, width)
 
 
 def _tiles(height: int | None, width: int | None, overlap: int | None, unit: int) -> Tiles:

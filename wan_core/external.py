@@ -23,6 +23,7 @@ class ExternalModel:
         fingerprint: equal for the same weights with the same changes.
         connect: a device -> the network as ``denoise`` calls it. Called once for a run; nothing is loaded before the
             network's own first call.
+        host: who holds it, for messages.
     """
 
     name: str
@@ -30,6 +31,7 @@ class ExternalModel:
     dtype: torch.dtype
     fingerprint: tuple
     connect: Callable[[torch.device], Model]
+    host: str = "another program"
 
     @property
     def path(self) -> Path:
@@ -46,6 +48,7 @@ def only_own(files: Iterable[object], what: str, hint: Hint | None = None) -> No
     Raises:
         WanError: one of a recipe's files is held elsewhere.
     """
-    names = [file.name for file in files if isinstance(file, ExternalModel)]
-    if names:
-        raise WanError(f"{what} needs weights that lie here, but another program holds {' and '.join(names)}.", hint)
+    held = [file for file in files if isinstance(file, ExternalModel)]
+    if held:
+        names = " and ".join(file.name for file in held)
+        raise WanError(f"{what} needs weights that lie here, but {held[0].host} holds {names}.", hint)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .config import VAES, VARIANTS, PerExpert, VAEConfig, Variant
+from .config import VAES, VARIANTS, PerExpert, Variant
 from .dtypes import resolve_dtype
 from .errors import WanError
 from .layouts.folder import find_parts
@@ -32,11 +32,10 @@ from .memory.devices import available_bytes, is_out_of_memory
 from .memory.engine import Engine, largest_matrix, text_bytes
 from .memory.plan import AUTO, GB, MARGIN, decode_bytes
 from .memory.run import denoise_in_memory
-from .memory.vae_placement import fitting_tiles, next_tiles, retried, working_bytes
+from .memory.vae_placement import Place, at_once, next_tiles, place, retried, square_tiles, vae_at
 from .models.dit.attention import find_backend
 from .models.dit.features.clip_tokens import ClipTokens
 from .models.vae.tiles import Tiles, decode_tiled_chunks, encode_tiled_chunks
-from .models.vae.vae import VideoVAE
 from .recipe import ModelRecipe, pair
 from .sampling.denoise import Callbacks, Run, StepReport
 from .sampling.experts import Switch
@@ -49,8 +48,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
-
-_SMALLEST_TILE = 64  # pixels: what two tiles share, and is thrown away
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ class Request:
         if self.seed >= 2**64:
             raise WanError(f"The seed is {self.seed}: expected a number below 2^64.")
         if self.vae_tile is not None:
-            _tiles(self.vae_tile)
+            square_tiles(self.vae_tile)
 
     def timetable(self) -> Schedule:
         return schedule(self.schedule, self.steps, self.shift, solver=self.solver)
@@ -253,9 +250,8 @@ def check_decode(
     Raises:
         WanError: a tile or a frame takes more memory than there is.
     """
-    where, tiles = _vae_layout(file.config, tile, size, room, device)
-    height, width = (min(size[0], tiles.height), min(size[1], tiles.width)) if tiles else size
-    plans.check_frames_fit(file.config, height, width, where)
+    where = _vae_place(file, size, device, room, tile)
+    plans.check_frames_fit(file.config, *at_once(size, where.tiles), where.device)
 
 
 def check_latent(file: VAEFile, latent: torch.Tensor) -> None:
@@ -293,12 +289,12 @@ def decode(
         WanError: the smallest tiles are too much for the device.
     """
     size = tuple(side * VAES[file.config.kind].spatial_stride for side in latent.shape[2:])
-    device, tiles = _vae_layout(file.config, tile, size, room, device)
-    latent, done = latent[None], 0
+    where, (latent, done) = _vae_place(file, size, device, room, tile), (latent[None], 0)
     while True:
         try:
-            vae = _vae(file, engine, device, size, tiles)
-            chunks = decode_tiled_chunks(vae, latent.cpu(), tiles) if tiles else vae.decode_chunks(latent.to(device))
+            vae, tiles = vae_at(engine, file, where, size), where.tiles
+            whole = None if tiles else latent.to(where.device)
+            chunks = decode_tiled_chunks(vae, latent.cpu(), tiles) if tiles else vae.decode_chunks(whole)
             for number, chunk in enumerate(chunks):
                 if number == done:
                     yield chunk[0].cpu()
@@ -308,8 +304,8 @@ def decode(
             if not is_out_of_memory(error):
                 raise
             said = str(error).partition("\n")[0]
-        chunk = None
-        tiles = next_tiles(*size, tiles, said)
+        chunk = whole = None
+        where = replace(where, tiles=next_tiles(*size, where.tiles, said))
 
 
 def needs(models: Models, request: Request, device: torch.device, text_device: torch.device) -> str:
@@ -334,10 +330,11 @@ def needs(models: Models, request: Request, device: torch.device, text_device: t
         plans.check_fits(models.dit, latent, device, guided=_guided(request))
     except WanError as error:
         return "\n".join([*lines, str(error)])
-    where, tiles = _vae_layout(file.config, request.vae_tile, (height, width), room, device)
+    where = _vae_place(file, (height, width), device, room, request.vae_tile)
+    tiles = where.tiles
     taken = decode_bytes(file.config, *((tiles.height, tiles.width) if tiles else (height, width)))
     tiled = f" in tiles of {tiles.width}x{tiles.height}" if tiles else ""
-    return "\n".join([*lines, f"VAE decode: {taken / GB:.2f} GB on {where}{tiled}"])
+    return "\n".join([*lines, f"VAE decode: {taken / GB:.2f} GB on {where.device}{tiled}"])
 
 
 def video_size(request: Request, variant: Variant) -> tuple[int, int]:
@@ -416,45 +413,24 @@ def _encode(
     device: torch.device,
 ) -> torch.Tensor:
     """Chunks [1, 3, f, H, W] -> latent [1, C, T, h, w] on the device."""
-    where, tiles = _vae_layout(models.vae.config, request.vae_tile, size, _room(models, engine, device), device)
+    where = _vae_place(models.vae, size, device, _room(models, engine, device), request.vae_tile)
 
     def encode(tiles: Tiles | None) -> list[torch.Tensor]:
         nonlocal frames
         mine, frames = itertools.tee(frames)  # for another try
-        vae = _vae(models.vae, engine, where, size, tiles)
+        vae = vae_at(engine, models.vae, replace(where, tiles=tiles), size)
         if tiles:
             return list(encode_tiled_chunks(vae, (chunk.cpu() for chunk in mine), tiles, total_frames=count))
-        return list(vae.encode_chunks((chunk.to(where) for chunk in mine), total_frames=count))
+        return list(vae.encode_chunks((chunk.to(where.device) for chunk in mine), total_frames=count))
 
-    return torch.cat(retried(encode, *size, tiles), dim=2).to(device)
-
-
-def _vae(file: VAEFile, engine: Engine, device: torch.device, size: tuple[int, int], tiles: Tiles | None) -> VideoVAE:
-    """The VAE with room for frames of this height and width, in float32 as in the official pipelines."""
-    working = 0 if device.type == "cpu" else working_bytes(file.config, *size, tiles, torch.float32)
-    return engine.vae(file, device, torch.float32, working=working)
+    return torch.cat(retried(encode, *size, where.tiles), dim=2).to(device)
 
 
-def _vae_layout(
-    spec: VAEConfig, tile: int | None, size: tuple[int, int], room: float, device: torch.device
-) -> tuple[torch.device, Tiles | None]:
-    """Where the VAE runs and in which tiles, for frames of this height and width: what was asked for, else what
-    there is room for; the CPU where that is too little for the smallest tile."""
+def _vae_place(file: VAEFile, size: tuple[int, int], device: torch.device, room: float, tile: int | None) -> Place:
+    """In tiles of the side that was asked for, else as there is room; in float32 as in the official pipelines."""
     if tile is not None:
-        return device, _tiles(tile)
-    if math.isinf(room):
-        return device, None
-    tiles = fitting_tiles(spec, *size, room, torch.float32)
-    if tiles is None or decode_bytes(spec, min(tiles.height, size[0]), min(tiles.width, size[1])) <= room:
-        return device, tiles
-    log.warning("No tile of %dx%d fits into %.1f GB: the VAE runs on the CPU.", size[1], size[0], room / GB)
-    return torch.device("cpu"), None
-
-
-def _tiles(side: int) -> Tiles:
-    if side < _SMALLEST_TILE:
-        raise WanError(f"Tiles of {side} pixels a side: expected {_SMALLEST_TILE} or more, say 512.")
-    return Tiles.square(side)
+        return Place(device, square_tiles(tile), torch.float32)
+    return place(file.config, size, device, torch.float32, room=room)
 
 
 def _guided(request: Request) -> bool:

@@ -659,7 +659,7 @@ def asked_device(made: object) -> torch.device:
     """Where the engine is asked to load what is about to encode."""
     asked: list[torch.device] = []
 
-    def stop(file: object, device: torch.device, dtype: str) -> None:
+    def stop(file: object, device: torch.device, dtype: object, **options: object) -> None:
         asked.append(device)
         raise WanError("far enough")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TypeVar
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -12,12 +14,65 @@ from ..config import VAEConfig
 from ..errors import WanError
 from ..models.vae.tiles import Tiles
 from .devices import empty_cache, is_out_of_memory
-from .plan import decode_bytes
+from .plan import GB, decode_bytes
+
+if TYPE_CHECKING:
+    from ..loading.vae import VAEFile
+    from ..models.vae.vae import VideoVAE
+    from .engine import Engine
 
 log = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
 WORKSPACE = 10**9  # bytes that convolutions may take beside their tensors: no plan knows them
+
+
+_SMALLEST = 64  # pixels: what two tiles share, and is thrown away
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where frames of one size go through a VAE, in which tiles (None: whole), and what it computes in."""
+
+    device: torch.device
+    tiles: Tiles | None
+    dtype: torch.dtype
+
+
+def place(
+    config: VAEConfig, size: Sequence[int], device: torch.device, dtype: torch.dtype, *, room: float = math.inf
+) -> Place:
+    """For frames of this height and width: whole or in tiles, as ``room`` bytes allow; on the CPU where that is too
+    little for the smallest tile."""
+    if math.isinf(room) or device.type == "cpu":  # a CPU's pages are swapped out before a tile would help
+        return Place(device, None, dtype)
+    tiles = fitting_tiles(config, *size, room, dtype)
+    if tiles is None or decode_bytes(config, *at_once(size, tiles), dtype) <= room:
+        return Place(device, tiles, dtype)
+    log.warning("No tile of %dx%d fits into %.1f GB: the VAE runs on the CPU.", size[1], size[0], room / GB)
+    return Place(torch.device("cpu"), None, dtype)
+
+
+def vae_at(engine: Engine, file: VAEFile, where: Place, size: Sequence[int]) -> VideoVAE:
+    """The VAE in its place, with room for what it computes with for frames of this height and width."""
+    working = 0 if where.device.type == "cpu" else working_bytes(file.config, *size, where.tiles, where.dtype)
+    return engine.vae(file, where.device, where.dtype, working=working)
+
+
+def square_tiles(side: int) -> Tiles:
+    """
+    Raises:
+        WanError: less than what two tiles share.
+    """
+    if side < _SMALLEST:
+        raise WanError(f"Tiles of {side} pixels a side: expected {_SMALLEST} or more, say 512.")
+    return Tiles.square(side)
+
+
+def at_once(size: Sequence[int], tiles: Tiles | None) -> tuple[int, int]:
+    """Height and width of what the VAE sees at a time."""
+    height, width = size
+    return (min(tiles.height, height), min(tiles.width, width)) if tiles else (height, width)
 
 
 def fitting_tiles(config: VAEConfig, height: int, width: int, free: float, dtype: torch.dtype) -> Tiles | None:
@@ -35,9 +90,7 @@ def fitting_tiles(config: VAEConfig, height: int, width: int, free: float, dtype
 
 def working_bytes(config: VAEConfig, height: int, width: int, tiles: Tiles | None, dtype: torch.dtype) -> int:
     """What must be free to decode frames of so many pixels: the peak, weights included, and room for workspaces."""
-    if tiles is not None:
-        height, width = min(tiles.height, height), min(tiles.width, width)
-    return decode_bytes(config, height, width, dtype) + WORKSPACE
+    return decode_bytes(config, *at_once((height, width), tiles), dtype) + WORKSPACE
 
 
 def smaller_tiles(height: int, width: int, tiles: Tiles | None) -> Tiles | None:
