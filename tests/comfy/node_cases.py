@@ -655,6 +655,24 @@ def devices_can_be_chosen() -> None:
         assert asked_device(other) == elsewhere
 
 
+def attention_follows_comfyuis_options() -> None:
+    """auto does what ComfyUI was started with where that runs, and says so; a choice on the node stays."""
+    from comfy.cli_args import args  # noqa: TID251
+
+    assert host.attention_asked("auto", torch.float32) == ("auto", None)
+    args.use_sage_attention = True
+    try:
+        assert host.attention_asked("sdpa", torch.float32) == ("sdpa", None)
+        attention, said = host.attention_asked("auto", torch.float32)  # which this CPU cannot
+        assert attention == "auto" and "started with --use-sage-attention, but sdpa is used" in said, said
+        find, host.find_backend = host.find_backend, lambda *_: None
+        attention, said = host.attention_asked("auto", torch.float32)
+        host.find_backend = find
+        assert attention == "sage" and "--use-sage-attention" in said, said
+    finally:
+        args.use_sage_attention = False
+
+
 def asked_device(made: object) -> torch.device:
     """Where the engine is asked to load what is about to encode."""
     asked: list[torch.device] = []
@@ -736,7 +754,8 @@ CASES = (
     what_patches_ask_for_is_refused_or_said, the_model_is_no_circle, faults_of_our_own_are_no_unknown_version,
     an_unknown_comfyui_is_named, evictable_memory_counts_as_free, sizes_that_no_machine_holds_are_refused,
     encoding_can_be_cancelled_within_a_chunk, pictures_of_every_kind, whole_numbers_encode_like_fractions,
-    devices_can_be_chosen, an_empty_latent_in_the_middle_is_said, one_sided_loras_are_refused_at_cfg_1,
+    devices_can_be_chosen, attention_follows_comfyuis_options, an_empty_latent_in_the_middle_is_said,
+    one_sided_loras_are_refused_at_cfg_1,
 )  # fmt: skip
 
 

@@ -43,6 +43,7 @@ def outcomes(comfyui_path: Path, models: Path, tmp_path_factory: pytest.TempPath
         "pictures_of_every_kind",
         "whole_numbers_encode_like_fractions",
         "devices_can_be_chosen",
+        "attention_follows_comfyuis_options",
         "an_empty_latent_in_the_middle_is_said",
         "one_sided_loras_are_refused_at_cfg_1",
     ],
