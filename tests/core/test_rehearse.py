@@ -23,6 +23,7 @@ from wan_core.memory import engine as engines
 from wan_core.memory.build import build_dit
 from wan_core.memory.engine import Engine
 from wan_core.memory.plan import Plan, plan
+from wan_core.memory.vae_placement import place
 from wan_core.models.dit.layers import layer_norm
 from wan_core.pipeline import Request
 
@@ -318,8 +319,8 @@ def test_tiles_larger_than_one_side_of_the_frame_are_no_reason_for_the_cpu(shelf
     machine = Machine(15e9)
     with machine.running():
         config = shelf.vae("ti2v-5B").config
-        device, tiles = pipeline._vae_layout(config, None, (704, 1280), 14.3e9, machine.device)
-    assert device == machine.device and tiles.width == 1024
+        where = place(config, (704, 1280), machine.device, torch.float32, room=14.3e9)
+    assert where.device == machine.device and where.tiles.width == 1024
 
 
 # --- devices of other kinds
