@@ -34,10 +34,11 @@ def test_pack_imports_without_error(server: Server) -> None:
 
 
 def test_pack_adds_little_to_the_start(server: Server) -> None:
-    """Beside torch in the same start, because a busy machine slows both; `python -m bench import` tells the seconds."""
+    """0.3 s at most where torch takes 2.2: beside it, because a busy machine slows both; `python -m bench import` tells
+    the seconds."""
     line = re.compile(r"^import time: +\d+ \| +(\d+) \| +(\S+)$", re.MULTILINE)
     took = {name.rpartition("/")[2]: int(microseconds) for microseconds, name in line.findall(server.said())}
-    assert took[f"{PACK}.nodes"] < took["torch"] / 10
+    assert took[f"{PACK}.nodes"] < took["torch"] / 7
 
 
 @pytest.mark.parametrize("node", NODE_IDS)
