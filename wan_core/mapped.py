@@ -218,7 +218,7 @@ def _is_copy(tensor: Tensor, place: Tensor) -> bool:
     return place.device.type == "cpu" and place.dtype == tensor.dtype and place.is_contiguous()
 
 
-@torch.no_grad()  # threads have a mode of their own
+@torch.inference_mode()  # threads have a mode of their own, and what ComfyUI asks for may be an inference tensor
 def _convert(source: _Source, dtype: torch.dtype, place: Tensor) -> None:
     """Fill a contiguous tensor of another dtype or on another device, a part at a time."""
     stored = torch.empty(min(place.numel(), _CHUNK // dtype.itemsize), dtype=dtype)

@@ -275,9 +275,9 @@ def test_a_late_failure_keeps_the_latent(checkpoint: Path, tmp_path: Path, capsy
 def test_the_latent_lies_there_before_decoding_and_goes_after(checkpoint: Path, tmp_path: Path, monkeypatch):
     seen, engine_vae = [], Engine.vae
 
-    def vae(self: Engine, *arguments: object) -> object:
+    def vae(self: Engine, *arguments: object, **options: object) -> object:
         seen.append({file.name for file in tmp_path.iterdir()})
-        return engine_vae(self, *arguments)
+        return engine_vae(self, *arguments, **options)
 
     monkeypatch.setattr(Engine, "vae", vae)
     (tmp_path / "x.latent.safetensors").write_bytes(b"mine")

@@ -54,7 +54,7 @@ def refused(path: Path, match: str, reader=open_checkpoint) -> str:
     started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(WanError, match=match) as caught:
         reader(path)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 2  # half of it on a machine that does nothing else
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
     message = str(caught.value)
     assert message.isprintable() and "cannot be understood" not in message

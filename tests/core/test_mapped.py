@@ -38,6 +38,19 @@ def test_read_equals_mapped(file: Path, monkeypatch: pytest.MonkeyPatch, dtype: 
     assert torch.equal(place, stored.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["as-stored", "converted"])
+@pytest.mark.parametrize("made", [True, False], ids=["inference", "normal"])
+@pytest.mark.parametrize("reads", [True, False], ids=["in-inference", "outside"])
+def test_places_of_every_mode_are_filled(file: Path, dtype: torch.dtype, made: bool, reads: bool):
+    """ComfyUI runs nodes in inference mode; the reading threads are in none of their own."""
+    stored = weights(file)
+    with torch.inference_mode(made):
+        place = torch.full(stored.shape, torch.nan, dtype=dtype)
+    with torch.inference_mode(reads):
+        read_into([(stored, place)])
+        assert torch.equal(place, stored.to(dtype))
+
+
 def test_what_no_file_holds_in_this_order_is_copied(file: Path):
     stored = weights(file)
     pairs = [(value, torch.zeros_like(value)) for value in (stored.T, stored.clone(), torch.tensor(2.0))]

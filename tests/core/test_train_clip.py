@@ -447,7 +447,7 @@ def test_mistakes_are_told_before_anything_is_loaded(checkpoints: Path, clips: P
         for task in ("i2v-A14B", "flf2v-14B")
     }
     for changed, said in (
-        ({"clip": None}, "I2V-14B hears its picture through CLIP, whose model is missing: give clip_vision_h"),
+        ({"clip": None}, "I2V-14B hears its picture through CLIP, whose model is missing: expected clip_vision_h"),
         ({"clip": files.vae}, "CLIP"),
         ({"dit": other["i2v-A14B"]}, "takes 36 channels, but Wan2.1 I2V-14B takes 36 channels and a picture through"),
         ({"dit": other["flf2v-14B"]}, "takes 36 channels and two pictures through CLIP, but Wan2.1 I2V-14B takes"),
