@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .cache import StepCacheNode
 from .clip_vision import LoadClipVision
 from .experts import ExpertSwitch
 from .finding import findable
@@ -25,6 +26,7 @@ NODES: list[type[io.ComfyNode]] = [
     ExpertSwitch,
     Lora,
     BlockSwap,
+    StepCacheNode,
     LoadTextEncoder,
     LoadVAE,
     LoadClipVision,

@@ -24,6 +24,7 @@ FINDING = {
     "WanCoreLora": Finding(("lightx2v", "lightning", "4 step", "lora loader", "causvid"),
                            ("first_step", "last_step", "merge")),
     "WanCoreBlockSwap": Finding(("offload", "low vram", "out of memory", "vram limit"), ("prefetch",)),
+    "WanCoreStepCache": Finding(("teacache", "magcache", "easycache", "faster", "speed up"), ("dense", "most")),
     "WanCoreLoadTextEncoder": Finding(("umt5", "t5", "clip loader"), ("device",)),
     "WanCoreLoadVAE": Finding(("wan vae loader", "video autoencoder")),
     "WanCoreLoadClipVision": Finding(("clip vision loader", "image encoder", "vit-h")),

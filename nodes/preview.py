@@ -21,12 +21,11 @@ from comfy.utils import ProgressBar
 from ..wan_core.config import PerExpert
 from ..wan_core.errors import WanError
 from ..wan_core.media.preview import Pace, Painter, moving_picture
-from ..wan_core.sampling.experts import Expert, Experts
 from . import host
 
 if TYPE_CHECKING:
     from ..wan_core.models.vae.taehv import TinyDecoder
-    from ..wan_core.recipe import ModelRecipe
+    from ..wan_core.recipe import ModelRecipe, working
     from ..wan_core.sampling.denoise import StepReport
     from ..wan_core.sampling.schedules import Schedule
 
@@ -56,7 +55,7 @@ class Steps:
     ):
         self.end, first = min(end, plan.steps), min(start, plan.steps - 1)  # the range is checked by ``denoise``
         self.bar = ProgressBar(self.end - start)
-        self.pace = Pace(experts_of(model, plan), guidance)
+        self.pace = Pace(working(model, plan), guidance)
         self.screen = Screen(node_id)
         self.painter = Painter(_Picture(self.screen, model.variant.fps))
         self.screen.say(Line(0, self.end - start, self.pace.experts[first], plan.sigmas[first].item(), None))
@@ -82,14 +81,6 @@ class Steps:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.painter.close(cancelled=kind is not None)
-
-
-def experts_of(model: ModelRecipe, plan: Schedule) -> list[str]:
-    """Who will work at each step."""
-    if model.low is None:
-        return ["only"] * plan.steps
-    high, low = (Expert(lambda *_: None, 1, name) for name in ("high", "low"))
-    return Experts(high, low, model.variant.boundary, model.switch).names(plan)
 
 
 def previews_on() -> bool:

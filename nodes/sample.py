@@ -17,7 +17,7 @@ from ..wan_core.memory import capacity
 from ..wan_core.memory.plan import Plan, check_fits
 from ..wan_core.memory.run import denoise_in_memory
 from ..wan_core.models.dit.features.clip_tokens import ClipTokens
-from ..wan_core.recipe import ModelRecipe
+from ..wan_core.recipe import ModelRecipe, working
 from ..wan_core.sampling import raw as raws
 from ..wan_core.sampling.denoise import Callbacks, Run
 from ..wan_core.sampling.guidance import Condition, Side
@@ -27,7 +27,7 @@ from . import host
 from .base import WanNode
 from .conditioning import conditions_of, side, warn_of_gaps, without_clip
 from .graph import check_decoders
-from .preview import Steps, experts_of
+from .preview import Steps
 from .spaces import check_numbers, samples_for
 from .types import WanModel
 
@@ -279,6 +279,7 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
     heard = sides if guided else {"positive": sides["positive"]}
     _check_clip(model, heard, notes)
     _check_loras(model, settings, plan, notes)
+    _check_cache(model, settings, plan, notes)
     clean = raws.from_raw(raw, kind)
     _check_content(clean, latent, settings, plan, notes)
     noise = _noise(settings.seed, latent, raw.shape)
@@ -289,7 +290,16 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
     if model.low is None and model.variant.experts == 2 and steps == plan.steps:
         notes.hinted(f"One expert of {model} does all {steps} steps. Join both with Wan Expert Switch.")
     known = raws.kept(latent.get("noise_mask"), clean, noise, model.variant)
-    run = Run(plan, settings.solver, sides["positive"], sides["negative"], known, settings.start, settings.end)
+    run = Run(
+        plan,
+        settings.solver,
+        sides["positive"],
+        sides["negative"],
+        known,
+        settings.start,
+        settings.end,
+        model.step_cache,
+    )
     warn_of_gaps(heard, run, notes.warned)
     with Steps(notes.node_id, model, settings.guidance, plan, settings.start, settings.end) as shown:
         x = denoise_in_memory(
@@ -381,7 +391,7 @@ def _check_loras(model: ModelRecipe, settings: Settings, plan: Schedule, notes: 
     if said is None or plan.steps > _FEW_STEPS:
         return
     bare = next(level for level in ("high", "low") if f"the {level}-noise expert (" in said)
-    works = bare in experts_of(model, plan)[settings.start : settings.end]
+    works = bare in working(model, plan)[settings.start : settings.end]
     if not works or getattr(settings.guidance, bare) != 1:
         return
     found = f"{said} It cannot finish in {plan.steps} steps at cfg 1"
@@ -391,6 +401,23 @@ def _check_loras(model: ModelRecipe, settings: Settings, plan: Schedule, notes: 
             f"cfg_{bare}; or switch force on to sample all the same."
         )
     notes.warned(f"Warning: {found}.")
+
+
+def _check_cache(model: ModelRecipe, settings: Settings, plan: Schedule, notes: Notes) -> None:
+    """Say what a step cache will bring, where that is known.
+
+    Raises:
+        WanError: these steps cannot have one.
+    """
+    if model.step_cache is None:
+        return
+    experts = working(model, plan)
+    model.step_cache.check(plan, settings.solver, experts)
+    end = min(settings.end, plan.steps)
+    computed = model.step_cache.predicted(plan, experts, settings.start, end)
+    if computed is not None:
+        steps = end - settings.start
+        notes.hinted(f"Step cache: {computed} of {steps} steps will be computed, {steps / computed:.2f} times as fast.")
 
 
 _FEW_STEPS = 10

@@ -36,7 +36,7 @@ from .memory.vae_placement import Place, at_once, next_tiles, place, retried, sq
 from .models.dit.attention import find_backend
 from .models.dit.features.clip_tokens import ClipTokens
 from .models.vae.tiles import Tiles, decode_tiled_chunks, encode_tiled_chunks
-from .recipe import ModelRecipe, pair
+from .recipe import ModelRecipe, pair, working
 from .sampling.denoise import Callbacks, Run, StepReport
 from .sampling.experts import Switch
 from .sampling.guidance import Condition
@@ -195,6 +195,7 @@ def generate(
             Condition(positive, start.inputs),
             Condition(negative, start.inputs),
             start.known,
+            cache=recipe.step_cache,
         ),
         Callbacks(on_step=on_step),
     )
@@ -216,7 +217,17 @@ def check_run(models: Models, request: Request, engine: Engine, device: torch.de
         WanError: see ``check_fits`` and ``plan``.
     """
     check_fits(models, request, engine, device)
+    check_cache(models.dit, request.timetable(), request.solver)
     plans.plan(models.dit, _latent(models, request), device, guided=_guided(request), free=available_bytes(device))
+
+
+def check_cache(recipe: ModelRecipe, timetable: Schedule, solver: str) -> None:
+    """
+    Raises:
+        WanError: a step cache that these steps cannot have (``StepCache.check``).
+    """
+    if recipe.step_cache:
+        recipe.step_cache.check(timetable, solver, working(recipe, timetable))
 
 
 def _latent(models: Models, request: Request) -> tuple[int, ...]:

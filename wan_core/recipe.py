@@ -17,7 +17,9 @@ from .external import ExternalModel
 from .layouts.noise_level import noise_level_of
 from .layouts.variants import candidates, choose
 from .loading.dit import DiTFile
-from .sampling.experts import Switch
+from .sampling.experts import Expert, Experts, Switch
+from .sampling.schedules import Schedule
+from .sampling.step_cache import StepCache
 
 if TYPE_CHECKING:
     from .lora.files import LoraFile
@@ -73,6 +75,8 @@ class ModelRecipe:
 
     ``merge_loras``: into the weights once, where those lie on the device unpacked; else LoRAs are added as layers run.
 
+    ``step_cache``: which steps are extrapolated instead of computed; None computes all.
+
     A `ExternalModel` network runs where it is held: of the options none applies to it.
     """
 
@@ -87,6 +91,7 @@ class ModelRecipe:
     prefetch: int = PREFETCH
     loras: Loras = field(default_factory=Loras)
     merge_loras: bool = False
+    step_cache: StepCache | None = None
     variant: Variant = _BY_ITS_FILE
 
     def __post_init__(self) -> None:
@@ -122,6 +127,19 @@ class ModelRecipe:
 
     def __str__(self) -> str:
         return f"{self.variant.display_name} ({', '.join(file.path.name for file in self.files)})"
+
+
+def working(recipe: ModelRecipe, schedule: Schedule) -> list[str]:
+    """Who works at each step of a schedule: "high", "low", or "only"."""
+    if recipe.low is None:
+        return ["only"] * schedule.steps
+    high, low = (Expert(_nobody, 1, name) for name in ("high", "low"))
+    return Experts(high, low, recipe.variant.boundary, recipe.switch).names(schedule)
+
+
+def _nobody(*_: object) -> torch.Tensor:
+    """In the place of a model that is not asked."""
+    raise AssertionError
 
 
 def pair(high: ModelRecipe, low: ModelRecipe, switch: Switch) -> ModelRecipe:

@@ -61,6 +61,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="True|False",
         help="keep one model at a time on the device (default: True on a GPU)",
     )
+    add(
+        "--step_cache",
+        choices=["easy", "magnitude", "every"],
+        help="extrapolate some steps instead of computing them (from 10 steps on): easy decides as the run goes, "
+        "magnitude by published curves of the model, every leaves out all but one of N",
+    )
+    add(
+        "--step_cache_amount",
+        type=number(above=0),
+        metavar="X",
+        help="easy: how much change may add up (default: 0.1); magnitude: the same of its curves (default: 0.06); "
+        "every: N (default: 2)",
+    )
     add_lora_argument(parser)
     add(
         "--vram_limit",
@@ -85,7 +98,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
     add("--device", default="auto", help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")
     add("--dtype", default="auto", help="bfloat16, float16, float32, auto; fp8_e4m3fn or int8 quantise while loading")
-    add("--attention", default="auto", help="auto, sdpa, sage, flash2 or flash3")
+    add(
+        "--attention",
+        default="auto",
+        help="auto, sdpa, or what is installed of sage, sage3, kitchen, flash2, flash3, flash4",
+    )
     add(
         "--save_file",
         type=path,
@@ -123,7 +140,8 @@ def run(args: argparse.Namespace) -> None:
     resolve_dtype(args.dtype, device)
     request = request_from(args).completed(variant)
     models = read_models(args.ckpt_dir, args.task, dtype=args.dtype, attention=args.attention)
-    models = replace(models, dit=replace(with_loras(models.dit, args.lora), **_swap(args)))
+    cache = _step_cache(args)
+    models = replace(models, dit=replace(with_loras(models.dit, args.lora), step_cache=cache, **_swap(args)))
     if args.plan:
         print(needs(models, request, device, _text_device(args, device)))
         return
@@ -208,6 +226,18 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value not in (*harmless, "False"):
             raise WanError(f"--{flag} is not supported by this version: run without it.")
+
+
+def _step_cache(args: argparse.Namespace):
+    from ..sampling.magnitudes import curves_of
+    from ..sampling.step_cache import POLICIES, StepCache
+
+    if args.step_cache is None:
+        if args.step_cache_amount is not None:
+            raise WanError("--step_cache_amount is of a step cache: give --step_cache too.")
+        return None
+    amount = args.step_cache_amount or POLICIES[args.step_cache].usual
+    return StepCache(args.step_cache, amount, curves=curves_of(args.task))
 
 
 def _guidance(text: str) -> PerExpert:

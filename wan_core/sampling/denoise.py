@@ -17,6 +17,7 @@ from .experts import Expert, Experts
 from .guidance import OnBlock, Side, guided
 from .schedules import Schedule
 from .solvers import SOLVERS, History
+from .step_cache import CachedSteps, Memory, StepCache
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class Run:
     known: KnownLatent | None = None
     start: int = 0
     end: int | None = None
+    cache: StepCache | None = None
 
     @property
     def last(self) -> int:
@@ -216,34 +218,54 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
     step = look_up(SOLVERS, run.solver, "solver")
     state = begin if isinstance(begin, RunState) else RunState(begin, run.start)
     _check_range(run, state)
+    cached = _cached(run, experts, state)
     x = _checked_finite(state.x.float())
     known = run.known.to(x.device) if run.known else None
-    velocity = _Velocity(experts, run, known, callbacks)
+    velocity = _Velocity(experts, run, known, callbacks, cached)
     if known and known.clean:
         x = known.put_back(x)
     state = RunState(x, state.step, state.history.to(x.device), state.expert, state.kept)
     for i in range(state.step, run.last):
         experts.announce(i, run.schedule)
         state = state.under(experts.at(i, run.schedule).name)
+        if cached:
+            cached.memory = Memory.from_tensors(state.kept, x.device)
         x, history = step(state.x, i, run.schedule, velocity, state.history)
         sigma = run.schedule.sigmas[i + 1].item()
         if known and (known.clean or sigma == 0):
             x = known.put_back(x)
         expert = experts.at(i, run.schedule).name
-        state = RunState(x, i + 1, history, expert, state.kept)
+        state = RunState(x, i + 1, history, expert, cached.memory.to_tensors() if cached else state.kept)
         if callbacks.on_step:
             assert velocity.x0 is not None  # every solver has called it
             done, total = i + 1 - run.start, run.last - run.start
             callbacks.on_step(StepReport(i, done, total, sigma, expert, velocity.x0, state))
+    if cached:
+        callbacks.on_note(cached.report())
     return state
+
+
+def _cached(run: Run, experts: Experts, state: RunState) -> CachedSteps | None:
+    """The run's step cache, if it has one.
+
+    Raises:
+        WanError: see ``StepCache.check``.
+    """
+    if run.cache is None:
+        return None
+    names = experts.names(run.schedule)
+    run.cache.check(run.schedule, run.solver, names)
+    return CachedSteps(run.cache, run.schedule, names, run.start, run.last)
 
 
 class _Velocity:
     """What a solver calls: the guided model at a step, with what is known in place. Keeps its last clean estimate."""
 
-    def __init__(self, experts: Experts, run: Run, known: KnownLatent | None, callbacks: Callbacks):
+    def __init__(
+        self, experts: Experts, run: Run, known: KnownLatent | None, callbacks: Callbacks, cached: CachedSteps | None
+    ):
         self.experts, self.run, self.schedule = experts, run, run.schedule
-        self.known, self.callbacks = known, callbacks
+        self.known, self.callbacks, self.cached = known, callbacks, cached
         self.x0: Tensor | None = None
 
     def __call__(self, x: Tensor, i: int) -> Tensor:
@@ -258,6 +280,11 @@ class _Velocity:
         return v
 
     def _guided(self, x: Tensor, t: Tensor, i: int) -> Tensor:
+        if self.cached:
+            return self.cached.answer(i, x, lambda: self._computed(x, t, i))
+        return self._computed(x, t, i)
+
+    def _computed(self, x: Tensor, t: Tensor, i: int) -> Tensor:
         expert = self.experts.at(i, self.schedule)
         expert.begin(i)
         v = self._asked(expert, x, t, i)
