@@ -65,7 +65,14 @@ class ToModel(WanNode):
 
     @classmethod
     def execute(cls, model: ModelRecipe, shift: float) -> io.NodeOutput:
-        return io.NodeOutput(to_model(model, shift, host.engine(), host.device()))
+        made = to_model(model, shift, host.engine(), host.device())
+        return io.NodeOutput(made, ui=host.told(_NO_CACHE if model.step_cache else ""))
+
+
+_NO_CACHE = (
+    "Wan Step Cache has no effect here: ComfyUI's samplers ask the model at every step. Put ComfyUI's EasyCache behind "
+    "this node instead."
+)
 
 
 def to_model(recipe: ModelRecipe, shift: float, engine: Engine, device: torch.device) -> object:
