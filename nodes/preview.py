@@ -21,11 +21,12 @@ from comfy.utils import ProgressBar
 from ..wan_core.config import PerExpert
 from ..wan_core.errors import WanError
 from ..wan_core.media.preview import Pace, Painter, moving_picture
+from ..wan_core.recipe import working
 from . import host
 
 if TYPE_CHECKING:
     from ..wan_core.models.vae.taehv import TinyDecoder
-    from ..wan_core.recipe import ModelRecipe, working
+    from ..wan_core.recipe import ModelRecipe
     from ..wan_core.sampling.denoise import StepReport
     from ..wan_core.sampling.schedules import Schedule
 
