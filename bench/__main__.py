@@ -16,6 +16,7 @@ COMMANDS = {
     "rehearse": "the real code on a device without data: kernels, bytes, waits and memory against the plan",
     "peak": "peak memory of one contender (what cpu runs in a process of its own)",
     "preview": "what a moving preview costs the sampler, and its size",
+    "quality": "faster ways beside fewer steps, on the nano family: speed and distance from the whole run",
     "soak": "a ComfyUI server after many prompts and interrupts: memory, threads, open files",
 }
 _MODULES = {"import": "imports"}  # a keyword is no module name

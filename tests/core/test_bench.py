@@ -72,3 +72,27 @@ def test_interleaving_rotates_the_order() -> None:
 
 def test_ratio_is_the_median_of_the_rounds() -> None:
     assert measure.ratio([1.0, 9.0, 3.0], [2.0, 1.0, 2.0]) == 1.5
+
+
+def test_quick_quality_benchmark(tmp_path: Path) -> None:
+    """Real runs of the nano pair: a cache is faster, and nearer to the whole run than nothing."""
+    out = tmp_path / "quality.json"
+    command = [sys.executable, "-m", "bench", "quality", "--quick", "--prompts", "1", "--out", out]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    fewer, cached = json.loads(out.read_text())["rows"]
+    assert fewer["speed"] == 1.2 and 1 < cached["speed"] < 2
+    assert 0 < fewer["error"] < 0.5 and 0 < cached["error"] < 0.5
+
+
+def test_quick_gpu_benchmark(comfyui_path: Path, tmp_path: Path) -> None:
+    """On a CPU it measures nothing that matters; every section runs, and contenders agree."""
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "bench", "gpu", "--device", "cpu", "--quick", "--out", out]
+    done = subprocess.run(command, cwd=ROOT, env=_environment(comfyui_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sections = json.loads(out.read_text())["sections"]
+    assert set(sections) == {"ceilings", "attention", "dit", "linears", "pieces", "streaming", "vae"}
+    assert not any("failed" in rows for rows in sections.values())
+    assert all(row["same_bits"] for row in sections["streaming"].values())
+    assert all(row["difference"] < 1e-4 for row in sections["dit"].values())

@@ -159,6 +159,7 @@ class StepReport:
         expert: "high", "low" or "only".
         x0: the clean estimate that the step was made with.
         state: all that is needed to go on from here.
+        computed: whether the model was asked; a step cache may have extrapolated its answer.
     """
 
     index: int
@@ -168,6 +169,7 @@ class StepReport:
     expert: str
     x0: Tensor
     state: RunState
+    computed: bool = True
 
     @property
     def x(self) -> Tensor:
@@ -239,7 +241,8 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
         if callbacks.on_step:
             assert velocity.x0 is not None  # every solver has called it
             done, total = i + 1 - run.start, run.last - run.start
-            callbacks.on_step(StepReport(i, done, total, sigma, expert, velocity.x0, state))
+            computed = cached is None or not cached.memory.skipped
+            callbacks.on_step(StepReport(i, done, total, sigma, expert, velocity.x0, state, computed))
     if cached:
         callbacks.on_note(cached.report())
     return state

@@ -1,0 +1,146 @@
+"""What is lost by what is saved: faster runs of the nano family, each beside fewer steps that are all computed.
+
+A row's error is the distance of the final latents from those of the whole run, relative to them, over prompts that the
+family was not trained on. Its speed is that of the steps: whole run over the steps in which the model is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from nano.judge import held_out_prompts
+from wan_core.config import PerExpert
+from wan_core.loading.dit import read_dit
+from wan_core.loading.text import read_text_encoder
+from wan_core.loading.vae import read_vae
+from wan_core.memory.engine import Engine
+from wan_core.pipeline import Models, Request, generate
+from wan_core.recipe import ModelRecipe, pair
+from wan_core.sampling.experts import Switch
+from wan_core.sampling.step_cache import StepCache
+
+from .cpu import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "bench" / "results" / "quality.json"
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+STEPS, FEWER = 40, (30, 24, 20, 16)
+CACHES = (
+    StepCache("every", 2),
+    StepCache("every", 3),
+    *(StepCache("easy", threshold) for threshold in (0.02, 0.05, 0.1, 0.2)),
+)
+_BEGIN, _END = "<!-- quality: written by python -m bench quality -->", "<!-- end of quality -->"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=PUBLISHED, help="the JSON file (default: the published one)")
+    parser.add_argument("--prompts", type=int, default=4, help="held-out prompts")
+    parser.add_argument("--solver", default="unipc")
+    parser.add_argument("--quick", action="store_true", help="few steps, two ways: shows that the benchmark works")
+    parser.add_argument("--family", type=Path, default=ROOT / "nano", help="folder of the files, laid out as ComfyUI's")
+
+
+def run(options: argparse.Namespace) -> int:
+    models = family(options.family)
+    engine, prompts = Engine(), [caption for _, caption in held_out_prompts(options.prompts)]
+    steps, fewer, caches = (12, (10,), CACHES[:1]) if options.quick else (STEPS, FEWER, CACHES)
+    whole = [latent(models, engine, prompt, steps, options.solver) for prompt in prompts]
+    rows = []
+    for row in ways(models, engine, prompts, whole, options.solver, fewer, caches, steps):
+        rows.append(row)
+        print(f"{row['way']:40} {row['speed']:.2f} times as fast, error {row['error']:.4f}", flush=True)
+    report = {"machine": machine(), "solver": options.solver, "steps": steps, "prompts": len(prompts), "rows": rows}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.out == PUBLISHED:
+        publish(report)
+    return 0
+
+
+def family(folder: Path) -> Models:
+    """The T2V pair."""
+    high, low = (
+        ModelRecipe(read_dit(folder / f"diffusion_models/nano_t2v_{noise}_noise.safetensors"), dtype="float32")
+        for noise in ("high", "low")
+    )
+    vae, text = folder / "vae/nano_vae16.safetensors", folder / "text_encoders/nano_umt5.safetensors"
+    return Models(pair(high, low, Switch()), read_vae(vae), read_text_encoder(text))
+
+
+def ways(
+    models: Models,
+    engine: Engine,
+    prompts: list[str],
+    whole: list[torch.Tensor],
+    solver: str,
+    fewer: Sequence[int],
+    caches: Sequence[StepCache],
+    all_steps: int,
+) -> Iterator[dict]:
+    def row(way: str, made: Models, steps: int) -> dict:
+        asked: list[int] = []
+        found = [latent(made, engine, prompt, steps, solver, asked) for prompt in prompts]
+        errors = [((one - all_).norm() / all_.norm()).item() for one, all_ in zip(found, whole, strict=True)]
+        return {"way": way, "speed": round(all_steps / mean(asked), 3), "error": round(mean(errors), 4)}
+
+    for steps in fewer:
+        yield row(f"{steps} steps, all computed", models, steps)
+    for cache in caches:
+        cached = replace(models, dit=replace(models.dit, step_cache=cache))
+        yield row(f"{all_steps} steps, step cache {cache.policy} {cache.amount:g}", cached, all_steps)
+
+
+def latent(
+    models: Models, engine: Engine, prompt: str, steps: int, solver: str, asked: list[int] | None = None
+) -> torch.Tensor:
+    """A clip's latent; how many steps were computed goes to ``asked``."""
+    request = Request(
+        prompt,
+        " ",
+        size=(64, 64),
+        frames=17,
+        steps=steps,
+        shift=5.0,
+        seed=7,
+        solver=solver,
+        guidance=PerExpert(3.0, 3.0),
+    )
+    computed = Computed()
+    made = generate(models, request, engine, device=torch.device("cpu"), on_step=computed)
+    if asked is not None:
+        asked.append(computed.steps)
+    return made.latent
+
+
+class Computed:
+    """Counts the steps of a run at which the model was asked."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def __call__(self, report) -> None:
+        self.steps += report.computed
+
+
+def publish(report: dict, document: Path = DOCUMENT) -> None:
+    """The table into the document, in the place of the one that is there."""
+    lines = ["| | times as fast | error |", "| --- | ---: | ---: |"]
+    lines += [
+        f"| {row['way']} | {row['speed']:.2f} | {row['error']:.4f} |" for row in sorted(report["rows"], key=_speed)
+    ]
+    text = document.read_text(encoding="utf-8")
+    head, _, rest = text.partition(_BEGIN)
+    _, _, tail = rest.partition(_END)
+    document.write_text(f"{head}{_BEGIN}\n\n" + "\n".join(lines) + f"\n\n{_END}{tail}", encoding="utf-8")
+
+
+def _speed(row: dict) -> float:
+    return row["speed"]
