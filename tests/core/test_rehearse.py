@@ -182,7 +182,7 @@ def test_plans_are_true(report: Report):
 def test_a_step_waits_once(report: Report):
     """For the check that all is finite."""
     for name, row in report["runs"].items():
-        assert list(row["waits_where"].values()) == [1] and "_guided" in next(iter(row["waits_where"])), name
+        assert list(row["waits_where"].values()) == [1] and "_computed" in next(iter(row["waits_where"])), name
     assert all(row["waits"] == 0 for row in report["text"].values())
 
 
