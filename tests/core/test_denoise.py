@@ -267,7 +267,7 @@ def denoised(x, sigma, mask, clean):
     return sampling.calculate_denoised(sigma, v, x)
 
 for clean in (True, False):
-    def inpaint(x, sigma, noise, latent_image):
+    def inpaint(x, sigma, noise, latent_image, **_):  # newer versions also tell the mask
         if clean:
             return model_base.WAN22.scale_latent_inpaint(None, sigma, noise, latent_image)
         return sampling.noise_scaling(sigma.reshape(-1, 1, 1, 1, 1), noise, latent_image)

@@ -61,7 +61,11 @@ CALC_COND_BATCH = """
     import types
     from comfy import conds, samplers
     class Model:
-        current_patcher = types.SimpleNamespace(prepare_state=lambda t: None, apply_hooks=lambda hooks: {})
+        current_patcher = types.SimpleNamespace(
+            prepare_state=lambda *_: None,  # of newer versions with the model's options
+            apply_hooks=lambda hooks: {},
+            get_free_memory=lambda device: 1.0,  # whom newer versions ask
+        )
         def memory_required(self, *shapes, **options):
             return 1e30  # one at a time
         def apply_model(self, x, t, c_crossattn, transformer_options):
