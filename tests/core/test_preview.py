@@ -52,8 +52,8 @@ def test_tiny_decoder_is_comfyui_s(channels: int, patch: int, tmp_path: Path, in
         from comfy.taesd.taehv import TAEHV
         stages = len(inspect.signature(TAEHV.__init__).parameters["decoder_time_upscale"].default)
         for name, space in (("all", (True, True, True)), ("last", (False, False, True))):
-            model = TAEHV(inputs["latent"].shape[0], decoder_time_upscale=(False,) * stages, decoder_space_upscale=space,
-                          show_progress_bar=False)
+            options = {"decoder_time_upscale": (False,) * stages, "decoder_space_upscale": space}
+            model = TAEHV(inputs["latent"].shape[0], **options, show_progress_bar=False)
             weights = {key: value[-model.state_dict()[key].shape[0]:] for key, value in inputs["weights"].items()}
             missing, unexpected = model.load_state_dict(weights, strict=False)
             assert not unexpected and all(key.startswith("encoder") for key in missing)
