@@ -27,7 +27,7 @@ from wan_core.config import PATCH, VARIANTS, Architecture
 from wan_core.loading.dit import read_dit
 from wan_core.media.geometry import latent_shape
 from wan_core.memory.build import build_dit
-from wan_core.memory.plan import GB, Plan, activation_bytes, held_bytes, plan
+from wan_core.memory.plan import GB, Plan, held_bytes, plan
 from wan_core.models.dit.dit import WanDiT
 from wan_core.recipe import ModelRecipe
 
@@ -182,7 +182,7 @@ def measure(case: Case, device: str, folder: Path | None) -> dict:
         found = plan(kept, case.shape, device, guided=False)
         counted = _on_cuda if torch.device(device).type == "cuda" else _on_cpu
         row = counted(replace(kept, swap_blocks=found.swapped, prefetch=found.prefetch), case, device)
-    row["planned_gb"] = _gb(comparable(found, case))
+    row["planned_gb"] = _gb(of_one_call(found, kept))
     return row | {
         "ratio": round(row["planned_gb"] / row["measured_gb"], 3),
         "swapped": found.swapped,
@@ -190,12 +190,10 @@ def measure(case: Case, device: str, folder: Path | None) -> dict:
     }
 
 
-def comparable(found: Plan, case: Case) -> int:
-    """What a plan says of a single call: a sampler's latents of many steps are not there."""
-    held = held_bytes(case.config, case.shape, found.dtype, guided=False, keep_text=case.vram_limit is None)
-    inside = activation_bytes(case.config, 1, case.tokens, found.dtype)
-    assert found.activations == held + inside
-    return found.weights + found.stream + inside
+def of_one_call(found: Plan, kept: ModelRecipe) -> int:
+    """What an unguided plan says of a single call: a sampler's latents of many steps are not there."""
+    held = held_bytes(kept.high.config, found.shape, found.dtype, guided=False, keep_text=kept.keeps_text)
+    return found.total - held
 
 
 def call_of(case: Case, kept: ModelRecipe, device: str) -> Callable[[], torch.Tensor]:

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from wan_core.config import VARIANTS
 from wan_core.loading.dit import read_dit
 from wan_core.memory.build import build_dit
-from wan_core.memory.plan import GB, activation_bytes, plan
+from wan_core.memory.plan import GB, plan
 from wan_core.recipe import ModelRecipe
 
+from ..memory import of_one_call
 from .card import Card
 from .dit import random_weights
 from .shapes import Size, sizes
@@ -63,13 +64,12 @@ def compare(card: Card, size: Size, path: Path) -> dict:
             use()
         dit, states, loaded, answer = built
         expected = answer if expected is None else expected
-        whole = planned.weights + planned.stream + activation_bytes(size.config, 1, size.tokens, planned.dtype)
         found[f"{size.name}, {swapped} of {layers} blocks stream, prefetch {prefetch}"] = {
             "seconds": card.seconds(lambda dit=dit, states=states: dit(x, t, states), 3, 1),
             "loading_s": loaded - began,
             "moved_gb": planned.moved / GB,
             "peak_gb": peak,
-            "planned_gb": whole / GB,
+            "planned_gb": of_one_call(planned, recipe) / GB,
             "same_bits": torch.equal(answer, expected),
         }
         built.clear()

@@ -16,13 +16,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bench.memory import of_one_call
 from wan_core import kernels
 from wan_core.config import VARIANTS, Architecture, PerExpert, VAEConfig
 from wan_core.errors import WanError
 from wan_core.loading.dit import read_dit
 from wan_core.memory.build import build_dit
 from wan_core.memory.engine import Engine
-from wan_core.memory.plan import activation_bytes, plan
+from wan_core.memory.plan import plan
 from wan_core.models.dit.attention import BACKENDS
 from wan_core.models.dit.dit import WanDiT
 from wan_core.models.vae.tiles import Tiles, decode_tiled, encode_tiled
@@ -128,8 +129,7 @@ def test_memory_is_what_the_plan_says(stored: Path, swapped: int, frames: int):
         for _ in range(2):
             dit(x, t, states)
     measured = torch.cuda.max_memory_allocated() - before
-    tokens = frames * 32 * 32
-    planned = found.weights + found.stream + activation_bytes(CONFIG, 1, tokens, torch.bfloat16)
+    planned = of_one_call(found, recipe)
     assert abs(measured - planned) < 0.03 * planned + 24e6, (measured, planned)
 
 
