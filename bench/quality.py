@@ -26,11 +26,11 @@ from wan_core.recipe import ModelRecipe, pair
 from wan_core.sampling.experts import Switch
 from wan_core.sampling.step_cache import StepCache
 
+from . import document
 from .cpu import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "bench" / "results" / "quality.json"
-DOCUMENT = ROOT / "docs" / "benchmarks.md"
 STEPS, FEWER = 40, (30, 24, 20, 16)
 CACHES = (
     StepCache("every", 2),
@@ -113,34 +113,17 @@ def latent(
         solver=solver,
         guidance=PerExpert(3.0, 3.0),
     )
-    computed = Computed()
-    made = generate(models, request, engine, device=torch.device("cpu"), on_step=computed)
+    computed: list[bool] = []
+    made = generate(
+        models, request, engine, device=torch.device("cpu"), on_step=lambda report: computed.append(report.computed)
+    )
     if asked is not None:
-        asked.append(computed.steps)
+        asked.append(sum(computed))
     return made.latent
 
 
-class Computed:
-    """Counts the steps of a run at which the model was asked."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def __call__(self, report) -> None:
-        self.steps += report.computed
-
-
-def publish(report: dict, document: Path = DOCUMENT) -> None:
-    """The table into the document, in the place of the one that is there."""
+def publish(report: dict) -> None:
     lines = ["| | times as fast | error |", "| --- | ---: | ---: |"]
-    lines += [
-        f"| {row['way']} | {row['speed']:.2f} | {row['error']:.4f} |" for row in sorted(report["rows"], key=_speed)
-    ]
-    text = document.read_text(encoding="utf-8")
-    head, _, rest = text.partition(_BEGIN)
-    _, _, tail = rest.partition(_END)
-    document.write_text(f"{head}{_BEGIN}\n\n" + "\n".join(lines) + f"\n\n{_END}{tail}", encoding="utf-8")
-
-
-def _speed(row: dict) -> float:
-    return row["speed"]
+    rows = sorted(report["rows"], key=lambda row: row["speed"])
+    lines += [f"| {row['way']} | {row['speed']:.2f} | {row['error']:.4f} |" for row in rows]
+    document.publish("\n".join(lines) + "\n", _BEGIN, _END)

@@ -15,6 +15,8 @@ from . import host
 from .base import WanNode
 from .types import WanModel
 
+_EASY = POLICIES["easy"]
+
 
 class StepCacheNode(WanNode):
     @classmethod
@@ -37,9 +39,9 @@ class StepCacheNode(WanNode):
                 ),
                 io.Float.Input(
                     "threshold",
-                    default=0.1,
-                    min=0.001,
-                    max=1.0,
+                    default=_EASY.usual,
+                    min=_EASY.least,
+                    max=_EASY.greatest,
                     step=0.005,
                     round=0.001,
                     tooltip="With easy and magnitude: how much change may add up before a step is computed. easy: 0.05 "

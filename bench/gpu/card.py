@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+from torch import nn
+
+from ..peers import random_weights
 
 
 @dataclass
@@ -26,6 +29,11 @@ class Card:
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
+
+    def weights(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Random ones for a module on the meta device."""
+        with torch.device(self.device):
+            return {key: value.to(dtype) for key, value in random_weights(module).items()}
 
     def clear(self) -> None:
         gc.collect()

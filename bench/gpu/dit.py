@@ -56,10 +56,8 @@ def compete(card: Card, size: Size) -> dict:
 
 def random_weights(card: Card, size: Size) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
-        shapes = {key: slot.shape for key, slot in WanDiT(size.config).state_dict().items()}
-    torch.manual_seed(0)
-    with torch.device(card.device):
-        made = {key: peers._random_weight(key, shape).to(card.dtype) for key, shape in shapes.items()}
+        dit = WanDiT(size.config)
+    made = card.weights(dit, card.dtype)
     return {key: value.float() if keeps_float32(key) else value for key, value in made.items()}
 
 

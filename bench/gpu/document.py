@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+from .. import document
+
 _BEGIN, _END = "<!-- gpu: written by python -m bench gpu -->", "<!-- end of the gpu's figures -->"
 _TITLES = {
     "ceilings": "What the card can do",
@@ -18,12 +18,8 @@ _TITLES = {
 }
 
 
-def publish(report: Mapping[str, dict], document: Path = DOCUMENT) -> None:
-    """The tables into the document, in the place of those that are there."""
-    text = document.read_text(encoding="utf-8")
-    head, _, rest = text.partition(_BEGIN)
-    _, _, tail = rest.partition(_END)
-    document.write_text(f"{head}{_BEGIN}\n\n{tables(report)}\n{_END}{tail}", encoding="utf-8")
+def publish(report: Mapping[str, dict]) -> None:
+    document.publish(tables(report), _BEGIN, _END)
 
 
 def tables(report: Mapping[str, dict]) -> str:
@@ -53,8 +49,6 @@ def _shown(value: object) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 1000
-        else str(value if isinstance(value, str) else round(value))
-    )
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else str(round(value))
+    return str(value)

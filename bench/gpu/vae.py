@@ -36,10 +36,8 @@ def rows(card: Card) -> dict:
 
 def weights_of(card: Card, config: VAEConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
-        shapes = {key: slot.shape for key, slot in VAE_CLASSES[config.kind](config).state_dict().items()}
-    torch.manual_seed(0)
-    with torch.device(card.device):
-        return {key: peers._random_weight(key, shape).to(dtype) for key, shape in shapes.items()}
+        vae = VAE_CLASSES[config.kind](config)
+    return card.weights(vae, dtype)
 
 
 def compete(card: Card, name: str, config: VAEConfig, height: int, width: int) -> dict:

@@ -9,11 +9,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from .. import document
 from .files import ROOT, Shelf
 from .scenes import CODINGS, RUNS, TEXTS, decoded, encoded, rehearse
 
 PUBLISHED = ROOT / "bench" / "results" / "rehearse.json"
-DOCUMENT = ROOT / "docs" / "benchmarks.md"
 _BEGIN, _END = "<!-- rehearsal: written by python -m bench rehearse -->", "<!-- end of the rehearsal -->"
 # What may not grow; a figure may by chance of rounding.
 GUARDED = (
@@ -76,12 +76,8 @@ def load(file: Path = PUBLISHED) -> Report:
     return report
 
 
-def publish(report: Report, document: Path = DOCUMENT) -> None:
-    """The tables into the document, in the place of those that are there."""
-    text = document.read_text(encoding="utf-8")
-    head, _, rest = text.partition(_BEGIN)
-    _, _, tail = rest.partition(_END)
-    document.write_text(f"{head}{_BEGIN}\n\n{tables(report)}\n{_END}{tail}", encoding="utf-8")
+def publish(report: Report) -> None:
+    document.publish(tables(report), _BEGIN, _END)
 
 
 def tables(report: Report) -> str:

@@ -31,12 +31,17 @@ def available(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0) and importlib.util.find_spec("triton") is not None
 
 
+def suits(x: Tensor) -> bool:
+    """Whether kernels take over a tensor's work: half precision without gradients, on a device that can."""
+    return x.dtype in _HALF and not torch.is_grad_enabled() and available(x.device)
+
+
 def _guarded(launch: Callable[..., None]) -> Callable[..., bool]:
-    """Only half precision without gradients, on a device that can; whatever goes wrong in it is said once."""
+    """Only what ``suits``; whatever goes wrong in it is said once."""
 
     @wraps(launch)
     def run(x: Tensor, *args, **kwargs) -> bool:
-        if x.dtype not in _HALF or torch.is_grad_enabled() or launch.__name__ in _broken or not available(x.device):
+        if launch.__name__ in _broken or not suits(x):
             return False
         try:
             launch(x, *args, **kwargs)

@@ -220,7 +220,7 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
     step = look_up(SOLVERS, run.solver, "solver")
     state = begin if isinstance(begin, RunState) else RunState(begin, run.start)
     _check_range(run, state)
-    cached = _cached(run, experts, state)
+    cached = _cached(run, experts)
     x = _checked_finite(state.x.float())
     known = run.known.to(x.device) if run.known else None
     velocity = _Velocity(experts, run, known, callbacks, cached)
@@ -248,7 +248,7 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
     return state
 
 
-def _cached(run: Run, experts: Experts, state: RunState) -> CachedSteps | None:
+def _cached(run: Run, experts: Experts) -> CachedSteps | None:
     """The run's step cache, if it has one.
 
     Raises:

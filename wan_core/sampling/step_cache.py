@@ -95,18 +95,12 @@ class StepCache:
         """How many steps will be computed; None where that is decided as the run goes."""
         if not POLICIES[self.policy].known_before:
             return None
-        always, memory, computed = self.always(experts, start, end), Memory(), 0
+        steps, nothing = CachedSteps(self, schedule, experts, start, end), torch.zeros(1)
         for i in range(start, end):
-            memory = memory if i == start or experts[i] == experts[i - 1] else Memory()
-            step = Step(schedule.sigmas[i].item(), experts[i], torch.zeros(1))
-            skips = False
-            if memory.deltas:
-                skips, memory = POLICIES[self.policy].decide(self, memory, step)
-            if skips and i not in always and memory.skipped < self.most:
-                memory = memory.passed(step)
-            else:
-                memory, computed = memory.computed(step, torch.zeros(1)), computed + 1
-        return computed
+            if i > start and experts[i] != experts[i - 1]:
+                steps.memory = Memory()
+            steps.answer(i, nothing, lambda: nothing)
+        return steps.steps[True]
 
 
 @dataclass(frozen=True)

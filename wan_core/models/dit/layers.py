@@ -17,9 +17,8 @@ from torch import nn
 from ... import kernels
 from ...mapped import fetch, is_mapped
 from ...quant.scratch import Scratch
-from .rope import rotate_
+from .rope import is_narrow, rotate_
 
-_HALF = (torch.bfloat16, torch.float16)
 SLICE = 4096  # tokens in one float32 slice
 READ_AT_ONCE = 32 * 1024**2  # bytes of a half-precision matrix that are read from its file in one go
 
@@ -53,7 +52,7 @@ def sinusoid(t: torch.Tensor, dim: int) -> torch.Tensor:
 
     Where the device has no float64, on the CPU.
     """
-    t = t.cpu() if t.device.type in ("mps", "privateuseone") else t
+    t = t.cpu() if is_narrow(t.device) else t
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float64, device=t.device) / half
     angles = t.to(torch.float64)[..., None] * torch.pow(10000.0, -exponents)
@@ -86,7 +85,7 @@ class Linear(nn.Linear):
 def linear_gelu(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``gelu(layer(x))``, approximated by tanh; where the device has it, within the product itself."""
     plain = type(layer) is Linear and layer.bias is not None and layer.weight.dtype == x.dtype
-    if plain and kernels.available(x.device) and x.dtype in _HALF and layer.weight.device == x.device:
+    if plain and kernels.suits(x) and layer.weight.device == x.device:
         flat = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
         return flat.unflatten(0, x.shape[:-1])
     return torch.ops.aten.gelu_(layer(x), approximate="tanh")

@@ -49,7 +49,7 @@ def _rotations(positions: int, pairs: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys [B, L, heads, head_dim]; computed in float32, returned in x's dtype."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if _lacks_complex(x.device):
+    if is_narrow(x.device):
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
     else:
@@ -59,7 +59,7 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 def rotate_(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The same, overwriting x; half precision goes slice by slice to keep the float32 copy small."""
-    if x.dtype == torch.float32 and not _lacks_complex(x.device):
+    if x.dtype == torch.float32 and not is_narrow(x.device):
         torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(torch.view_as_complex(table))
         return x
     for a in range(0, x.shape[1], SLICE):
@@ -68,6 +68,6 @@ def rotate_(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _lacks_complex(device: torch.device) -> bool:
-    """Apple's and DirectML's backends have no complex numbers."""
+def is_narrow(device: torch.device) -> bool:
+    """Apple's and DirectML's backends have neither float64 nor complex numbers."""
     return device.type in ("mps", "privateuseone")
