@@ -26,8 +26,9 @@ import torch
 from wan_core.config import PATCH, VARIANTS, Architecture
 from wan_core.loading.dit import read_dit
 from wan_core.media.geometry import latent_shape
+from wan_core.memory.budget import GB
 from wan_core.memory.build import build_dit
-from wan_core.memory.plan import GB, Plan, held_bytes, plan
+from wan_core.memory.plan import Plan, plan
 from wan_core.models.dit.dit import WanDiT
 from wan_core.recipe import ModelRecipe
 
@@ -154,10 +155,10 @@ def planned_rows() -> dict[str, dict]:
 def _as_row(found: Plan) -> dict:
     return {
         "total_gb": _gb(found.total),
-        "weights_gb": _gb(found.weights),
-        "stream_gb": _gb(found.stream),
-        "activations_gb": _gb(found.activations),
-        "ram_gb": _gb(found.ram),
+        "weights_gb": _gb(found.needs.weights),
+        "stream_gb": _gb(found.needs.stream),
+        "activations_gb": _gb(found.needs.working),
+        "ram_gb": _gb(found.needs.pinned),
         "moved_gb_per_step": _gb(found.moved),
         "swapped": found.swapped,
         "layers": found.layers,
@@ -179,10 +180,10 @@ def measure(case: Case, device: str, folder: Path | None) -> dict:
     """Plan and peak of one call, in this process."""
     with TemporaryDirectory(dir=folder) as made:
         kept = recipe(case, Path(made))
-        found = plan(kept, case.shape, device, guided=False)
+        found = plan(kept, case.shape, device, prompts=1)
         counted = _on_cuda if torch.device(device).type == "cuda" else _on_cpu
         row = counted(replace(kept, swap_blocks=found.swapped, prefetch=found.prefetch), case, device)
-    row["planned_gb"] = _gb(of_one_call(found, kept))
+    row["planned_gb"] = _gb(of_one_call(found))
     return row | {
         "ratio": round(row["planned_gb"] / row["measured_gb"], 3),
         "swapped": found.swapped,
@@ -190,10 +191,9 @@ def measure(case: Case, device: str, folder: Path | None) -> dict:
     }
 
 
-def of_one_call(found: Plan, kept: ModelRecipe) -> int:
-    """What an unguided plan says of a single call: a sampler's latents of many steps are not there."""
-    held = held_bytes(kept.high.config, found.shape, found.dtype, guided=False, keep_text=kept.keeps_text)
-    return found.total - held
+def of_one_call(found: Plan) -> int:
+    """What a plan says of a single call: a sampler's latents of many steps are not there."""
+    return found.total - found.needs.held
 
 
 def call_of(case: Case, kept: ModelRecipe, device: str) -> Callable[[], torch.Tensor]:

@@ -17,6 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 if TYPE_CHECKING:
+    from ..wan_core.memory.budget import Budget
     from ..wan_core.memory.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -39,13 +40,15 @@ class Residency(ModelPatcher):
         self.incoming = 0  # bytes about to be loaded
         self.understood = True
 
-    def make_room(self, needed: int, device: torch.device) -> None:
-        """The engine's callback before each load: ComfyUI moves models of its own away and lists the engine's."""
+    def make_room(self, needs: Budget, device: torch.device) -> None:
+        """The engine's callback before a part is loaded or works: ComfyUI moves models of its own away and lists the
+        engine's."""
         if not self.understood:
             return
-        self.incoming = needed if device == self.load_device else 0
+        here = device == self.load_device
+        self.incoming = needs.loaded if here else 0
         try:
-            management.load_models_gpu([self])
+            management.load_models_gpu([self], memory_required=needs.beside if here else 0)
         except (AttributeError, TypeError) as error:
             if raised_here(error):
                 raise

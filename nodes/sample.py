@@ -268,7 +268,7 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
     device, kind = host.device(), model.variant.vae
     raw = samples_for(latent, model.variant)
     guided = (settings.guidance.low, settings.guidance.high) != (1, 1)
-    check_fits(model, raw.shape, device, guided=guided, total=host.total_bytes(device))
+    check_fits(model, raw.shape, device, prompts=2 if guided else 1, total=host.total_bytes(device))
     check_numbers(raw)
     raw = raw.cpu()
     plan = settings.timetable()

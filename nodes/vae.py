@@ -18,8 +18,9 @@ from ..wan_core.mapped import fetch
 from ..wan_core.media.geometry import latent_frames, pixel_frames
 from ..wan_core.media.pixels import blend, cropped, fill, pieces
 from ..wan_core.memory import capacity
-from ..wan_core.memory.plan import decode_bytes
-from ..wan_core.memory.vae_placement import WORKSPACE, Place, at_once, place, retried, vae_at
+from ..wan_core.memory.activations import Work, vae_budget
+from ..wan_core.memory.budget import WORKSPACE
+from ..wan_core.memory.vae_placement import Place, at_once, place, retried, vae_at
 from ..wan_core.models.vae.tiles import Tiles, cut, decoded_tiles, encode_tiled_chunks
 from ..wan_core.models.vae.vae import VideoVAE, denormalise, normalise
 from . import host
@@ -137,13 +138,14 @@ class WanVAE:
 
     def _encode(self, pixels: torch.Tensor, tiles: Tiles | None) -> torch.Tensor:
         videos = self._videos(pixels, tiles)
-        where = self._place(videos.shape[2:4], tiles)
+        where = self._place(videos.shape[2:4], tiles, "encode")
         return retried(
             lambda tiles: self._encoded(videos, replace(where, tiles=tiles)), *videos.shape[2:4], where.tiles
         )
 
     def _encoded(self, videos: torch.Tensor, where: Place) -> torch.Tensor:
-        vae, frames, tiles = vae_at(host.engine(), self.file, where, videos.shape[2:4]), videos.shape[1], where.tiles
+        vae = vae_at(host.engine(), self.file, where, videos.shape[2:4], "encode")
+        frames, tiles = videos.shape[1], where.tiles
         bar = host.Chunks(len(videos) * latent_frames(frames) * self._tile_count(videos.shape[2:4], tiles))
         if tiles is None:
             return torch.cat([self._encoded_chunks(vae, pieces(video), frames, bar) for video in videos])
@@ -179,7 +181,7 @@ class WanVAE:
             WanError: the device cannot encode frames of this size, even in the best case.
         """
         device = self.patcher.load_device
-        needed = capacity.encode_bytes(self.file.config, height, width, self._compute_dtype())
+        needed = vae_budget(self.file.config, height, width, self._compute_dtype(), "encode").total
         capacity.check_bytes(needed, f"Encoding frames of {width}x{height}", device, host.total_bytes(device))
 
     def _check_decode(self, size: Sequence[int], where: Place) -> None:
@@ -187,7 +189,7 @@ class WanVAE:
         host_device = host.storage_device()
         capacity.check_tensor(size, "A video", device=host_device, total=host.total_bytes(host_device))
         device, (height, width) = where.device, at_once(size[2:4], where.tiles)
-        needed = decode_bytes(self.file.config, height, width, where.dtype)
+        needed = vae_budget(self.file.config, height, width, where.dtype).total
         capacity.check_bytes(
             needed,
             f"Decoding frames of {width}x{height} at once",
@@ -203,13 +205,13 @@ class WanVAE:
         batch, _, frames, height, width = _video_latent(samples, self.latent_channels).shape
         stride = self.spacial_compression_decode()
         size = (batch, pixel_frames(frames), height * stride, width * stride, 3)
-        where = self._place(size[2:4], tiles)
+        where = self._place(size[2:4], tiles, "decode")
         self._check_decode(size, where)
         return retried(lambda tiles: self._decoded(samples, size, replace(where, tiles=tiles)), *size[2:4], where.tiles)
 
     def _decoded(self, samples: torch.Tensor, size: Sequence[int], where: Place) -> torch.Tensor:
         batch, frames, tiles = len(samples), samples.shape[2], where.tiles
-        vae = vae_at(host.engine(), self.file, where, size[2:4])
+        vae = vae_at(host.engine(), self.file, where, size[2:4], "decode")
         video = torch.zeros(size, device=host.storage_device())
         bar = host.Chunks(batch * frames * self._tile_count(size[2:4], tiles))
         with host.cancellable(vae):
@@ -221,14 +223,14 @@ class WanVAE:
                     blend(video[i], decoded_tiles(vae, latent, tiles, bar))
         return video
 
-    def _place(self, size: Sequence[int], tiles: Tiles | None) -> Place:
+    def _place(self, size: Sequence[int], tiles: Tiles | None, work: Work) -> Place:
         """For frames of this height and width: in the tiles that were asked for, else as there is room."""
         device, dtype = self.patcher.load_device, self._compute_dtype()
         if tiles is not None or device.type == "cpu":
             return Place(device, tiles, dtype)
         # What the engine holds makes way, and of that the VAE's weights are there already.
         free = host.free_bytes(device) + host.engine().bytes_on(device) - WORKSPACE
-        return place(self.file.config, size, device, dtype, room=free)
+        return place(self.file.config, size, device, dtype, room=free, work=work)
 
     def _tile_count(self, size: Sequence[int], tiles: Tiles | None) -> int:
         stride = self.spacial_compression_decode()

@@ -28,9 +28,11 @@ from .lookup import look_up
 from .media import geometry as latents
 from .media.geometry import fitted, fitted_size, image_tensor
 from .memory import plan as plans
+from .memory.activations import Work, vae_budget
+from .memory.budget import GB, WORKSPACE
 from .memory.devices import available_bytes, is_out_of_memory
 from .memory.engine import Engine, largest_matrix, text_bytes
-from .memory.plan import AUTO, GB, MARGIN, decode_bytes
+from .memory.plan import AUTO
 from .memory.run import denoise_in_memory
 from .memory.vae_placement import Place, at_once, next_tiles, place, retried, square_tiles, vae_at
 from .models.dit.attention import find_backend
@@ -218,7 +220,7 @@ def check_run(models: Models, request: Request, engine: Engine, device: torch.de
     """
     check_fits(models, request, engine, device)
     check_cache(models.dit, request.timetable(), request.solver)
-    plans.plan(models.dit, _latent(models, request), device, guided=_guided(request), free=available_bytes(device))
+    plans.plan(models.dit, _latent(models, request), device, prompts=_prompts(request), free=available_bytes(device))
 
 
 def check_cache(recipe: ModelRecipe, timetable: Schedule, solver: str) -> None:
@@ -248,7 +250,7 @@ def check_fits(models: Models, request: Request, engine: Engine, device: torch.d
     """
     find_backend(models.dit.attention, device, _dtype_of(models, device))
     latent = _latent(models, request)
-    plans.check_fits(models.dit, latent, device, guided=_guided(request))
+    plans.check_fits(models.dit, latent, device, prompts=_prompts(request))
     size = tuple(side * VAES[models.vae.config.kind].spatial_stride for side in latent[3:])
     check_decode(models.vae, size, device, tile=request.vae_tile, room=_room(models, engine, device))
 
@@ -303,7 +305,7 @@ def decode(
     where, (latent, done) = _vae_place(file, size, device, room, tile), (latent[None], 0)
     while True:
         try:
-            vae, tiles = vae_at(engine, file, where, size), where.tiles
+            vae, tiles = vae_at(engine, file, where, size, "decode"), where.tiles
             whole = None if tiles else latent.to(where.device)
             chunks = decode_tiled_chunks(vae, latent.cpu(), tiles) if tiles else vae.decode_chunks(whole)
             for number, chunk in enumerate(chunks):
@@ -330,7 +332,7 @@ def needs(models: Models, request: Request, device: torch.device, text_device: t
     text = text_bytes(models.text, text_device, _dtype_of(models, text_device))
     streamed = f", streamed {largest_matrix(models.text, text_device, _dtype_of(models, text_device)) / GB:.2f} GB"
     latent = _latent(models, request)
-    sampling = plans.plan(models.dit, latent, device, guided=_guided(request), free=available_bytes(device))
+    sampling = plans.plan(models.dit, latent, device, prompts=_prompts(request), free=available_bytes(device))
     height, width = (side * VAES[file.config.kind].spatial_stride for side in latent[3:])
     lines = [
         f"{models.dit}, {width}x{height}, {request.frames} frames",
@@ -338,12 +340,12 @@ def needs(models: Models, request: Request, device: torch.device, text_device: t
         f"Sampling: {sampling}",
     ]
     try:
-        plans.check_fits(models.dit, latent, device, guided=_guided(request))
+        plans.check_fits(models.dit, latent, device, prompts=_prompts(request))
     except WanError as error:
         return "\n".join([*lines, str(error)])
     where = _vae_place(file, (height, width), device, room, request.vae_tile)
     tiles = where.tiles
-    taken = decode_bytes(file.config, *((tiles.height, tiles.width) if tiles else (height, width)))
+    taken = vae_budget(file.config, *at_once((height, width), tiles)).total
     tiled = f" in tiles of {tiles.width}x{tiles.height}" if tiles else ""
     return "\n".join([*lines, f"VAE decode: {taken / GB:.2f} GB on {where.device}{tiled}"])
 
@@ -383,7 +385,7 @@ def _room(models: Models, engine: Engine, device: torch.device) -> float:
     limit = models.dit.vram_limit
     if device.type == "cpu":
         return math.inf
-    return available_bytes(device) + engine.bytes_on(device) - MARGIN if limit in (None, AUTO) else limit * GB
+    return available_bytes(device) + engine.bytes_on(device) - WORKSPACE if limit in (None, AUTO) else limit * GB
 
 
 def _start(models: Models, request: Request, engine: Engine, device: torch.device) -> Start:
@@ -424,12 +426,12 @@ def _encode(
     device: torch.device,
 ) -> torch.Tensor:
     """Chunks [1, 3, f, H, W] -> latent [1, C, T, h, w] on the device."""
-    where = _vae_place(models.vae, size, device, _room(models, engine, device), request.vae_tile)
+    where = _vae_place(models.vae, size, device, _room(models, engine, device), request.vae_tile, "encode")
 
     def encode(tiles: Tiles | None) -> list[torch.Tensor]:
         nonlocal frames
         mine, frames = itertools.tee(frames)  # for another try
-        vae = vae_at(engine, models.vae, replace(where, tiles=tiles), size)
+        vae = vae_at(engine, models.vae, replace(where, tiles=tiles), size, "encode")
         if tiles:
             return list(encode_tiled_chunks(vae, (chunk.cpu() for chunk in mine), tiles, total_frames=count))
         return list(vae.encode_chunks((chunk.to(where.device) for chunk in mine), total_frames=count))
@@ -437,12 +439,14 @@ def _encode(
     return torch.cat(retried(encode, *size, where.tiles), dim=2).to(device)
 
 
-def _vae_place(file: VAEFile, size: tuple[int, int], device: torch.device, room: float, tile: int | None) -> Place:
+def _vae_place(
+    file: VAEFile, size: tuple[int, int], device: torch.device, room: float, tile: int | None, work: Work = "decode"
+) -> Place:
     """In tiles of the side that was asked for, else as there is room; in float32 as in the official pipelines."""
     if tile is not None:
         return Place(device, square_tiles(tile), torch.float32)
-    return place(file.config, size, device, torch.float32, room=room)
+    return place(file.config, size, device, torch.float32, room=room, work=work)
 
 
-def _guided(request: Request) -> bool:
-    return (request.guidance.low, request.guidance.high) != (1, 1)
+def _prompts(request: Request) -> int:
+    return 1 if (request.guidance.low, request.guidance.high) == (1, 1) else 2

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from wan_core.config import VARIANTS
 from wan_core.loading.dit import read_dit
+from wan_core.memory.budget import GB
 from wan_core.memory.build import build_dit
-from wan_core.memory.plan import GB, plan
+from wan_core.memory.plan import plan
 from wan_core.recipe import ModelRecipe
 
 from ..memory import of_one_call
@@ -49,7 +50,7 @@ def compare(card: Card, size: Size, path: Path) -> dict:
             prefetch=prefetch,
             variant=VARIANTS["t2v-14B"],
         )
-        planned = plan(recipe, tuple(x.shape), card.device, guided=False)
+        planned = plan(recipe, tuple(x.shape), card.device, prompts=1)
         began, built = time.monotonic(), []
 
         def use(planned=planned, built=built) -> None:
@@ -69,7 +70,7 @@ def compare(card: Card, size: Size, path: Path) -> dict:
             "loading_s": loaded - began,
             "moved_gb": planned.moved / GB,
             "peak_gb": peak,
-            "planned_gb": of_one_call(planned, recipe) / GB,
+            "planned_gb": of_one_call(planned) / GB,
             "same_bits": torch.equal(answer, expected),
         }
         built.clear()

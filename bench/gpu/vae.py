@@ -8,7 +8,8 @@ import torch
 
 from wan_core.config import VAEConfig
 from wan_core.loading.vae import VAE_CLASSES
-from wan_core.memory.plan import GB, decode_bytes
+from wan_core.memory.activations import vae_budget
+from wan_core.memory.budget import GB
 from wan_core.models.vae.tiles import Tiles, decode_tiled_chunks
 from wan_core.models.vae.vae import VideoVAE
 
@@ -84,7 +85,7 @@ def clips(card: Card, name: str, config: VAEConfig) -> dict:
             found[f"{name} decode, {width}x{height}x{4 * frames - 3}, {str(dtype)[6:]}, {way}"] = {
                 "seconds": card.seconds(call, 1, 0),
                 "peak_gb": peak,
-                "planned_gb": (decode_bytes(config, *side, dtype) - sum(p.nbytes for p in vae.parameters())) / GB,
+                "planned_gb": vae_budget(config, *side, dtype).activations / GB,
             }
             card.clear()
     return found

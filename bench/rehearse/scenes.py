@@ -19,8 +19,9 @@ from wan_core.loading.taehv import load_tiny_decoder
 from wan_core.lora.files import read_lora
 from wan_core.media.geometry import latent_shape
 from wan_core.media.preview import Painter, moving_picture
+from wan_core.memory.activations import vae_budget
 from wan_core.memory.engine import Engine, largest_matrix, text_bytes
-from wan_core.memory.plan import Plan, decode_bytes, weights_of
+from wan_core.memory.plan import Plan, weights_of
 from wan_core.models.dit.dit import Block
 from wan_core.pipeline import Models, Request, generate
 from wan_core.recipe import Loras, LoraUse, ModelRecipe
@@ -320,7 +321,7 @@ def decoded(coding: Coding, shelf: Shelf) -> dict:
     stride = SPACES[file.config.kind].spatial_stride
     latent = torch.zeros(file.config.channels, coding.latent_frames, height // stride, width // stride)
     side = min(coding.tile or height, height), min(coding.tile or width, width)
-    planned = decode_bytes(file.config, *side)
+    planned = vae_budget(file.config, *side).total
     with machine.running() as tally, fresh_caches(), torch.no_grad():
         counts, engine = tally.begin(), Engine()
         latent = latent.to(machine.device)

@@ -25,7 +25,7 @@ _ONLY_WRITES = (
 )  # fmt: skip
 
 
-@dataclass
+@dataclass(eq=False)  # two that counted nothing are still two
 class Counts:
     """What happened between two moments.
 

@@ -17,7 +17,8 @@ from cases import import_pack, report  # noqa: E402
 import_pack()
 from wan_pack.nodes import native  # noqa: E402
 from wan_pack.wan_core.loading.dit import read_dit  # noqa: E402
-from wan_pack.wan_core.memory.engine import Engine, dit_bytes  # noqa: E402
+from wan_pack.wan_core.memory.engine import Engine  # noqa: E402
+from wan_pack.wan_core.memory.plan import dit_budget  # noqa: E402
 from wan_pack.wan_core.models.dit.dit import WanDiT  # noqa: E402
 from wan_pack.wan_core.recipe import ModelRecipe  # noqa: E402
 
@@ -69,13 +70,13 @@ def room_is_asked_for_the_weights_until_they_are_there() -> None:
     with torch.inference_mode():
         patcher.model.diffusion_model(*halves(), transformer_options=HALVES)
     assert engine.loads == 1
-    assert first - patcher.model.memory_required(SHAPE) == dit_bytes(model.high, model, CPU)
+    assert first - patcher.model.memory_required(SHAPE) == dit_budget(model.high, model, CPU).loaded
 
 
 def with_a_memory_limit_the_plan_makes_room() -> None:
     plain, limited = (native.to_model(recipe(vram_limit=limit), 5.0, Engine(), CPU).model for limit in (None, 0.05))
     extra = plain.memory_required(SHAPE) - limited.memory_required(SHAPE)
-    assert extra == dit_bytes(recipe().high, recipe(), CPU)
+    assert extra == dit_budget(recipe().high, recipe(), CPU).loaded
 
 
 def what_other_nodes_reach_for_in_vain_is_told() -> None:

@@ -23,7 +23,8 @@ from wan_core.lora.attach import with_lora
 from wan_core.lora.files import read_lora
 from wan_core.lora.use import bytes_beside
 from wan_core.memory.build import build_dit
-from wan_core.memory.engine import Engine, dit_bytes
+from wan_core.memory.engine import Engine
+from wan_core.memory.plan import dit_budget
 from wan_core.memory.stream import transfer as offload
 from wan_core.memory.stream.transfer import HostBackend
 from wan_core.models.dit.dit import WanDiT
@@ -181,7 +182,7 @@ def test_strength_0_costs_nothing(files):
     recipe = recipe_of(files, use(files, KINDS[0], 0.0))
     assert torch.equal(run(engine, recipe), run(engine, recipe_of(files)))
     assert engine.dit(recipe.high, recipe, "cpu").adaptation is None
-    assert dit_bytes(recipe.high, recipe, "cpu") == dit_bytes(recipe.high, recipe_of(files), "cpu")
+    assert dit_budget(recipe.high, recipe, "cpu") == dit_budget(recipe.high, recipe_of(files), "cpu")
 
 
 @pytest.mark.parametrize("first, last", [(2, None), (0, 1), (1, 1)])

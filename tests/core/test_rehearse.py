@@ -20,6 +20,7 @@ from bench.rehearse.scenes import Run, models_of, rehearse
 from wan_core import pipeline
 from wan_core.errors import WanError
 from wan_core.memory import engine as engines
+from wan_core.memory.budget import Budget
 from wan_core.memory.build import build_dit
 from wan_core.memory.engine import Engine
 from wan_core.memory.plan import Plan, plan
@@ -208,7 +209,7 @@ def loads_of_experts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def planned(run: Run, shelf: Shelf) -> Plan:
     with Machine().running():
-        return plan(models_of(run, shelf).dit, run.latent, "cuda:0", guided=run.guided)
+        return plan(models_of(run, shelf).dit, run.latent, "cuda:0", prompts=1 + run.guided)
 
 
 @pytest.mark.parametrize("stay", [True, False])
@@ -216,8 +217,8 @@ def test_two_experts_stay_only_beside_what_they_compute_with(monkeypatch: pytest
     """Both fit by their weights; whether their activations fit too decides, and nothing runs out on the way."""
     run = Run("t2v-A14B", "720p", dtype="fp8_e4m3fn")
     needed = planned(run, shelf)
-    both = 2 * needed.weights + needed.activations
-    assert needed.activations > 3e9
+    both = 2 * needed.needs.weights + needed.needs.working
+    assert needed.needs.working > 3e9
     seen = rehearse(run, shelf, Machine(both + 1.2e9 if stay else both - 0.5e9))
     assert (seen.beside > 0) is stay and not seen.notes
 
@@ -258,7 +259,7 @@ def test_decoding_makes_room_for_what_it_computes_with(shelf: Shelf):
     with machine.running() as tally, torch.no_grad():
         engine = Engine()
         weights = partial(torch.zeros, 20 * 10**9, dtype=torch.uint8, device="cuda:0")
-        engine.get(("dit", "an expert"), 20 * 10**9, "cuda:0", weights)
+        engine.get(("dit", "an expert"), Budget(20 * 10**9), "cuda:0", weights)
         assert decode_720p(machine, shelf, engine) == [1, 4, 4, 4]
         assert tally.live.peak < 21e9 and engine.bytes_on("cuda:0") < 1e9
 

@@ -8,7 +8,7 @@ import torch
 from wan_core.config import VAEConfig
 from wan_core.errors import WanError
 from wan_core.media.pixels import blend, cropped, fill, pieces
-from wan_core.memory.plan import decode_bytes
+from wan_core.memory.activations import vae_budget
 from wan_core.memory.vae_placement import at_once, place, square_tiles
 
 WAN21 = VAEConfig("wan2.1", 16, 96, 96)
@@ -17,13 +17,13 @@ SIZE, CUDA, CPU = (720, 1280), torch.device("cuda"), torch.device("cpu")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tiles_are_the_largest_that_fit(dtype: torch.dtype):
-    whole = decode_bytes(WAN21, *SIZE, dtype)
+    whole = vae_budget(WAN21, *SIZE, dtype).total
     assert place(WAN21, SIZE, CUDA, dtype, room=whole).tiles is None
     where = place(WAN21, SIZE, CUDA, dtype, room=whole - 1)
-    assert where.device == CUDA and decode_bytes(WAN21, *at_once(SIZE, where.tiles), dtype) < whole
+    assert where.device == CUDA and vae_budget(WAN21, *at_once(SIZE, where.tiles), dtype).total < whole
     smaller = place(WAN21, SIZE, CUDA, dtype, room=0.4 * whole)
     assert smaller.tiles.width < where.tiles.width
-    assert decode_bytes(WAN21, *at_once(SIZE, smaller.tiles), dtype) <= 0.4 * whole
+    assert vae_budget(WAN21, *at_once(SIZE, smaller.tiles), dtype).total <= 0.4 * whole
 
 
 def test_too_little_for_any_tile_is_the_cpus(caplog: pytest.LogCaptureFixture):

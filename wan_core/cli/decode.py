@@ -45,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..loading.vae import read_vae
+    from ..memory.budget import GB
     from ..memory.devices import resolve_device
     from ..memory.engine import Engine
-    from ..memory.plan import GB
     from ..models.vae.vae import normalise
     from ..pipeline import check_decode, check_latent, decode
 

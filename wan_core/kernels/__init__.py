@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, wraps
 
 import torch
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 OFF = "WAN_CORE_KERNELS"  # the environment variable; "off" leaves everything to PyTorch
 _HALF = (torch.bfloat16, torch.float16)
 _broken: set[str] = set()  # kernels that failed once
+_assumed: ContextVar[bool] = ContextVar("kernels of the meta device", default=False)
 
 
 @lru_cache(maxsize=16)
@@ -33,7 +36,21 @@ def available(device: torch.device) -> bool:
 
 def suits(x: Tensor) -> bool:
     """Whether kernels take over a tensor's work: half precision without gradients, on a device that can."""
-    return x.dtype in _HALF and not torch.is_grad_enabled() and available(x.device)
+    here = _assumed.get() if x.is_meta else available(x.device)
+    return here and x.dtype in _HALF and not torch.is_grad_enabled()
+
+
+@contextmanager
+def assumed(there: bool) -> Iterator[None]:
+    """Meanwhile the meta device is one that has kernels, or one that has none; they do nothing there.
+
+    For traces of memory: a kernel that works in place takes none.
+    """
+    token = _assumed.set(there)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 def _guarded(launch: Callable[..., None]) -> Callable[..., bool]:
@@ -43,6 +60,8 @@ def _guarded(launch: Callable[..., None]) -> Callable[..., bool]:
     def run(x: Tensor, *args, **kwargs) -> bool:
         if launch.__name__ in _broken or not suits(x):
             return False
+        if x.is_meta:
+            return True
         try:
             launch(x, *args, **kwargs)
         except torch.OutOfMemoryError:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 
-from ..config import TEMPORAL_STRIDE, VAEConfig
 from ..recipe import ModelRecipe
 from .devices import total_bytes
 from .plan import check_fits, does_not_fit
@@ -45,10 +44,4 @@ def check_start(recipe: ModelRecipe, shape: Sequence[int], device: torch.device 
         WanError: the host cannot hold the latent, or no device of this size can sample even that.
     """
     check_tensor(shape, "A latent")
-    check_fits(recipe, (1, shape[1], 1, *shape[3:]), device, guided=False, total=total)
-
-
-def encode_bytes(config: VAEConfig, height: int, width: int, dtype: torch.dtype) -> int:
-    """At least what encoding four frames of this size takes: the input and output of the first residual block."""
-    pixels = TEMPORAL_STRIDE * height * width / (4 if config.kind == "wan2.2" else 1)
-    return int(2 * pixels * config.encoder_dim * dtype.itemsize)
+    check_fits(recipe, (1, shape[1], 1, *shape[3:]), device, prompts=1, total=total)

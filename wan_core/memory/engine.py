@@ -37,15 +37,13 @@ from ..models.vae.vae import VideoVAE
 from ..recipe import ModelRecipe, Network
 from ..sampling.experts import Expert, Experts, Model
 from ..sampling.guidance import Condition
+from .activations import clip_activations, text_activations
+from .budget import GB, UNKNOWN, Budget
 from .devices import available_bytes, empty_cache
-from .plan import AUTO, Plan, plan, smaller, weights_of
+from .plan import AUTO, Plan, dit_budget, plan, smaller
 from .readahead import ReadAhead
-from .stream.ring import spread
 
 log = logging.getLogger(__name__)
-
-_MARGIN = 2 * 1024**3  # bytes left free beside a part: what it computes with, a kernel's workspace, fragments
-_WORKSPACE = 1024**3  # of these, what no plan counts
 
 
 @dataclass
@@ -56,7 +54,7 @@ class _Loaded:
     alone: bool  # on its device: a memory limit leaves no room for others
 
 
-def _no_room_made(needed: int, device: torch.device) -> None: ...
+def _no_room_made(needs: Budget, device: torch.device) -> None: ...
 
 
 @dataclass
@@ -64,14 +62,14 @@ class Engine:
     """Loads, keeps and releases models.
 
     Args:
-        make_room: called with the bytes about to be loaded and the device, before each load, so that a host
-            (ComfyUI) can move its own models away.
+        make_room: called with what is about to be loaded or to work, and the device, so that a host (ComfyUI) can move
+            its own models away.
         keep_one: hold one model at a time on a device other than the CPU, whatever the room (``--offload_model``).
         free_bytes: what a device has for us; a host that lends memory knows better than the driver what it can take
             back. None asks the driver.
     """
 
-    make_room: Callable[[int, torch.device], None] = _no_room_made
+    make_room: Callable[[Budget, torch.device], None] = _no_room_made
     keep_one: bool = False
     free_bytes: Callable[[torch.device], int] | None = None
     loads: int = 0  # how many models were read so far; a run that reloads nothing leaves it as it was
@@ -79,44 +77,42 @@ class Engine:
     _plans: dict[Hashable, Plan] = field(default_factory=dict)
     _ahead: ReadAhead = field(default_factory=ReadAhead)
     _crowded: set[Hashable] = field(default_factory=set)  # runs that ran out of memory beside other parts
-    _margin: int = _MARGIN  # of the transformer that runs
+    _run: Budget = Budget(activations=UNKNOWN)  # of the run that the transformers work in
     _alone: bool = False
     _at_work: Hashable = None  # the transformer that has been given room
 
     def get(
         self,
         key: Hashable,
-        size: int,
+        needs: Budget,
         device: torch.device | str,
         load: Callable[[], Any],
         *,
         alone: bool = False,
-        margin: int = _MARGIN,
+        settled: bool = False,
     ) -> Any:
-        """The part under this key, loaded now if it is not there yet.
+        """The part under this key, loaded now if it is not there yet, with room for what it will do.
 
         Args:
-            size: bytes it takes on the device.
             load: makes the part.
             alone: every other part on the device makes way, as this one will for the next.
-            margin: bytes that must be free beside it.
+            settled: it has had its room, if it is there.
         """
         device = torch.device(device)
         if key in self._loaded:
             self._loaded.move_to_end(key)
-            if margin > _MARGIN:
-                self._evict_for(0, device, False, margin, spare=key)
+            if not settled and needs.working > UNKNOWN:  # for less, nothing that is here is read again
+                self._make_room(replace(needs, weights=0, stream=0), device, False, spare=key)
             return self._loaded[key].part
-        self.make_room(size + margin - _MARGIN, device)
-        self._evict_for(size, device, alone, margin)
+        self._make_room(needs, device, alone)
         self.loads += 1
         part = load()
-        log.info("wan_core: loaded %s on %s (%.2f GB)", key[0], device, size / 1e9)
-        self._loaded[key] = _Loaded(part, size, device, alone)
+        log.info("wan_core: loaded %s on %s (%.2f GB)", key[0], device, needs.loaded / GB)
+        self._loaded[key] = _Loaded(part, needs.loaded, device, alone)
         return part
 
     def fit(
-        self, recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device | str, *, guided: bool = True
+        self, recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device | str, *, prompts: int = 2
     ) -> tuple[ModelRecipe, Plan]:
         """A recipe with its memory limit turned into blocks that stream, for a latent [B, C, T, h, w]; and the plan.
 
@@ -126,32 +122,26 @@ class Engine:
             WanError: see ``plan``.
         """
         device = torch.device(device)
-        key = _run_key(recipe, shape, device, guided)
+        key = _run_key(recipe, shape, device, prompts)
         if key not in self._plans:
             if recipe.vram_limit == AUTO:
-                whole = replace(recipe, swap_blocks=0)
-                self.make_room(max(dit_bytes(file, whole, device) for file in recipe.own), device)
+                whole = replace(recipe, swap_blocks=0, vram_limit=None)
+                self.make_room(plan(whole, shape, device, prompts=prompts).needs, device)
             free = self.free(device) + self.bytes_on(device)
-            self._plans[key] = plan(recipe, shape, device, guided=guided, free=free)
+            self._plans[key] = plan(recipe, shape, device, prompts=prompts, free=free)
         found = self._plans[key]
         self._prepare_for(found, alone=key in self._crowded)
         return replace(recipe, swap_blocks=found.swapped, prefetch=found.prefetch), found
 
     def fit_alone(
-        self,
-        used: Plan,
-        recipe: ModelRecipe,
-        shape: tuple[int, ...],
-        device: torch.device | str,
-        *,
-        guided: bool = True,
+        self, used: Plan, recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device | str, *, prompts: int = 2
     ) -> bool:
         """After what ``fit`` said was too much beside other parts on the device, the other expert above all: all is
         released, and the run goes on as it was planned, with one part at a time there.
 
         False if there was nothing beside it, or if that has been tried.
         """
-        device, key = torch.device(device), _run_key(recipe, shape, device, guided)
+        device, key = torch.device(device), _run_key(recipe, shape, device, prompts)
         beside = [entry for entry in self._loaded.values() if entry.device == device][1:]
         if device.type == "cpu" or not beside or key in self._crowded:
             return False
@@ -163,24 +153,17 @@ class Engine:
 
     def _prepare_for(self, found: Plan, *, alone: bool) -> None:
         """What the transformers of the coming run need beside their weights."""
-        self._margin = max(_MARGIN, found.activations + _WORKSPACE)
-        self._alone, self._at_work = alone, None
+        self._run, self._alone, self._at_work = found.needs, alone, None
 
     def fit_less(
-        self,
-        used: Plan,
-        recipe: ModelRecipe,
-        shape: tuple[int, ...],
-        device: torch.device | str,
-        *,
-        guided: bool = True,
+        self, used: Plan, recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device | str, *, prompts: int = 2
     ) -> tuple[ModelRecipe, Plan] | None:
         """After what ``fit`` said was too much: all is released, and less is planned from now on.
 
         None if there is no less, or if the weights are not the engine's.
         """
         device = torch.device(device)
-        key = _run_key(recipe, shape, device, guided)
+        key = _run_key(recipe, shape, device, prompts)
         crowded = key in self._crowded
         less = smaller(used) if recipe.own else None
         self.release()
@@ -188,7 +171,7 @@ class Engine:
             return None
         swapped, prefetch = less
         tight = replace(recipe, swap_blocks=swapped, prefetch=prefetch, vram_limit=None)
-        self._plans[key] = plan(tight, shape, device, guided=guided)
+        self._plans[key] = plan(tight, shape, device, prompts=prompts)
         self._crowded |= {key} if crowded else set()
         self._prepare_for(self._plans[key], alone=crowded)
         return replace(tight, vram_limit=recipe.vram_limit or AUTO), self._plans[key]
@@ -200,14 +183,13 @@ class Engine:
             WanError: the file was changed since its header was read, or see ``build_dit``.
         """
         check_unchanged(file)
-        key, size = _dit_key(file, recipe, device), dit_bytes(file, recipe, device)
-        self._resize(key, size)
+        key, needs = _dit_key(file, recipe, device), dit_budget(file, recipe, device).at_work(self._run)
+        self._resize(key, needs.loaded)
         # Others may have come since, or this run is a larger one: but that is asked once, not at each call.
-        margin = self._margin if key != self._at_work or key not in self._loaded else _MARGIN
-        self._at_work = key
+        settled, self._at_work = key == self._at_work, key
         return self.get(
             key,
-            size,
+            needs,
             device,
             lambda: build_dit(
                 file,
@@ -218,7 +200,7 @@ class Engine:
                 prefetch=recipe.prefetch,
             ),
             alone=recipe.vram_limit is not None or self._alone,
-            margin=margin,
+            settled=settled,
         )
 
     def missing_bytes(self, recipe: ModelRecipe, device: torch.device | str) -> int:
@@ -226,13 +208,13 @@ class Engine:
         kept = {key[:3] for key in self._loaded}  # with however many blocks
         if any(_dit_key(file, recipe, device)[:3] in kept for file in recipe.own):
             return 0
-        return max((dit_bytes(file, recipe, device) for file in recipe.own), default=0)
+        return max((dit_budget(file, recipe, device).loaded for file in recipe.own), default=0)
 
     def _resize(self, key: Hashable, size: int) -> None:
         """A loaded part is about to take more or less than it did, with other LoRAs."""
         entry = self._loaded.get(key)
         if entry and size > entry.bytes:
-            self.make_room(size - entry.bytes, entry.device)
+            self.make_room(Budget(size - entry.bytes), entry.device)
         if entry:
             entry.bytes = size
 
@@ -267,28 +249,28 @@ class Engine:
         """
         check_unchanged(file)
         key = ("text", file.fingerprint, str(device), str(dtype), resident)
-        size = text_bytes(file, device, dtype) if resident else largest_matrix(file, device, dtype)
+        weights = text_bytes(file, device, dtype) if resident else largest_matrix(file, device, dtype)
+        compute = resolve_dtype(dtype, device, file.checkpoint.dtype)
+        needs = Budget(weights, activations=text_activations(file.config, compute))
         return self.get(
-            key, size, device, lambda: build_text_encoder(file, device=device, dtype=dtype, resident=resident)
+            key, needs, device, lambda: build_text_encoder(file, device=device, dtype=dtype, resident=resident)
         )
 
     def vae(
-        self, file: VAEFile, device: torch.device | str, dtype: str | torch.dtype | None, *, working: int = 0
+        self, file: VAEFile, device: torch.device | str, dtype: str | torch.dtype | None, *, working: int = UNKNOWN
     ) -> VideoVAE:
         """A VAE with its weights.
 
         Args:
-            working: bytes that must be free for it, its weights included; other parts make way.
+            working: bytes of activations that it is loaded for (``vae_budget``); other parts make way for them.
 
         Raises:
             WanError: the file was changed since its header was read, or see ``build_vae``.
         """
         check_unchanged(file)
         key = ("vae", file.fingerprint, str(device), str(dtype))
-        size = _bytes(file, device, dtype)
-        return self.get(
-            key, size, device, lambda: build_vae(file, device=device, dtype=dtype), margin=max(_MARGIN, working - size)
-        )
+        needs = Budget(_bytes(file, device, dtype), activations=working)
+        return self.get(key, needs, device, lambda: build_vae(file, device=device, dtype=dtype))
 
     def clip(self, file: ClipFile, device: torch.device | str, dtype: str | torch.dtype | None = None) -> ClipVision:
         """A CLIP vision encoder with its weights.
@@ -298,8 +280,9 @@ class Engine:
         """
         check_unchanged(file)
         dtype = clip_dtype(file, device, dtype)
-        key, size = ("clip", file.fingerprint, str(device), str(dtype)), _bytes(file, device, dtype)
-        return self.get(key, size, device, lambda: build_clip(file, device=device, dtype=dtype))
+        key = ("clip", file.fingerprint, str(device), str(dtype))
+        needs = Budget(_bytes(file, device, dtype), activations=clip_activations(file.config, dtype))
+        return self.get(key, needs, device, lambda: build_clip(file, device=device, dtype=dtype))
 
     def release(self, *kinds: str) -> None:
         """Drop what is loaded; with kinds ("dit", "vae", "text", "clip"), only those."""
@@ -331,14 +314,13 @@ class Engine:
         """Bytes of weights held for a device."""
         return sum(entry.bytes for entry in self._loaded.values() if entry.device == torch.device(device))
 
-    def _evict_for(
-        self, size: int, device: torch.device, alone: bool, margin: int, spare: Hashable | None = None
-    ) -> None:
-        """Drop the least recently used parts until a part of this size fits with its margin; never ``spare``."""
+    def _make_room(self, needs: Budget, device: torch.device, alone: bool, spare: Hashable | None = None) -> None:
+        """First the host's models go, then the least recently used parts until this fits; never ``spare``."""
+        self.make_room(needs, device)
         on_device = [key for key, entry in self._loaded.items() if entry.device == device and key != spare]
         for key in on_device:
             must_go = device.type != "cpu" and (self.keep_one or alone or self._loaded[key].alone)
-            if not must_go and self.free(device) >= size + margin:
+            if not must_go and self.free(device) >= needs.loaded + needs.beside:
                 return
             log.info("wan_core: releasing %s to make room", key[0])
             del self._loaded[key]
@@ -438,14 +420,6 @@ def pad_text(text: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(text, (0, 0, 0, missing)) if missing > 0 else text
 
 
-def dit_bytes(file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> int:
-    """Bytes on the device of one expert: what stays there, and the slots that swapped blocks pass through."""
-    weights = weights_of(file, recipe.dtype, device, mapped_too=True, loras=recipe.loras_of(file))
-    swapped = spread(recipe.swap_blocks, file.config.layers)
-    slots = min(recipe.prefetch + 1, len(swapped)) * max(weights.blocks)
-    return weights.total + weights.scratch - sum(weights.blocks[i] for i in swapped) + slots
-
-
 def text_bytes(file: TextFile, device: torch.device | str, dtype: str | torch.dtype | None) -> int:
     """Bytes on the device of a text encoder, whose table always stays in the file."""
     return _bytes(file, device, dtype, skip=(text_layout.TABLE,))
@@ -462,8 +436,8 @@ def _dit_key(file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> 
     return ("dit", file.fingerprint, str(device), recipe.dtype, recipe.attention, recipe.swap_blocks, recipe.prefetch)
 
 
-def _run_key(recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device | str, guided: bool) -> Hashable:
-    return _identity(recipe), tuple(shape), str(device), guided
+def _run_key(recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device | str, prompts: int) -> Hashable:
+    return _identity(recipe), tuple(shape), str(device), prompts
 
 
 def _identity(recipe: ModelRecipe) -> Hashable:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -23,23 +22,22 @@ from ..layouts.dit import packs
 from ..layouts.keys import block_of
 from ..lora.use import bytes_beside, merges
 from ..models.dit.attention import takes_whole
-from ..models.dit.dit import TOKENS_AT_ONCE, keeps_float32, may_stay_in_file
+from ..models.dit.dit import keeps_float32, may_stay_in_file
 from ..models.dit.features import feature_of
-from ..models.dit.layers import SLICE, rows_at_once
-from ..models.dit.rope import SLICE as ROTATED_AT_ONCE
+from ..models.dit.layers import rows_at_once
 from ..recipe import LoraUse
+from .activations import dit_activations, vae_budget
+from .budget import GB, WORKSPACE, Budget
 from .devices import total_bytes
 from .stream.ring import STAGES, check_count, spread
 from .stream.transfer import BACKENDS
-from .tracing import peak_bytes
 
 if TYPE_CHECKING:
     from ..recipe import ModelRecipe
 
-GB = 1e9
 AUTO = "auto"
-MARGIN = 1.0 * GB  # left free by "auto": workspace of kernels, fragments, what other programs take meanwhile
 _LATENTS = 9  # copies of the latent that solver, guidance and previews hold at once, float32
+_CACHED_LATENTS = 5  # of a step cache: two differences, two samples, an answer
 
 
 class DiTHeader(Protocol):
@@ -77,10 +75,7 @@ class Plan:
 
     Attributes:
         swapped, prefetch: blocks that stream, and how many of them are on the device before their turn.
-        weights: what stays on the device.
-        stream: the slots that swapped blocks pass through.
-        activations: what grows with the size of the video, and the prompts.
-        ram: host memory of the process's own beside that, such as the pinned staging ring; the mapped file is not.
+        needs: bytes, by what they are for.
         moved: bytes copied to the device at each step.
         limit: the budget that was asked for, or None.
     """
@@ -91,16 +86,14 @@ class Plan:
     layers: int
     swapped: int
     prefetch: int
-    weights: int
-    stream: int
-    activations: int
-    ram: int
+    needs: Budget
     moved: int
     limit: float | None = None
 
     @property
     def total(self) -> int:
-        return self.weights + self.stream + self.activations
+        """Bytes on the device at the worst moment."""
+        return self.needs.total
 
     def __str__(self) -> str:
         b, _, t, h, w = self.shape
@@ -108,13 +101,15 @@ class Plan:
         lines = [
             f"{self.total / GB:.2f} GB on {self.device}{budget} ({str(self.dtype).removeprefix('torch.')}, "
             f"latent {w}x{h}x{t}{f', batch {b}' if b > 1 else ''})",
-            f"weights {self.weights / GB:.2f} GB, streaming {self.stream / GB:.2f} GB, "
-            f"activations {self.activations / GB:.2f} GB",
+            f"weights {self.needs.weights / GB:.2f} GB, streaming {self.needs.stream / GB:.2f} GB, "
+            f"activations {self.needs.working / GB:.2f} GB",
             f"{self.layers - self.swapped} of {self.layers} blocks stay on the device, {self.swapped} stream "
             f"(prefetch {self.prefetch})",
         ]
         if self.moved:
-            lines.append(f"{self.moved / GB:.1f} GB copied to the device each step, {self.ram / GB:.1f} GB of RAM")
+            lines.append(
+                f"{self.moved / GB:.1f} GB copied to the device each step, {self.needs.pinned / GB:.1f} GB of RAM"
+            )
         return "\n".join(lines)
 
 
@@ -123,20 +118,18 @@ def weights_of(
     dtype: str | torch.dtype | None,
     device: torch.device | str,
     *,
-    mapped_too: bool = False,
     loras: Sequence[LoraUse] = (),
     streaming: bool = False,
 ) -> Weights:
     """An expert's weights from its header, with its LoRAs.
 
     Args:
-        mapped_too: count also what stays in the file on a CPU.
         streaming: whether any blocks stream.
     """
     device = torch.device(device)
     precision = precision_of(dtype)
     compute, make = precision.on(device, file.checkpoint.dtype), precision.weights is not None
-    on_cpu = device.type == "cpu" and not mapped_too
+    on_cpu = device.type == "cpu"
     outside, scratch = 0, 0
     blocks, slots, small = ([0] * file.config.layers for _ in range(3))
     for own, theirs in file.names.items():
@@ -172,46 +165,10 @@ def _packed_bytes(checkpoint: Checkpoint, key: str) -> int:
     return checkpoint.stored_bytes(key) if info.format else math.prod(info.shape) + 4 * info.shape[0]
 
 
-def activation_bytes(
-    config: Architecture,
-    batch: int,
-    tokens: int,
-    dtype: torch.dtype,
-    *,
-    fused: bool = False,
-    whole_attention: bool = False,
-) -> int:
-    """The peak inside a block, the residual stream and the rotation table included.
-
-    Args:
-        fused: with the pack's own kernels, which make no float32 copies.
-        whole_attention: self-attention answers for all tokens at once (``takes_whole``); what its kernels take for
-            themselves, such as queries and keys in int8, is counted as one copy of the tokens.
-
-    Each line below is one hungry moment of ``models.dit.Block``: copies of the tokens, and pieces of them.
-    """
-    item, dim = dtype.itemsize, config.dim
-    wide = 0 if dtype == torch.float32 or fused else 4  # bytes of a number in a float32 island
-
-    def piece(most: int, bytes_each: int, width: int = dim) -> int:
-        return batch * min(tokens, most) * width * bytes_each
-
-    x = batch * tokens * dim * item
-    part = piece(TOKENS_AT_ONCE, item)  # what a layer answers before it is written over its argument
-    given = part if batch > 1 and tokens > TOKENS_AT_ONCE else 0  # a part of several videos is gathered first
-    text = 2 * batch * context_tokens(config) * dim * item
-    branches = context_tokens(config) > TEXT_LENGTH  # which are heard beside the text, a part of the tokens at a time
-    whole = 0 if tokens > TOKENS_AT_ONCE else x  # a short video's answer is a copy of its own
-    moments = (
-        6 * x if whole_attention else 4 * x + part + given,  # tokens; queries, keys, values; (a part of) what is seen
-        4 * x + bool(wide) * piece(ROTATED_AT_ONCE, 2 * wide + item),  # rotating the keys
-        (3 * x + 2 * part if branches else 4 * x) + text,  # tokens, the same normed, queries, what is heard
-        2 * x + piece(TOKENS_AT_ONCE, item, config.ffn_dim) + part + given,  # feed-forward
-        2 * x + whole + piece(SLICE, 3 * wide),  # adding with a gate
-        2 * x + bool(wide) * piece(SLICE, 2 * wide),  # norm
-    )
-    table = tokens * config.dim // config.heads // 2 * 8  # cosine and sine
-    return max(moments) + table
+def tokens_of(shape: Sequence[int]) -> int:
+    """Tokens of each video of a latent [B, C, T, h, w]."""
+    _, _, t, h, w = shape
+    return t * math.ceil(h / PATCH[1]) * math.ceil(w / PATCH[2])
 
 
 def context_tokens(config: Architecture) -> int:
@@ -220,37 +177,23 @@ def context_tokens(config: Architecture) -> int:
 
 
 def held_bytes(
-    config: Architecture, shape: tuple[int, ...], dtype: torch.dtype, *, guided: bool, keep_text: bool
+    config: Architecture,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    prompts: int,
+    keep_text: bool,
+    step_cache: bool = False,
 ) -> int:
     """What a run holds between calls: latents, and the prompts as the model sees them."""
     b, _, t, h, w = shape
     places = b * t * h * w * 4
-    latents = places * (_LATENTS * config.out_channels + 2 * config.in_channels)
+    copies = _LATENTS + _CACHED_LATENTS * step_cache
+    latents = places * (copies * config.out_channels + 2 * config.in_channels)
     heard = context_tokens(config)
     embedded = TEXT_LENGTH * config.text_dim * 4 + heard * config.dim * dtype.itemsize
     states = config.layers * 2 * heard * config.dim * dtype.itemsize if keep_text else 0
-    return latents + (1 + guided) * (embedded + b * states)
-
-
-@lru_cache(maxsize=16)
-def decode_bytes(config: VAEConfig, height: int, width: int, dtype: torch.dtype = torch.float32) -> int:
-    """The peak of decoding frames of this size (pixels; or of one tile of it), weights included.
-
-    However long the video is: the third latent frame is as hungry as any later one.
-    """
-    from ..loading.vae import VAE_CLASSES
-
-    with torch.device("meta"):
-        vae = VAE_CLASSES[config.kind](config).to(dtype)
-        stride = vae.spec.spatial_stride
-        latent = torch.empty(1, config.channels, 3, height // stride, width // stride)
-        weights = sum(p.nbytes for p in vae.parameters())
-
-        def decode() -> None:
-            for _ in vae.decode_chunks(latent):
-                pass
-
-        return weights + peak_bytes(decode)
+    return latents + prompts * (embedded + b * states)
 
 
 def plan(
@@ -258,14 +201,14 @@ def plan(
     shape: tuple[int, ...],
     device: torch.device | str,
     *,
-    guided: bool = True,
+    prompts: int = 2,
     free: int | None = None,
 ) -> Plan:
     """The layout of a recipe's run.
 
     Args:
         shape: of the latent [B, C, T, h, w].
-        guided: whether both prompts are computed with.
+        prompts: how many are computed with at a step, those of both sides of the guidance together.
         free: bytes that the device has for us, for a recipe whose limit is "auto".
 
     Raises:
@@ -273,7 +216,7 @@ def plan(
             that is not.
     """
     device = torch.device(device)
-    lay = _layout(recipe, tuple(shape), device, guided)
+    lay = _layout(recipe, tuple(shape), device, prompts)
     if recipe.vram_limit is None:
         check_count(recipe.swap_blocks, recipe.high.config.layers)
         return lay(recipe.swap_blocks, recipe.prefetch)
@@ -286,7 +229,7 @@ def check_fits(
     shape: tuple[int, ...],
     device: torch.device | str,
     *,
-    guided: bool = True,
+    prompts: int = 2,
     total: int | None = None,
 ) -> None:
     """Refuse a video that sampling cannot hold however little of the model is on the device; nothing is allocated.
@@ -300,7 +243,7 @@ def check_fits(
     """
     device = torch.device(device)
     total = total_bytes(device) if total is None else total
-    lay, layers = _layout(recipe, tuple(shape), device, guided), recipe.high.config.layers
+    lay, layers = _layout(recipe, tuple(shape), device, prompts), recipe.high.config.layers
     least = min((lay(0, 0), lay(layers, 0)), key=lambda made: made.total)
     if least.total > total:
         what = f"a latent of {shape[4]}x{shape[3]}x{shape[2]}{_batch(shape[0])}"
@@ -319,7 +262,7 @@ def check_frames_fit(
     total = total_bytes(device) if total is None else total
     taken = 4 * 3 * 4 * height * width  # the picture alone: tracing takes long on absurd sizes
     if taken <= total:
-        taken = decode_bytes(config, height, width)
+        taken = vae_budget(config, height, width).total
     if taken > total:
         raise does_not_fit(
             f"decoding frames of {width}x{height} pixels",
@@ -356,33 +299,36 @@ def smaller(used: Plan) -> tuple[int, int] | None:
 
 def _limit(asked: float | str, free: int | None) -> float:
     if asked == AUTO:
-        return max(0.0, (free or 0) - MARGIN)
+        return max(0.0, (free or 0) - WORKSPACE)
     if not isinstance(asked, (int, float)) or not asked > 0:
         raise WanError(f"The memory limit is {asked!r}: expected gigabytes, more than 0, or auto.")
     return asked * GB
 
 
 def _layout(
-    recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device, guided: bool
+    recipe: ModelRecipe, shape: tuple[int, ...], device: torch.device, prompts: int
 ) -> Callable[[int, int], Plan]:
     """Swapped blocks, prefetch -> plan. Both experts have the same shapes; of the engine's own the larger counts."""
     config = recipe.high.config
     dtype = resolve_dtype(recipe.dtype, device, recipe.stored)
     held_whole, held_in_part = (_larger_expert(recipe, device, streaming=streaming) for streaming in (False, True))
-    b, _, t, h, w = shape
-    tokens = t * math.ceil(h / PATCH[1]) * math.ceil(w / PATCH[2])
-    held = held_bytes(config, shape, dtype, guided=guided, keep_text=recipe.keeps_text)
-    activations = activation_bytes(
-        config, b, tokens, dtype, fused=_is_fused(device), whole_attention=takes_whole(recipe.attention)
+    held = held_bytes(
+        config, shape, dtype, prompts=prompts, keep_text=recipe.keeps_text, step_cache=recipe.step_cache is not None
     )
-    activations += held
-    streams = device.type in BACKENDS
+    activations = dit_activations(
+        config,
+        shape[0],
+        tokens_of(shape),
+        dtype,
+        fused=_is_fused(device),
+        whole_attention=takes_whole(recipe.attention),
+    )
 
     def lay(swapped: int, prefetch: int) -> Plan:
-        gone = spread(swapped, config.layers)
-        prefetch = min(prefetch, max(0, swapped - 1)) if streams else 0
         weights = held_in_part if swapped else held_whole
-        largest, moved = max(weights.slots), sum(weights.slots[i] for i in gone)
+        prefetch = _ahead(swapped, prefetch, device)
+        needs = _placed(weights, swapped, prefetch, device)
+        moved = sum(weights.slots[i] for i in spread(swapped, config.layers))
         return Plan(
             device=str(device),
             dtype=dtype,
@@ -390,14 +336,34 @@ def _layout(
             layers=config.layers,
             swapped=swapped,
             prefetch=prefetch,
-            weights=weights.kept(gone),
-            stream=(prefetch + 1) * largest if swapped else 0,
-            activations=activations,
-            ram=STAGES * pinned_bytes(largest) if swapped and streams else 0,
-            moved=moved * (1 + guided),
+            needs=replace(needs, activations=activations, held=held),
+            moved=moved * prompts,
         )
 
     return lay
+
+
+def dit_budget(file: DiTHeader, recipe: ModelRecipe, device: torch.device | str) -> Budget:
+    """One expert with as many blocks streaming as the recipe says, without what it computes with."""
+    device, swapped = torch.device(device), recipe.swap_blocks
+    weights = weights_of(file, recipe.dtype, device, loras=recipe.loras_of(file), streaming=swapped > 0)
+    return _placed(weights, swapped, _ahead(swapped, recipe.prefetch, device), device)
+
+
+def _placed(weights: Weights, swapped: int, prefetch: int, device: torch.device) -> Budget:
+    if not swapped:
+        return Budget(weights.kept(()))
+    largest = max(weights.slots)
+    return Budget(
+        weights.kept(spread(swapped, len(weights.blocks))),
+        stream=(prefetch + 1) * largest,
+        pinned=STAGES * pinned_bytes(largest) if device.type in BACKENDS else 0,
+    )
+
+
+def _ahead(swapped: int, prefetch: int, device: torch.device) -> int:
+    """How many blocks are on the device before their turn: fewer than stream, and none where copies cannot overlap."""
+    return min(prefetch, max(0, swapped - 1)) if device.type in BACKENDS else 0
 
 
 def _is_fused(device: torch.device) -> bool:
@@ -431,5 +397,5 @@ def _largest_that_fits(lay: Callable[[int, int], Plan], limit: float, recipe: Mo
     raise WanError(
         f"{recipe} at a latent of {w}x{h}x{t}{f', batch {b}' if b > 1 else ''} does not fit into {limit / GB:.1f} GB "
         f"on {least.device}: with every block streamed it needs {need:.1f} GB, of which activations are "
-        f"{least.activations / GB:.1f} GB. Allow {need:.1f} GB, or choose a smaller size or fewer frames."
+        f"{least.needs.working / GB:.1f} GB. Allow {need:.1f} GB, or choose a smaller size or fewer frames."
     )

@@ -33,7 +33,7 @@ def denoise_in_memory(
     Raises:
         WanError: see ``denoise`` and ``plan``; or the device's memory ran out with the smaller plan too.
     """
-    guided = (guidance.low, guidance.high) != (1, 1)
+    prompts = run.prompts((guidance.low, guidance.high) != (1, 1))
     reached = _Reached(RunState(x.to(device), run.start), callbacks)
 
     def attempt(recipe: ModelRecipe, planned: Plan) -> Tensor:
@@ -42,7 +42,7 @@ def denoise_in_memory(
         experts = engine.experts(recipe, guidance, device)
         return denoise(reached.state, experts, run, replace(callbacks, on_step=reached)).x
 
-    fitted, planned = engine.fit(recipe, x.shape, device, guided=guided)
+    fitted, planned = engine.fit(recipe, x.shape, device, prompts=prompts)
     tight = False
     while True:
         try:
@@ -54,10 +54,10 @@ def denoise_in_memory(
         # Outside the except block, where the error's frames no longer hold tensors.
         steps = reached.state.step - run.start
         ran_out = f"The memory of {device} ran out after {steps} steps. Sampling goes on from there, with "
-        if not tight and engine.fit_alone(planned, recipe, x.shape, device, guided=guided):
+        if not tight and engine.fit_alone(planned, recipe, x.shape, device, prompts=prompts):
             callbacks.on_note(f"{ran_out}one model at a time on the device.")
             continue
-        less = None if tight else engine.fit_less(planned, recipe, x.shape, device, guided=guided)
+        less = None if tight else engine.fit_less(planned, recipe, x.shape, device, prompts=prompts)
         if less is None:
             engine.release()
             raise WanError(_no_way_out(said))

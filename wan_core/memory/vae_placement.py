@@ -13,8 +13,9 @@ import torch
 from ..config import VAEConfig
 from ..errors import WanError
 from ..models.vae.tiles import Tiles
+from .activations import Work, vae_budget
+from .budget import GB
 from .devices import empty_cache, is_out_of_memory
-from .plan import GB, decode_bytes
 
 if TYPE_CHECKING:
     from ..loading.vae import VAEFile
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
-WORKSPACE = 10**9  # bytes that convolutions may take beside their tensors: no plan knows them
-
-
 _SMALLEST = 64  # pixels: what two tiles share, and is thrown away
 
 
@@ -40,23 +38,31 @@ class Place:
 
 
 def place(
-    config: VAEConfig, size: Sequence[int], device: torch.device, dtype: torch.dtype, *, room: float = math.inf
+    config: VAEConfig,
+    size: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    room: float = math.inf,
+    work: Work = "decode",
 ) -> Place:
     """For frames of this height and width: whole or in tiles, as ``room`` bytes allow; on the CPU where that is too
     little for the smallest tile."""
     if math.isinf(room) or device.type == "cpu":  # a CPU's pages are swapped out before a tile would help
         return Place(device, None, dtype)
-    tiles = fitting_tiles(config, *size, room, dtype)
-    if tiles is None or decode_bytes(config, *at_once(size, tiles), dtype) <= room:
+    tiles = fitting_tiles(config, *size, room, dtype, work)
+    if tiles is None or vae_budget(config, *at_once(size, tiles), dtype, work).total <= room:
         return Place(device, tiles, dtype)
     log.warning("No tile of %dx%d fits into %.1f GB: the VAE runs on the CPU.", size[1], size[0], room / GB)
     return Place(torch.device("cpu"), None, dtype)
 
 
-def vae_at(engine: Engine, file: VAEFile, where: Place, size: Sequence[int]) -> VideoVAE:
+def vae_at(engine: Engine, file: VAEFile, where: Place, size: Sequence[int], work: Work) -> VideoVAE:
     """The VAE in its place, with room for what it computes with for frames of this height and width."""
-    working = 0 if where.device.type == "cpu" else working_bytes(file.config, *size, where.tiles, where.dtype)
-    return engine.vae(file, where.device, where.dtype, working=working)
+    if where.device.type == "cpu":
+        return engine.vae(file, where.device, where.dtype)
+    needs = vae_budget(file.config, *at_once(size, where.tiles), where.dtype, work)
+    return engine.vae(file, where.device, where.dtype, working=needs.activations)
 
 
 def square_tiles(side: int) -> Tiles:
@@ -75,22 +81,19 @@ def at_once(size: Sequence[int], tiles: Tiles | None) -> tuple[int, int]:
     return (min(tiles.height, height), min(tiles.width, width)) if tiles else (height, width)
 
 
-def fitting_tiles(config: VAEConfig, height: int, width: int, free: float, dtype: torch.dtype) -> Tiles | None:
-    """The largest tiles whose decoding fits into ``free`` bytes, for frames of so many pixels; None: no tiles needed.
+def fitting_tiles(
+    config: VAEConfig, height: int, width: int, free: float, dtype: torch.dtype, work: Work = "decode"
+) -> Tiles | None:
+    """The largest tiles whose coding fits into ``free`` bytes, for frames of so many pixels; None: no tiles needed.
 
     Where nothing fits, the smallest tiles.
     """
-    if decode_bytes(config, height, width, dtype) <= free:
+    if vae_budget(config, height, width, dtype, work).total <= free:
         return None
     sizes = [size for size in _SIZES if size < max(height, width)] or _SIZES[-1:]
-    fits = (s for s in sizes if decode_bytes(config, min(s, height), min(s, width), dtype) <= free)
+    fits = (s for s in sizes if vae_budget(config, min(s, height), min(s, width), dtype, work).total <= free)
     size = next(fits, sizes[-1])
     return Tiles.square(size)
-
-
-def working_bytes(config: VAEConfig, height: int, width: int, tiles: Tiles | None, dtype: torch.dtype) -> int:
-    """What must be free to decode frames of so many pixels: the peak, weights included, and room for workspaces."""
-    return decode_bytes(config, *at_once((height, width), tiles), dtype) + WORKSPACE
 
 
 def smaller_tiles(height: int, width: int, tiles: Tiles | None) -> Tiles | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import Hint, WanError
 from ..lookup import look_up
 from .experts import Expert, Experts
-from .guidance import OnBlock, Side, guided
+from .guidance import OnBlock, Side, entries, guided
 from .schedules import Schedule
 from .solvers import SOLVERS, History
 from .step_cache import CachedSteps, Memory, StepCache
@@ -103,6 +103,11 @@ class Run:
     def last(self) -> int:
         """The step before which the run ends."""
         return self.schedule.steps if self.end is None else min(self.end, self.schedule.steps)
+
+    def prompts(self, guided: bool) -> int:
+        """How many conditions there are, hence calls of the model at a step at most; without guidance one side's."""
+        sides = [self.positive] if self.negative is None or not guided else [self.positive, self.negative]
+        return sum(len(entries(side)) for side in sides)
 
 
 @dataclass(frozen=True, eq=False)

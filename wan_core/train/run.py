@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import CLIP_CHECKPOINT, PATCH, VARIANTS, Variant
+from ..config import CLIP_CHECKPOINT, VARIANTS, Variant
 from ..dtypes import resolve_dtype
 from ..errors import Hint, WanError
 from ..layouts import comfyui
@@ -24,8 +24,9 @@ from ..loading.text import load_text_encoder, read_text_encoder
 from ..loading.vae import load_vae, read_vae
 from ..media.geometry import latent_shape
 from ..media.video import check_writable
+from ..memory.activations import dit_activations
 from ..memory.devices import empty_cache, total_bytes
-from ..memory.plan import activation_bytes, does_not_fit
+from ..memory.plan import does_not_fit, tokens_of
 from ..models.dit.dit import WanDiT
 from .cache import Cache, Latents, Texts, digest, file_key
 from .data import Clip, ClipProblem, Frame, check_frame, read_folder, usable
@@ -246,9 +247,9 @@ def _check_memory(request: Request, base: DiTFile, variant: Variant, device: tor
     what = f"training on {frame.width}x{frame.height} pixels and {frame.frames} frames"
     if pixels > memory:
         raise does_not_fit(what, pixels, memory, torch.device("cpu"))
-    _, t, h, w = latent_shape(variant, frame.width, frame.height, frame.frames)
-    tokens = t * (h // PATCH[1]) * (w // PATCH[2])
-    taken, memory = activation_bytes(base.config, request.batch, tokens, torch.bfloat16), total_bytes(device)
+    shape = (request.batch, *latent_shape(variant, frame.width, frame.height, frame.frames))
+    taken = dit_activations(base.config, request.batch, tokens_of(shape), torch.bfloat16)
+    memory = total_bytes(device)
     if taken > memory:
         raise does_not_fit(what, taken, memory, device, "Choose a smaller size, fewer frames or a smaller batch.")
 

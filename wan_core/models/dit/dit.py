@@ -322,7 +322,7 @@ class WanDiT(nn.Module):
             with self._weights_of(index):
                 tokens = block(tokens, six, rope, text, index, self.attend)
         patches = self.head(tokens, timed)
-        return _unpatchify(patches, grid)[..., :height, :width]
+        return unpatchify(patches, grid)[..., :height, :width]
 
     def _check(self, x: torch.Tensor, t: torch.Tensor) -> None:
         if x.ndim != 5 or x.shape[1] != self.config.in_channels:
@@ -384,7 +384,8 @@ def _pad_to_patches(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, right, 0, down, 0, 0), mode="circular") if down or right else x
 
 
-def _unpatchify(patches: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+def unpatchify(patches: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+    """Patches [B, tokens, channels * 4] of a grid (frames, rows, columns) -> [B, channels, T, h, w]."""
     t, h, w = grid
     return rearrange(patches, "b (t h w) (p q c) -> b c t (h p) (w q)", t=t, h=h, w=w, p=PATCH[1], q=PATCH[2])
 

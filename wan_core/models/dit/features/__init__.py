@@ -37,6 +37,9 @@ class Feature(Protocol):
     def context_tokens(self, config: FeatureConfig) -> int:
         """The most tokens that every block attends to besides the text's, for the memory plan."""
 
+    def example(self, config: FeatureConfig, batch: int) -> object:
+        """The largest input that the feature takes, without content, for the memory plan."""
+
 
 class Branch(Protocol):
     """Tokens beside the text that every block's cross-attention hears, with keys and values of their own."""

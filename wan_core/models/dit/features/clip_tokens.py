@@ -87,6 +87,10 @@ def context_tokens(config: ClipTokensConfig) -> int:
     return max(config.positions, PICTURE_TOKENS)
 
 
+def example(config: ClipTokensConfig, batch: int) -> ClipTokens:
+    return ClipTokens(torch.empty(batch, context_tokens(config), config.width))
+
+
 def check_features(features: torch.Tensor, config: ClipTokensConfig) -> None:
     """Whether a model can hear these CLIP features.
 
