@@ -192,7 +192,7 @@ def measure(case: Case, device: str, folder: Path | None) -> dict:
 
 def of_one_call(found: Plan, kept: ModelRecipe) -> int:
     """What an unguided plan says of a single call: a sampler's latents of many steps are not there."""
-    held = held_bytes(kept.high.config, found.shape, found.dtype, guided=False, keep_text=kept.keeps_text)
+    held = held_bytes(kept.high.config, found.shape, found.dtype, prompts=1, keep_text=kept.keeps_text)
     return found.total - held
 
 

@@ -180,6 +180,7 @@ def activation_bytes(
     *,
     fused: bool = False,
     whole_attention: bool = False,
+    against: bool = False,
 ) -> int:
     """The peak inside a block, the residual stream and the rotation table included.
 
@@ -187,6 +188,7 @@ def activation_bytes(
         fused: with the pack's own kernels, which make no float32 copies.
         whole_attention: self-attention answers for all tokens at once (``takes_whole``); what its kernels take for
             themselves, such as queries and keys in int8, is counted as one copy of the tokens.
+        against: a text is heard against another one (``models.dit.nag``).
 
     Each line below is one hungry moment of ``models.dit.Block``: copies of the tokens, and pieces of them.
     """
@@ -206,6 +208,7 @@ def activation_bytes(
         6 * x if whole_attention else 4 * x + part + given,  # tokens; queries, keys, values; (a part of) what is seen
         4 * x + bool(wide) * piece(ROTATED_AT_ONCE, 2 * wide + item),  # rotating the keys
         (3 * x + 2 * part if branches else 4 * x) + text,  # tokens, the same normed, queries, what is heard
+        against * (3 * x + 2 * part + 2 * text + piece(SLICE, 20)),  # the same of two texts, of which one is made
         2 * x + piece(TOKENS_AT_ONCE, item, config.ffn_dim) + part + given,  # feed-forward
         2 * x + whole + piece(SLICE, 3 * wide),  # adding with a gate
         2 * x + bool(wide) * piece(SLICE, 2 * wide),  # norm
@@ -220,16 +223,16 @@ def context_tokens(config: Architecture) -> int:
 
 
 def held_bytes(
-    config: Architecture, shape: tuple[int, ...], dtype: torch.dtype, *, guided: bool, keep_text: bool
+    config: Architecture, shape: tuple[int, ...], dtype: torch.dtype, *, prompts: int, keep_text: bool
 ) -> int:
-    """What a run holds between calls: latents, and the prompts as the model sees them."""
+    """What a run holds between calls: latents, and so many prompts as the model sees them."""
     b, _, t, h, w = shape
     places = b * t * h * w * 4
     latents = places * (_LATENTS * config.out_channels + 2 * config.in_channels)
     heard = context_tokens(config)
     embedded = TEXT_LENGTH * config.text_dim * 4 + heard * config.dim * dtype.itemsize
     states = config.layers * 2 * heard * config.dim * dtype.itemsize if keep_text else 0
-    return latents + (1 + guided) * (embedded + b * states)
+    return latents + prompts * (embedded + b * states)
 
 
 @lru_cache(maxsize=16)
@@ -371,9 +374,17 @@ def _layout(
     held_whole, held_in_part = (_larger_expert(recipe, device, streaming=streaming) for streaming in (False, True))
     b, _, t, h, w = shape
     tokens = t * math.ceil(h / PATCH[1]) * math.ceil(w / PATCH[2])
-    held = held_bytes(config, shape, dtype, guided=guided, keep_text=recipe.keeps_text)
+    rules = recipe.guidance
+    merged = guided and rules.merges
+    held = held_bytes(config, shape, dtype, prompts=rules.prompts(guided), keep_text=recipe.keeps_text)
     activations = activation_bytes(
-        config, b, tokens, dtype, fused=_is_fused(device), whole_attention=takes_whole(recipe.attention)
+        config,
+        b * (1 + merged),
+        tokens,
+        dtype,
+        fused=_is_fused(device),
+        whole_attention=takes_whole(recipe.attention),
+        against=rules.nag is not None,
     )
     activations += held
     streams = device.type in BACKENDS
@@ -394,7 +405,7 @@ def _layout(
             stream=(prefetch + 1) * largest if swapped else 0,
             activations=activations,
             ram=STAGES * pinned_bytes(largest) if swapped and streams else 0,
-            moved=moved * (1 + guided),
+            moved=moved * (1 + (guided and not merged)),
         )
 
     return lay
