@@ -25,6 +25,7 @@ from wan_core.models.dit import dit
 from wan_core.models.dit.dit import Block, TextStates, WanDiT, keeps_float32
 from wan_core.models.dit.features.clip_tokens import ClipTokens, ClipTokensConfig
 from wan_core.models.dit.layers import PerSegment
+from wan_core.models.dit.nag import Nag
 from wan_core.pipeline import read_models
 from wan_core.recipe import ModelRecipe
 from wan_core.tools.tiny import TinySizes, _random_weights, write_tiny
@@ -35,7 +36,7 @@ I2V_14B = replace(A14B, in_channels=36, features=(ClipTokensConfig(1280),))
 FLF2V_14B = replace(A14B, in_channels=36, features=(ClipTokensConfig(1280, 514),))
 
 
-def traced_block(config: Architecture, batch: int, tokens: int, dtype: torch.dtype) -> int:
+def traced_block(config: Architecture, batch: int, tokens: int, dtype: torch.dtype, against: Nag | None = None) -> int:
     """The peak of a real block on the meta device, its rotation table included."""
     with torch.device("meta"):
         model = WanDiT(replace(config, layers=1))
@@ -50,6 +51,7 @@ def traced_block(config: Architecture, batch: int, tokens: int, dtype: torch.dty
             keep=False,
             branches=model.branches(seen, batch),
         )
+        text = text.against(text, against) if against else text
         timed = PerSegment(((0, tokens),), torch.empty(batch, 1, 6, config.dim))
 
         def call() -> Tensor:

@@ -202,13 +202,14 @@ def activation_bytes(
     part = piece(TOKENS_AT_ONCE, item)  # what a layer answers before it is written over its argument
     given = part if batch > 1 and tokens > TOKENS_AT_ONCE else 0  # a part of several videos is gathered first
     text = 2 * batch * context_tokens(config) * dim * item
+    islands = 8 if dtype == torch.float32 else 16  # float32 copies where a text is heard against another
     branches = context_tokens(config) > TEXT_LENGTH  # which are heard beside the text, a part of the tokens at a time
     whole = 0 if tokens > TOKENS_AT_ONCE else x  # a short video's answer is a copy of its own
     moments = (
         6 * x if whole_attention else 4 * x + part + given,  # tokens; queries, keys, values; (a part of) what is seen
         4 * x + bool(wide) * piece(ROTATED_AT_ONCE, 2 * wide + item),  # rotating the keys
         (3 * x + 2 * part if branches else 4 * x) + text,  # tokens, the same normed, queries, what is heard
-        against * (3 * x + 2 * part + 2 * text + piece(SLICE, 20)),  # the same of two texts, of which one is made
+        against * (3 * x + 2 * part + text + piece(TEXT_LENGTH, 2 * item) + piece(SLICE, islands)),  # of two texts
         2 * x + piece(TOKENS_AT_ONCE, item, config.ffn_dim) + part + given,  # feed-forward
         2 * x + whole + piece(SLICE, 3 * wide),  # adding with a gate
         2 * x + bool(wide) * piece(SLICE, 2 * wide),  # norm
@@ -377,6 +378,7 @@ def _layout(
     rules = recipe.guidance
     merged = guided and rules.merges
     held = held_bytes(config, shape, dtype, prompts=rules.prompts(guided), keep_text=recipe.keeps_text)
+    held += merged * b * t * h * w * 4 * 2 * (config.in_channels + config.out_channels)  # what goes in, and comes out
     activations = activation_bytes(
         config,
         b * (1 + merged),

@@ -36,10 +36,10 @@ class Nag:
         return positive
 
     def _steered(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-        moved = positive + (self.scale - 1) * (positive - negative)
+        moved = torch.lerp(negative, positive, self.scale)
         growth = _size(moved) / _size(positive).clamp(min=1e-12)
         moved = moved * (self.tau / growth.clamp(min=1e-12)).clamp(max=1)
-        return positive + self.alpha * (moved - positive)
+        return torch.lerp(positive, moved, self.alpha)
 
 
 class Opposite(NamedTuple):
@@ -52,4 +52,4 @@ class Opposite(NamedTuple):
 
 def _size(x: torch.Tensor) -> torch.Tensor:
     """L1 norm of each token, over heads and their width."""
-    return x.abs().sum(dim=(-2, -1), keepdim=True)
+    return torch.linalg.vector_norm(x, ord=1, dim=(-2, -1), keepdim=True)
