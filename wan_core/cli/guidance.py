@@ -31,29 +31,28 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_rule(text: str) -> Rule:
     """``apg``, ``apg:eta=0.5`` or ``slg:blocks=9,10:sigma_end=0.3``."""
-    from ..sampling.guidance_rules import RULES, make, settings_of
+    from ..sampling.guidance_rules import RULES, blocks_of, make, settings_of
 
     name, *given = text.split(":")
     usual = settings_of(RULES[name]) if name in RULES else {}
-    settings = {}
-    for one in given:
-        key, equals, value = one.partition("=")
-        if not equals:
-            raise argparse.ArgumentTypeError(f"expected NAME=VALUE after each colon, found {one!r}")
-        settings[key] = _parsed(value, usual.get(key), one)
+    settings: dict[str, Any] = {}
     try:
+        for one in given:
+            key, equals, value = one.partition("=")
+            if not equals:
+                raise argparse.ArgumentTypeError(f"expected NAME=VALUE after each colon, found {one!r}")
+            like = usual.get(key)
+            settings[key] = blocks_of(value) if isinstance(like, tuple) else _number(value, like, one)
         return make(name, settings)
     except WanError as error:
         raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
 
 
-def _parsed(text: str, like: Any, whole: str) -> Any:
+def _number(text: str, like: object, whole: str) -> float:
     try:
-        if isinstance(like, tuple):
-            return tuple(int(part) for part in text.split(","))
         return int(text) if isinstance(like, int) else float(text)
     except ValueError:
-        expected = {tuple: "whole numbers with commas", int: "a whole number"}.get(type(like), "a number")
+        expected = "a whole number" if isinstance(like, int) else "a number"
         raise argparse.ArgumentTypeError(f"expected {expected}, found {whole!r}") from None
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import WanError
+from ..errors import Hint, WanError
 from ..lookup import look_up
 from ..models.dit.nag import Nag
 from .guidance import Against, Condition, Side, entries
@@ -406,8 +406,8 @@ class Guidance:
         for rule in self.rules:
             if rule.needs_own and not own:
                 raise WanError(
-                    f"The guidance rule {rule.name} works within the network, but another program holds this one: "
-                    "load the file here, or leave the rule away."
+                    f"The guidance rule {rule.name} works within the network, but another program holds this one.",
+                    Hint.TRAIN_HELD,
                 )
             rule.check_network(layers)
 
@@ -484,6 +484,21 @@ def make(name: str, settings: Mapping[str, Any]) -> Rule:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise WanError(f"The guidance rule {name} has no setting {setting!r}: {has}.")
     return rule(**settings)
+
+
+def blocks_of(text: str) -> tuple[int, ...]:
+    """The blocks that a text such as "9, 10" names.
+
+    Raises:
+        WanError: it is no list of whole numbers.
+    """
+    try:
+        return tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        shown = text if len(text) <= 80 else text[:77] + "..."
+        raise WanError(
+            f"Expected blocks as whole numbers with commas between, such as 9, 10; found {shown!r}."
+        ) from None
 
 
 def settings_of(rule: type[Rule]) -> dict[str, Any]:
