@@ -16,6 +16,7 @@ from statistics import mean
 import torch
 
 from nano.judge import held_out_prompts
+from nano.world import Scene
 from wan_core.config import PerExpert
 from wan_core.loading.dit import read_dit
 from wan_core.loading.text import read_text_encoder
@@ -26,7 +27,7 @@ from wan_core.recipe import ModelRecipe, pair
 from wan_core.sampling.experts import Switch
 from wan_core.sampling.step_cache import StepCache
 
-from . import document
+from . import document, guidance
 from .cpu import machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,7 @@ CACHES = (
     StepCache("every", 3),
     *(StepCache("easy", threshold) for threshold in (0.02, 0.05, 0.1, 0.2)),
 )
+PARTS = ("rows", "guidance")
 _BEGIN, _END = "<!-- quality: written by python -m bench quality -->", "<!-- end of quality -->"
 
 
@@ -45,24 +47,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=4, help="held-out prompts")
     parser.add_argument("--solver", default="unipc")
     parser.add_argument("--quick", action="store_true", help="few steps, two ways: shows that the benchmark works")
+    parser.add_argument("--only", choices=PARTS, help="measure one part again; the others stay as the file has them")
     parser.add_argument("--family", type=Path, default=ROOT / "nano", help="folder of the files, laid out as ComfyUI's")
 
 
 def run(options: argparse.Namespace) -> int:
-    models = family(options.family)
-    engine, prompts = Engine(), [caption for _, caption in held_out_prompts(options.prompts)]
-    steps, fewer, caches = (12, (10,), CACHES[:1]) if options.quick else (STEPS, FEWER, CACHES)
-    whole = [latent(models, engine, prompt, steps, options.solver) for prompt in prompts]
-    rows = []
-    for row in ways(models, engine, prompts, whole, options.solver, fewer, caches, steps):
-        rows.append(row)
-        print(f"{row['way']:40} {row['speed']:.2f} times as fast, error {row['error']:.4f}", flush=True)
-    report = {"machine": machine(), "solver": options.solver, "steps": steps, "prompts": len(prompts), "rows": rows}
+    models, scenes = family(options.family), held_out_prompts(options.prompts)
+    steps = 12 if options.quick else STEPS
+    report = {"machine": machine(), "solver": options.solver, "steps": steps, "prompts": len(scenes)}
+    if options.only and options.out.exists():
+        report = json.loads(options.out.read_text(encoding="utf-8")) | report
+    if options.only in (None, "rows"):
+        report["rows"] = list(faster(models, [caption for _, caption in scenes], steps, options))
+    if options.only in (None, "guidance"):
+        report["guidance"] = list(guided(models, scenes, steps, options))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.out == PUBLISHED:
         publish(report)
     return 0
+
+
+def faster(models: Models, prompts: list[str], steps: int, options: argparse.Namespace) -> Iterator[dict]:
+    """The rows of fewer steps and of step caches."""
+    engine, (fewer, caches) = Engine(), ((10,), CACHES[:1]) if options.quick else (FEWER, CACHES)
+    whole = [latent(models, engine, prompt, steps, options.solver) for prompt in prompts]
+    for row in ways(models, engine, prompts, whole, options.solver, fewer, caches, steps):
+        yield row
+        print(f"{row['way']:40} {row['speed']:.2f} times as fast, error {row['error']:.4f}", flush=True)
+
+
+def guided(
+    models: Models, scenes: Sequence[tuple[Scene, str]], steps: int, options: argparse.Namespace
+) -> Iterator[dict]:
+    """The rows of guidance rules, see ``guidance``."""
+    engine = Engine()
+
+    def draw(made: Models, prompt: str, scale: float) -> guidance.Clip:
+        calls: list[int] = []
+        made_of = request(prompt, steps, options.solver, scale)
+        result = generate(
+            made, made_of, engine, device=torch.device("cpu"), on_step=lambda report: calls.append(report.calls)
+        )
+        return guidance.Clip(result.latent, sum(calls), torch.cat(list(result.video()), dim=1))
+
+    for row in guidance.rows(models, scenes, draw, guidance.WAYS[:4:3] if options.quick else guidance.WAYS):
+        yield row
+        seen = f"{row['seen']} of {row['words']} words seen"
+        print(f"{row['way']:60} {row['speed']:.2f} times as fast, {seen}, distance {row['distance']:.4f}", flush=True)
 
 
 def family(folder: Path) -> Models:
@@ -102,7 +134,21 @@ def latent(
     models: Models, engine: Engine, prompt: str, steps: int, solver: str, asked: list[int] | None = None
 ) -> torch.Tensor:
     """A clip's latent; how many steps were computed goes to ``asked``."""
-    request = Request(
+    computed: list[bool] = []
+    made = generate(
+        models,
+        request(prompt, steps, solver),
+        engine,
+        device=torch.device("cpu"),
+        on_step=lambda report: computed.append(report.computed),
+    )
+    if asked is not None:
+        asked.append(sum(computed))
+    return made.latent
+
+
+def request(prompt: str, steps: int, solver: str, scale: float = 3.0) -> Request:
+    return Request(
         prompt,
         " ",
         size=(64, 64),
@@ -111,15 +157,8 @@ def latent(
         shift=5.0,
         seed=7,
         solver=solver,
-        guidance=PerExpert(3.0, 3.0),
+        guidance=PerExpert(scale, scale),
     )
-    computed: list[bool] = []
-    made = generate(
-        models, request, engine, device=torch.device("cpu"), on_step=lambda report: computed.append(report.computed)
-    )
-    if asked is not None:
-        asked.append(sum(computed))
-    return made.latent
 
 
 def publish(report: dict) -> None:
@@ -127,3 +166,4 @@ def publish(report: dict) -> None:
     rows = sorted(report["rows"], key=lambda row: row["speed"])
     lines += [f"| {row['way']} | {row['speed']:.2f} | {row['error']:.4f} |" for row in rows]
     document.publish("\n".join(lines) + "\n", _BEGIN, _END)
+    guidance.publish(report["guidance"])

@@ -8,6 +8,7 @@ from .cache import StepCacheNode
 from .clip_vision import LoadClipVision
 from .experts import ExpertSwitch
 from .finding import findable
+from .guidance import GuidanceNode
 from .latents import EmptyLatent, ImageToVideo
 from .load import LoadModel
 from .lora import Lora
@@ -27,6 +28,7 @@ NODES: list[type[io.ComfyNode]] = [
     Lora,
     BlockSwap,
     StepCacheNode,
+    GuidanceNode,
     LoadTextEncoder,
     LoadVAE,
     LoadClipVision,

@@ -25,6 +25,8 @@ FINDING = {
                            ("first_step", "last_step", "merge")),
     "WanCoreBlockSwap": Finding(("offload", "low vram", "out of memory", "vram limit"), ("prefetch",)),
     "WanCoreStepCache": Finding(("teacache", "magcache", "easycache", "faster", "speed up"), ("dense", "most")),
+    "WanCoreGuidance": Finding(("cfg zero star", "apg", "slg", "skip layer", "nag", "negative prompt", "tcfg"),
+                               ("momentum", "norm_threshold", "eta", "nag_tau", "nag_alpha")),
     "WanCoreLoadTextEncoder": Finding(("umt5", "t5", "clip loader"), ("device",)),
     "WanCoreLoadVAE": Finding(("wan vae loader", "video autoencoder")),
     "WanCoreLoadClipVision": Finding(("clip vision loader", "image encoder", "vit-h")),

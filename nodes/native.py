@@ -9,6 +9,7 @@ Written for and tested with ComfyUI 0.3.75.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import NoReturn
@@ -25,11 +26,13 @@ from ..wan_core.models.dit.features.clip_tokens import ClipTokens
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling.experts import Expert, Experts
 from ..wan_core.sampling.guidance import Condition
+from ..wan_core.sampling.guidance_rules import PLAIN
 from ..wan_core.sampling.schedules import Schedule, from_sigmas
 from . import host, keys
 from .base import WanNode, guarded_methods
 from .conditioning import check_model_keys, clip_tokens, without_clip, without_effect
 from .extras import OTHERWISE, refuse_conditions, refuse_patches, unheard
+from .guidance import without_effect as guidance_without_effect
 from .probe import need
 from .types import WanModel
 
@@ -66,7 +69,8 @@ class ToModel(WanNode):
     @classmethod
     def execute(cls, model: ModelRecipe, shift: float) -> io.NodeOutput:
         made = to_model(model, shift, host.engine(), host.device())
-        return io.NodeOutput(made, ui=host.told(_NO_CACHE if model.step_cache else ""))
+        said = [_NO_CACHE if model.step_cache else "", guidance_without_effect(model.guidance)]
+        return io.NodeOutput(made, ui=host.told("\n".join(filter(None, said))))
 
 
 _NO_CACHE = (
@@ -91,7 +95,7 @@ def to_model(recipe: ModelRecipe, shift: float, engine: Engine, device: torch.de
     )
     config.sampling_settings = config.sampling_settings | {"shift": shift}
     model = bases[recipe.variant.vae](config, image_to_video=recipe.variant.image != "none", device=device)
-    model.diffusion_model = WanAsNetwork(recipe, engine, device)
+    model.diffusion_model = WanAsNetwork(replace(recipe, guidance=PLAIN), engine, device)  # ComfyUI's samplers do it
     return patcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 

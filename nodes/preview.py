@@ -21,7 +21,7 @@ from comfy.utils import ProgressBar
 from ..wan_core.config import PerExpert
 from ..wan_core.errors import WanError
 from ..wan_core.media.preview import Pace, Painter, moving_picture
-from ..wan_core.recipe import working
+from ..wan_core.recipe import model_calls, working
 from . import host
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Steps:
     ):
         self.end, first = min(end, plan.steps), min(start, plan.steps - 1)  # the range is checked by ``denoise``
         self.bar = ProgressBar(self.end - start)
-        self.pace = Pace(working(model, plan), guidance)
+        self.pace = Pace(working(model, plan), guidance, calls=model_calls(model, plan, guidance))
         self.screen = Screen(node_id)
         self.painter = Painter(_Picture(self.screen, model.variant.fps))
         self.screen.say(Line(0, self.end - start, self.pace.experts[first], plan.sigmas[first].item(), None))

@@ -17,7 +17,7 @@ from ..wan_core.memory import capacity
 from ..wan_core.memory.plan import Plan, check_fits
 from ..wan_core.memory.run import denoise_in_memory
 from ..wan_core.models.dit.features.clip_tokens import ClipTokens
-from ..wan_core.recipe import ModelRecipe, working
+from ..wan_core.recipe import ModelRecipe, check_guidance, told_of_guidance, working
 from ..wan_core.sampling import raw as raws
 from ..wan_core.sampling.denoise import Callbacks, Run
 from ..wan_core.sampling.guidance import Condition, Side
@@ -280,6 +280,7 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
     _check_clip(model, heard, notes)
     _check_loras(model, settings, plan, notes)
     _check_cache(model, settings, plan, notes)
+    _check_guidance(model, settings, plan, sides, notes)
     clean = raws.from_raw(raw, kind)
     _check_content(clean, latent, settings, plan, notes)
     noise = _noise(settings.seed, latent, raw.shape)
@@ -299,8 +300,9 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
         settings.start,
         settings.end,
         model.step_cache,
+        model.guidance,
     )
-    warn_of_gaps(heard, run, notes.warned)
+    warn_of_gaps(sides if model.guidance.nag else heard, run, notes.warned)
     with Steps(notes.node_id, model, settings.guidance, plan, settings.start, settings.end) as shown:
         x = denoise_in_memory(
             host.engine(),
@@ -414,10 +416,30 @@ def _check_cache(model: ModelRecipe, settings: Settings, plan: Schedule, notes: 
     experts = working(model, plan)
     model.step_cache.check(plan, settings.solver, experts)
     end = min(settings.end, plan.steps)
-    computed = model.step_cache.predicted(plan, experts, settings.start, end)
+    first = next((i for i in range(settings.start, end) if not model.guidance.rests(i)), settings.start)
+    computed = model.step_cache.predicted(plan, experts, first, end)
     if computed is not None:
         steps = end - settings.start
         notes.hinted(f"Step cache: {computed} of {steps} steps will be computed, {steps / computed:.2f} times as fast.")
+
+
+def _check_guidance(
+    model: ModelRecipe, settings: Settings, plan: Schedule, sides: Mapping[str, Side], notes: Notes
+) -> None:
+    """Say what guidance rules bring, and where they do nothing.
+
+    Raises:
+        WanError: this run cannot have them.
+    """
+    if not model.guidance:
+        return
+    end = min(settings.end, plan.steps)
+    said = check_guidance(model, plan, settings.guidance, settings.start, end)
+    levels = plan.sigmas[settings.start : end].tolist()
+    said += model.guidance.check_sides(sides["positive"], sides["negative"], levels)
+    for note in said:
+        notes.warned(note)
+    notes.hinted(f"Guidance: {told_of_guidance(model, plan, settings.guidance, settings.start, end)}")
 
 
 _FEW_STEPS = 10

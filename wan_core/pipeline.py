@@ -38,7 +38,7 @@ from .memory.vae_placement import Place, at_once, next_tiles, place, retried, sq
 from .models.dit.attention import find_backend
 from .models.dit.features.clip_tokens import ClipTokens
 from .models.vae.tiles import Tiles, decode_tiled_chunks, encode_tiled_chunks
-from .recipe import ModelRecipe, pair, working
+from .recipe import ModelRecipe, check_guidance, pair, told_of_guidance, working
 from .sampling.denoise import Callbacks, Run, StepReport
 from .sampling.experts import Switch
 from .sampling.guidance import Condition
@@ -185,6 +185,8 @@ def generate(
     check_fits(models, request, engine, device)
     positive, negative = _encode_prompts(models, request, engine, text_device or device)
     start = _start(models, request, engine, device)
+    for note in check_guidance(recipe, request.timetable(), request.guidance):
+        log.warning(note)
     latent = denoise_in_memory(
         engine,
         recipe,
@@ -198,6 +200,7 @@ def generate(
             Condition(negative, start.inputs),
             start.known,
             cache=recipe.step_cache,
+            guidance=recipe.guidance,
         ),
         Callbacks(on_step=on_step),
     )
@@ -216,10 +219,11 @@ def check_run(models: Models, request: Request, engine: Engine, device: torch.de
     """``check_fits``, and a memory limit or number of blocks that cannot be: all that headers tell of a run.
 
     Raises:
-        WanError: see ``check_fits`` and ``plan``.
+        WanError: see ``check_fits``, ``check_cache``, ``check_guidance`` and ``plan``.
     """
     check_fits(models, request, engine, device)
     check_cache(models.dit, request.timetable(), request.solver)
+    check_guidance(models.dit, request.timetable(), request.guidance)
     plans.plan(models.dit, _latent(models, request), device, prompts=_prompts(request), free=available_bytes(device))
 
 
@@ -339,6 +343,8 @@ def needs(models: Models, request: Request, device: torch.device, text_device: t
         f"Text encoder: {text / GB:.2f} GB on {text_device}{streamed if text > room else ''}",
         f"Sampling: {sampling}",
     ]
+    if models.dit.guidance:
+        lines.append(f"Guidance: {told_of_guidance(models.dit, request.timetable(), request.guidance)}")
     try:
         plans.check_fits(models.dit, latent, device, prompts=_prompts(request))
     except WanError as error:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from .config import Variant
+from .config import PerExpert, Variant
 from .errors import Hint, WanError
 from .external import ExternalModel
 from .layouts.noise_level import noise_level_of
 from .layouts.variants import candidates, choose
 from .loading.dit import DiTFile
 from .sampling.experts import Expert, Experts, Switch
+from .sampling.guidance_rules import PLAIN, Guidance
 from .sampling.schedules import Schedule
 from .sampling.step_cache import StepCache
 
@@ -77,6 +78,8 @@ class ModelRecipe:
 
     ``step_cache``: which steps are extrapolated instead of computed; None computes all.
 
+    ``guidance``: rules for what is done with both prompts; how much of it is the sampler's.
+
     A `ExternalModel` network runs where it is held: of the options none applies to it.
     """
 
@@ -92,6 +95,7 @@ class ModelRecipe:
     loras: Loras = field(default_factory=Loras)
     merge_loras: bool = False
     step_cache: StepCache | None = None
+    guidance: Guidance = PLAIN
     variant: Variant = _BY_ITS_FILE
 
     def __post_init__(self) -> None:
@@ -135,6 +139,42 @@ def working(recipe: ModelRecipe, schedule: Schedule) -> list[str]:
         return ["only"] * schedule.steps
     high, low = (Expert(_nobody, 1, name) for name in ("high", "low"))
     return Experts(high, low, recipe.variant.boundary, recipe.switch).names(schedule)
+
+
+def check_guidance(
+    recipe: ModelRecipe, schedule: Schedule, scales: PerExpert, start: int = 0, end: int | None = None
+) -> list[str]:
+    """``Guidance.check`` and ``check_network`` of a run: the notes for the user.
+
+    Args:
+        start, end: the steps to do, ``end`` excluded; None is the last.
+
+    Raises:
+        WanError: rules that this model or this run cannot have.
+    """
+    recipe.guidance.check_network(recipe.high.config.layers, own=recipe.own == recipe.files)
+    last = schedule.steps if end is None else min(end, schedule.steps)
+    return recipe.guidance.check(schedule, working(recipe, schedule), _by_name(scales), start, last)
+
+
+def model_calls(recipe: ModelRecipe, schedule: Schedule, scales: PerExpert) -> list[int]:
+    """How often the model is asked at each step; solvers that ask for two velocities a step ask twice as often."""
+    return recipe.guidance.calls(schedule, working(recipe, schedule), _by_name(scales))
+
+
+def told_of_guidance(
+    recipe: ModelRecipe, schedule: Schedule, scales: PerExpert, start: int = 0, end: int | None = None
+) -> str:
+    """The rules in words, and what they change in how often the model is asked."""
+    calls = sum(model_calls(recipe, schedule, scales)[start:end])
+    plain = sum(model_calls(replace(recipe, guidance=PLAIN), schedule, scales)[start:end])
+    steps = len(schedule.sigmas[:-1][start:end])
+    asked = f"{calls} calls of the model in {steps} steps"
+    return f"{recipe.guidance}: {asked}{f' instead of {plain}' if calls != plain else ''}."
+
+
+def _by_name(scales: PerExpert) -> dict[str, float]:
+    return {"high": scales.high, "low": scales.low, "only": scales.low}
 
 
 def _nobody(*_: object) -> torch.Tensor:

@@ -220,7 +220,8 @@ def test_nothing_is_carried_from_one_expert_to_the_other():
     experts = pair(Toy(), Toy(0.8), switch=HALF)
     run = walk(along=ALONG, cache=StepCache("every", 2))
     denoise(normal(0), experts, run, Callbacks(on_step=lambda report: states.append(report.state), on_note=print))
-    kept = [Memory.from_tensors(state.kept, torch.device("cpu")).sigmas for state in states]
+    mine = [{name.removeprefix("cache."): tensor for name, tensor in state.kept.items()} for state in states]
+    kept = [Memory.from_tensors(tensors, torch.device("cpu")).sigmas for tensors in mine]
     assert len(kept[9]) == 2 and kept[10] == (ALONG.sigmas[10].item(),)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..config import VARIANTS, PerExpert
 from ..errors import WanError
 from .arguments import SEEDS, boolean, number, path, size, whole, words
+from .guidance import add_guidance_arguments, guidance_of
 from .loras import add_lora_argument, with_loras
 from .output import Output
 
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="easy: how much change may add up (default: 0.1); magnitude: the same of its curves (default: 0.06); "
         "every: N (default: 2)",
     )
+    add_guidance_arguments(parser)
     add_lora_argument(parser)
     add(
         "--vram_limit",
@@ -132,6 +134,7 @@ def run(args: argparse.Namespace) -> None:
     from ..memory.devices import resolve_device
     from ..memory.engine import Engine
     from ..pipeline import check_run, generate, needs, read_models, video_size
+    from ..recipe import told_of_guidance
 
     output = Output(args.save_file or default_name(args), args.save_tensors, args.overwrite, _inputs(args))
     if not args.plan:
@@ -140,8 +143,8 @@ def run(args: argparse.Namespace) -> None:
     resolve_dtype(args.dtype, device)
     request = request_from(args).completed(variant)
     models = read_models(args.ckpt_dir, args.task, dtype=args.dtype, attention=args.attention)
-    cache = _step_cache(args)
-    models = replace(models, dit=replace(with_loras(models.dit, args.lora), step_cache=cache, **_swap(args)))
+    options = {"step_cache": _step_cache(args), "guidance": guidance_of(args)} | _swap(args)
+    models = replace(models, dit=replace(with_loras(models.dit, args.lora), **options))
     if args.plan:
         print(needs(models, request, device, _text_device(args, device)))
         return
@@ -151,6 +154,8 @@ def run(args: argparse.Namespace) -> None:
     output.check_size(width, height, request.frames, latents.latent_shape(variant, width, height, request.frames))
     for note in models.dit.notes:
         log.info(note)
+    if models.dit.guidance:
+        log.info("Guidance: %s", told_of_guidance(models.dit, request.timetable(), request.guidance))
     log.info(
         "%s, %s frames, %s, %s steps, seed %s, on %s",
         models.dit,

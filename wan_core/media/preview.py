@@ -190,14 +190,17 @@ class Pace:
     Args:
         experts: who works at each step of the schedule.
         guidance: a scale of 1 halves the work of an expert's step; this tells of one that was not yet seen.
+        calls: how often the model is asked at each step, where guidance alone does not tell.
     """
 
     experts: Sequence[str]
     guidance: PerExpert
     clock: Callable[[], float] = time.monotonic
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # of each expert's steps, by call
+    calls: Sequence[int] = ()
 
     def __post_init__(self):
+        self.calls = self.calls or [self._passes(expert) for expert in self.experts]
         self._began = self._ended = self.clock()
         self._working = False
 
@@ -210,20 +213,21 @@ class Pace:
         """A step is done."""
         now = self.clock()
         began = self._began if self._working else self._ended
-        self.seconds.setdefault(self.experts[index], []).append(now - began)
+        if self.calls[index]:
+            self.seconds.setdefault(self.experts[index], []).append((now - began) / self.calls[index])
         self._working, self._ended = False, now
 
     def left(self, done: int, end: int) -> float | None:
         """Seconds from after step ``done`` (excluded) up to step ``end``; None before anything was measured."""
         if not self.seconds:
             return None
-        return sum(self._mean(expert) for expert in self.experts[done:end])
+        coming = zip(self.experts[done:end], self.calls[done:end], strict=True)
+        return sum(calls * self._mean(expert) for expert, calls in coming)
 
     def _mean(self, expert: str) -> float:
         if expert in self.seconds:
             return sum(self.seconds[expert]) / len(self.seconds[expert])
-        other = next(iter(self.seconds))
-        return self._mean(other) * self._passes(expert) / self._passes(other)
+        return self._mean(next(iter(self.seconds)))
 
     def _passes(self, expert: str) -> int:
         return 1 if (self.guidance.high if expert == "high" else self.guidance.low) == 1 else 2

@@ -20,6 +20,7 @@ from ..models.dit.attention import WHOLE
 from ..models.dit.dit import TextStates, WanDiT, keeps_float32, unpatchify
 from ..models.dit.features import feature_of
 from ..models.dit.layers import PerSegment
+from ..models.dit.nag import Nag
 from .budget import Budget
 from .tracing import peak_bytes
 
@@ -38,6 +39,7 @@ def dit_activations(
     *,
     fused: bool = False,
     whole_attention: bool = False,
+    against: bool = False,
 ) -> int:
     """The peak of a call: inside a block, or where its tokens become a velocity; with the rotation table.
 
@@ -45,8 +47,9 @@ def dit_activations(
         fused: with the pack's own kernels, which make no float32 copies.
         whole_attention: self-attention answers for all tokens at once (``takes_whole``); what its kernels take for
             themselves, such as queries and keys in int8, is counted as one copy of the tokens.
+        against: a text is heard against another one (``models.dit.nag``).
     """
-    trace = partial(_traced, config, dtype=dtype, fused=fused, whole_attention=whole_attention)
+    trace = partial(_traced, config, dtype=dtype, fused=fused, whole_attention=whole_attention, against=against)
 
     def of_videos(count: int) -> int:
         return _further(lambda length: trace(count, length), tokens, _MOST_TOKENS)
@@ -64,7 +67,14 @@ def _further(measured: Callable[[int], int], size: int, most: int) -> int:
 
 @lru_cache(maxsize=64)
 def _traced(
-    config: Architecture, batch: int, tokens: int, *, dtype: torch.dtype, fused: bool, whole_attention: bool
+    config: Architecture,
+    batch: int,
+    tokens: int,
+    *,
+    dtype: torch.dtype,
+    fused: bool,
+    whole_attention: bool,
+    against: bool = False,
 ) -> int:
     with torch.device("meta"), kernels.assumed(fused):
         dit = WanDiT(replace(config, layers=1))
@@ -75,6 +85,7 @@ def _traced(
         embedded = torch.empty(batch, TEXT_LENGTH, config.dim, dtype=dtype)
         inputs = tuple(feature_of(feature).example(feature, batch) for feature in config.features)
         text = TextStates(embedded, 1, keep=False, branches=dit.branches(inputs, batch))
+        text = text.against(text, Nag(11.0, 2.5, 0.25)) if against else text
         segments = ((0, tokens),)
         six = PerSegment(segments, torch.empty(batch, 1, 6, config.dim))
         embedded_time = PerSegment(segments, torch.empty(batch, 1, config.dim))

@@ -371,7 +371,10 @@ class LazyDiT:
         on_block: Callable[[int], None] | None,
     ) -> torch.Tensor:
         x = with_channels(x.to(self.device), condition.inputs)
-        return dit(x, t, self._text(dit, condition, len(x)), on_block=on_block).to(torch.float32)
+        text = self._text(dit, condition, len(x))
+        if (against := condition.against) is not None:
+            text = text.against(self._text(dit, against.condition, len(x)), against.nag)
+        return dit(x, t, text, on_block=on_block, skip=condition.skip).to(torch.float32)
 
     def be_exact(self) -> str | None:
         """From now on attention is PyTorch's own, which rounds nothing more; the name of what it was, None if it was.
@@ -444,7 +447,16 @@ def _identity(recipe: ModelRecipe) -> Hashable:
     """What decides a recipe's plan."""
     files = tuple(file.fingerprint for file in recipe.files)
     loras = tuple(use.file.fingerprint for use in recipe.loras if use.strength)
-    return files, loras, recipe.dtype, recipe.attention, recipe.vram_limit, recipe.swap_blocks, recipe.prefetch
+    return (
+        files,
+        loras,
+        recipe.dtype,
+        recipe.attention,
+        recipe.vram_limit,
+        recipe.swap_blocks,
+        recipe.prefetch,
+        recipe.guidance,
+    )
 
 
 def _bytes(

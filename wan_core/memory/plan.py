@@ -185,7 +185,7 @@ def held_bytes(
     keep_text: bool,
     step_cache: bool = False,
 ) -> int:
-    """What a run holds between calls: latents, and the prompts as the model sees them."""
+    """What a run holds between calls: latents, and so many prompts as the model sees them."""
     b, _, t, h, w = shape
     places = b * t * h * w * 4
     copies = _LATENTS + _CACHED_LATENTS * step_cache
@@ -312,16 +312,26 @@ def _layout(
     config = recipe.high.config
     dtype = resolve_dtype(recipe.dtype, device, recipe.stored)
     held_whole, held_in_part = (_larger_expert(recipe, device, streaming=streaming) for streaming in (False, True))
+    rules = recipe.guidance
+    merged = prompts > 1 and rules.merges
+    batch = shape[0] * (1 + merged)
     held = held_bytes(
-        config, shape, dtype, prompts=prompts, keep_text=recipe.keeps_text, step_cache=recipe.step_cache is not None
+        config,
+        shape,
+        dtype,
+        prompts=rules.texts(prompts),
+        keep_text=recipe.keeps_text,
+        step_cache=recipe.step_cache is not None,
     )
+    held += merged * math.prod(shape[2:]) * batch * 4 * (config.in_channels + config.out_channels)  # in, and out
     activations = dit_activations(
         config,
-        shape[0],
+        batch,
         tokens_of(shape),
         dtype,
         fused=_is_fused(device),
         whole_attention=takes_whole(recipe.attention),
+        against=rules.nag is not None,
     )
 
     def lay(swapped: int, prefetch: int) -> Plan:
@@ -337,7 +347,7 @@ def _layout(
             swapped=swapped,
             prefetch=prefetch,
             needs=replace(needs, activations=activations, held=held),
-            moved=moved * prompts,
+            moved=moved * (prompts - merged),
         )
 
     return lay

@@ -14,7 +14,9 @@ from torch import Tensor
 from ..errors import Hint, WanError
 from ..lookup import look_up
 from .experts import Expert, Experts
-from .guidance import OnBlock, Side, entries, guided
+from .guidance import OnBlock, Side, entries
+from .guidance_rules import PLAIN, Guidance, Kept
+from .guidance_run import Guided
 from .schedules import Schedule
 from .solvers import SOLVERS, History
 from .step_cache import CachedSteps, Memory, StepCache
@@ -98,6 +100,7 @@ class Run:
     start: int = 0
     end: int | None = None
     cache: StepCache | None = None
+    guidance: Guidance = PLAIN
 
     @property
     def last(self) -> int:
@@ -119,8 +122,8 @@ class RunState:
         step: the step that comes next.
         history: the solver's.
         expert: who worked at the step before.
-        kept: what guidance and caches keep from one step to the next. It belongs to the expert at work and is dropped
-            when the other takes over; the solver's history is not.
+        kept: what guidance ("guidance.…") and step caches ("cache.…") keep from one step to the next. It belongs to the
+            expert at work and is dropped when the other takes over; the solver's history is not.
     """
 
     x: Tensor
@@ -153,6 +156,10 @@ def _below(prefix: str, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
 
 
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
 @dataclass(frozen=True, eq=False)
 class StepReport:
     """A step that has just been done.
@@ -165,6 +172,7 @@ class StepReport:
         x0: the clean estimate that the step was made with.
         state: all that is needed to go on from here.
         computed: whether the model was asked; a step cache may have extrapolated its answer.
+        calls: how often it was asked.
     """
 
     index: int
@@ -175,6 +183,7 @@ class StepReport:
     x0: Tensor
     state: RunState
     computed: bool = True
+    calls: int = 1
 
     @property
     def x(self) -> Tensor:
@@ -226,6 +235,7 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
     state = begin if isinstance(begin, RunState) else RunState(begin, run.start)
     _check_range(run, state)
     cached = _cached(run, experts)
+    _check_guidance(run, experts)
     x = _checked_finite(state.x.float())
     known = run.known.to(x.device) if run.known else None
     velocity = _Velocity(experts, run, known, callbacks, cached)
@@ -235,19 +245,21 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
     for i in range(state.step, run.last):
         experts.announce(i, run.schedule)
         state = state.under(experts.at(i, run.schedule).name)
+        velocity.begin(i, _below("guidance.", state.kept))
         if cached:
-            cached.memory = Memory.from_tensors(state.kept, x.device)
+            cached.memory = Memory.from_tensors(_below("cache.", state.kept), x.device)
         x, history = step(state.x, i, run.schedule, velocity, state.history)
         sigma = run.schedule.sigmas[i + 1].item()
         if known and (known.clean or sigma == 0):
             x = known.put_back(x)
         expert = experts.at(i, run.schedule).name
-        state = RunState(x, i + 1, history, expert, cached.memory.to_tensors() if cached else state.kept)
+        kept = dict(state.kept) if cached is None else _under("cache.", cached.memory.to_tensors())
+        state = RunState(x, i + 1, history, expert, kept | _under("guidance.", velocity.kept))
         if callbacks.on_step:
             assert velocity.x0 is not None  # every solver has called it
             done, total = i + 1 - run.start, run.last - run.start
-            computed = cached is None or not cached.memory.skipped
-            callbacks.on_step(StepReport(i, done, total, sigma, expert, velocity.x0, state, computed))
+            calls = velocity.guided.calls
+            callbacks.on_step(StepReport(i, done, total, sigma, expert, velocity.x0, state, calls > 0, calls))
     if cached:
         callbacks.on_note(cached.report())
     return state
@@ -266,15 +278,33 @@ def _cached(run: Run, experts: Experts) -> CachedSteps | None:
     return CachedSteps(run.cache, run.schedule, names, run.start, run.last)
 
 
+def _check_guidance(run: Run, experts: Experts) -> None:
+    """
+    Raises:
+        WanError: see ``Guidance.check`` and ``check_sides``.
+    """
+    scales = {expert.name: expert.guidance for expert in (experts.high, experts.low)}
+    run.guidance.check(run.schedule, experts.names(run.schedule), scales, run.start, run.last)
+    run.guidance.check_sides(run.positive, run.negative, run.schedule.sigmas[run.start : run.last].tolist())
+
+
 class _Velocity:
-    """What a solver calls: the guided model at a step, with what is known in place. Keeps its last clean estimate."""
+    """What a solver calls: the guided model at a step, with what is known in place. Keeps its last clean estimate, and
+    what guidance keeps for the next step."""
 
     def __init__(
         self, experts: Experts, run: Run, known: KnownLatent | None, callbacks: Callbacks, cached: CachedSteps | None
     ):
         self.experts, self.run, self.schedule = experts, run, run.schedule
         self.known, self.callbacks, self.cached = known, callbacks, cached
+        self.guided = Guided(run.guidance, run.positive, run.negative, callbacks.on_block, callbacks.on_note)
+        self.kept: Kept = {}
         self.x0: Tensor | None = None
+
+    def begin(self, i: int, kept: Kept) -> None:
+        """Step i comes; its calls find what guidance kept from the one before, however often they are made."""
+        self._step, self._before, self.kept = i, kept, kept
+        self.guided.calls = 0
 
     def __call__(self, x: Tensor, i: int) -> Tensor:
         sigma = self.schedule.sigmas[i].item()
@@ -288,6 +318,8 @@ class _Velocity:
         return v
 
     def _guided(self, x: Tensor, t: Tensor, i: int) -> Tensor:
+        if self.run.guidance.rests(i):
+            return torch.zeros_like(x)
         if self.cached:
             return self.cached.answer(i, x, lambda: self._computed(x, t, i))
         return self._computed(x, t, i)
@@ -309,9 +341,13 @@ class _Velocity:
         raise WanError(_not_finite(i, self.schedule, expert))
 
     def _asked(self, expert: Expert, x: Tensor, t: Tensor, i: int) -> Tensor:
-        sigma, run = self.schedule.sigmas[i].item(), self.run
-        on_block = self.callbacks.on_block
-        return guided(expert.model, x, t, run.positive, run.negative, expert.guidance, on_block, sigma=sigma)
+        sigma = self.schedule.sigmas[i].item()
+        if i == self._step:
+            v, self.kept = self.guided.velocity(expert, x, t, sigma, self._before)
+            return v
+        # A solver that looks ahead: the next step begins with what this one keeps, and asks again.
+        same = expert.name == self.experts.at(self._step, self.schedule).name
+        return self.guided.velocity(expert, x, t, sigma, self.kept if same else {})[0]
 
 
 def _who(expert: Expert) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WanError
+from ..models.dit.nag import Nag
 from .experts import Model
 
 OnBlock = Callable[[int], None]
@@ -25,11 +26,23 @@ class Condition:
         text: [B,L,D] embedded prompt.
         inputs: everything else, such as ``Concat`` and ``ClipTokens``; the same kind at most once.
         key: one number for each condition, by which what was computed from it is found again.
+        skip: blocks of the network that are left out.
+        against: another condition that is heard beside this one's text, and is moved away from.
     """
 
     text: Tensor
     inputs: tuple[Any, ...] = ()
     key: int = field(default_factory=itertools.count().__next__)
+    skip: frozenset[int] = frozenset()
+    against: Against | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Against:
+    """The text of this condition is moved away from within attention."""
+
+    condition: Condition
+    nag: Nag
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +72,15 @@ Side: TypeAlias = Condition | tuple[Entry, ...]
 def entries(side: Side) -> tuple[Entry, ...]:
     """A side of the guidance as a list; one condition applies everywhere."""
     return (Entry(side),) if isinstance(side, Condition) else side
+
+
+def active(side: Side, sigma: float) -> Condition | None:
+    """The one condition that a side comes to at a noise level; None where several or none apply, or one in part."""
+    if isinstance(side, Condition):
+        return side
+    present = [entry for entry in side if entry.applies(sigma)]
+    alone = len(present) == 1 and not present[0].rest and not isinstance(present[0].weight, Tensor)
+    return present[0].condition if alone and present[0].weight else None
 
 
 def sigma_at(percent: float, shift: float) -> float:

@@ -5,7 +5,7 @@ Module names are the official checkpoint's key names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from .layers import (
     modulated_norm,
     sinusoid,
 )
+from .nag import Nag, Opposite
 from .rope import rope_table, rotate
 
 Segments = list[tuple[int, int, Modulation]]
@@ -74,13 +75,32 @@ class TextStates:
             self._of_block[index] = states
         return states
 
+    def against(self, negative: TextStates, nag: Nag) -> OpposedStates:
+        """These states, their text heard against another one's; both keep what they have computed."""
+        return OpposedStates(self, negative, nag)
+
+
+class OpposedStates(TextStates):
+    """A prompt heard against another one within attention; of the other one the text alone."""
+
+    def __init__(self, own: TextStates, negative: TextStates, nag: Nag):
+        super().__init__(own.embedded, 0, keep=False, branches=own.branches)
+        self.own, self.negative, self.nag = own, negative, nag
+
+    def of_block(self, index: int, attention: CrossAttention) -> tuple[Source, ...]:
+        text, *branches = self.own.of_block(index, attention)
+        other = self.negative.of_block(index, attention)[0]
+        return text._replace(opposite=Opposite(other.keys, other.values, self.nag)), *branches
+
 
 class Source(NamedTuple):
-    """What cross-attention hears: of a kind, its keys and its values [B, L, heads, head_dim]."""
+    """What cross-attention hears: of a kind, its keys and its values [B, L, heads, head_dim], and what it is heard
+    against."""
 
     kind: str
     keys: torch.Tensor
     values: torch.Tensor
+    opposite: Opposite | None = None
 
 
 class SelfAttention(nn.Module):
@@ -127,7 +147,7 @@ class CrossAttention(nn.Module):
         q = self.q(x)
         q = split_heads(self.norm_q(q) if torch.is_grad_enabled() else self.norm_q.apply_(q), self.heads)
         first, *others = sources
-        if not others:
+        if not others and first.opposite is None:
             heard = attend(q, first.keys, first.values, kind=first.kind)
         else:  # some tokens at a time: a second whole answer would not fit
             heard = over(lambda part: _sum_of(part, sources, attend), q)
@@ -138,6 +158,8 @@ class CrossAttention(nn.Module):
 def _sum_of(q: torch.Tensor, sources: tuple[Source, ...], attend: Attend) -> torch.Tensor:
     first, *others = sources
     answer = attend(q, first.keys, first.values, kind=first.kind)
+    if (opposite := first.opposite) is not None:
+        answer = opposite.nag.steered(answer, attend(q, opposite.keys, opposite.values, kind=first.kind))
     for source in others:
         more = attend(q, source.keys, source.values, kind=source.kind)
         answer = answer + more if torch.is_grad_enabled() else answer.add_(more)
@@ -284,6 +306,7 @@ class WanDiT(nn.Module):
         *,
         on_block: Callable[[int], None] | None = None,
         inputs: tuple = (),
+        skip: Collection[int] = (),
     ) -> torch.Tensor:
         """
         Args:
@@ -293,6 +316,7 @@ class WanDiT(nn.Module):
             on_block: called with the block's index before each block; may raise to cancel.
             inputs: what the network's features take, such as ``ClipTokens``; part of ``text_states`` where those are
                 given.
+            skip: blocks that are left out.
 
         Returns:
             velocity [B, C_out, T, h, w], float32.
@@ -300,7 +324,7 @@ class WanDiT(nn.Module):
         self._check(x, t)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._is_trained(x, context)):
             text = context if isinstance(context, TextStates) else self.text_states(context, keep=False, inputs=inputs)
-            return self._velocity(x, t, text, on_block)
+            return self._velocity(x, t, text, on_block, skip)
 
     def _is_trained(self, x: torch.Tensor, context: torch.Tensor | TextStates) -> bool:
         """Whether gradients have anywhere to go; without them the lighter in-place path is taken."""
@@ -308,7 +332,12 @@ class WanDiT(nn.Module):
         return x.requires_grad or text.requires_grad or any(p.requires_grad for p in self.parameters())
 
     def _velocity(
-        self, x: torch.Tensor, t: torch.Tensor, text: TextStates, on_block: Callable[[int], None] | None
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        text: TextStates,
+        on_block: Callable[[int], None] | None,
+        skip: Collection[int],
     ) -> torch.Tensor:
         height, width = x.shape[-2:]
         x = _pad_to_patches(x)
@@ -319,7 +348,9 @@ class WanDiT(nn.Module):
         for index, block in enumerate(self.blocks):
             if on_block:
                 on_block(index)
-            with self._weights_of(index):
+            with self._weights_of(index):  # of a skipped one too: blocks that stream come in their order
+                if index in skip:
+                    continue
                 tokens = block(tokens, six, rope, text, index, self.attend)
         patches = self.head(tokens, timed)
         return unpatchify(patches, grid)[..., :height, :width]
