@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.core.test_dit import CLIP, I2V, T2V, TI2V, as_diffusers, assert_close, inputs, make
-from tests.core.test_plan import A14B, I2V_14B, TI2V_5B, recipe, traced_block
+from tests.core.test_plan import A14B, I2V_14B, TI2V_5B, counted_by_hand, recipe
 from wan_core.config import Architecture
+from wan_core.memory.activations import dit_activations
 from wan_core.memory.engine import _identity
-from wan_core.memory.plan import activation_bytes, plan
+from wan_core.memory.plan import plan
 from wan_core.models.dit import dit as dit_module
 from wan_core.models.dit import nag as nag_module
 from wan_core.models.dit.features.clip_tokens import ClipTokens
@@ -142,8 +143,8 @@ def test_half_precision_stays_near_float32():
 @pytest.mark.parametrize("config", [A14B, TI2V_5B, I2V_14B], ids=["A14B", "5B", "I2V-14B"])
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 75600), (1, 32760), (2, 27280), (1, 6000), (1, 1560)])
 def test_the_plan_of_a_text_heard_against_another(config: Architecture, batch: int, tokens: int, dtype: torch.dtype):
-    real = traced_block(config, batch, tokens, dtype, against=NAG)
-    assert activation_bytes(config, batch, tokens, dtype, against=True) == pytest.approx(real, rel=0.05)
+    by_hand = counted_by_hand(config, batch, tokens, dtype, against=True)
+    assert dit_activations(config, batch, tokens, dtype, against=True) == pytest.approx(by_hand, rel=0.05)
 
 
 def test_the_plan_knows_batches_calls_and_prompts():
@@ -151,17 +152,17 @@ def test_the_plan_knows_batches_calls_and_prompts():
     plain, merged = (
         plan(recipe(A14B, guidance=Guidance(rules), **streams), shape, "cuda:0") for rules in ((), (Merge(),))
     )
-    two = plan(recipe(A14B, **streams), (2, *shape[1:]), "cuda:0", guided=False)
+    two = plan(recipe(A14B, **streams), (2, *shape[1:]), "cuda:0", prompts=1)
     assert merged.moved == plain.moved / 2  # one pass over the blocks
-    assert merged.activations == pytest.approx(two.activations, rel=0.02)
+    assert merged.needs.working == pytest.approx(two.needs.working, rel=0.02)
     alone = [
-        plan(recipe(A14B, guidance=Guidance(rules)), shape, "cuda:0", guided=False).activations
+        plan(recipe(A14B, guidance=Guidance(rules)), shape, "cuda:0", prompts=1).needs.working
         for rules in ((), (NormalisedAttention(),))
     ]
     text = 2 * 40 * 512 * 5120 * 2
     assert alone[1] - alone[0] >= text  # a second prompt's keys and values
-    both = plan(recipe(A14B), shape, "cuda:0").activations
-    with_nag = plan(recipe(A14B, guidance=Guidance((NormalisedAttention(),))), shape, "cuda:0").activations
+    both = plan(recipe(A14B), shape, "cuda:0").needs.working
+    with_nag = plan(recipe(A14B, guidance=Guidance((NormalisedAttention(),))), shape, "cuda:0").needs.working
     assert with_nag - both < 0.5 * text  # those of the negative prompt are there
 
 

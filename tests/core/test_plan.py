@@ -36,7 +36,14 @@ FLF2V_14B = replace(A14B, in_channels=36, features=(ClipTokensConfig(1280, 514),
 
 
 def counted_by_hand(
-    config: Architecture, batch: int, tokens: int, dtype: torch.dtype, *, fused: bool = False, whole: bool = False
+    config: Architecture,
+    batch: int,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    fused: bool = False,
+    whole: bool = False,
+    against: bool = False,
 ) -> int:
     """The peak of a block as one reads it off the code: copies of the tokens at each hungry moment, and pieces."""
     item, dim = dtype.itemsize, config.dim
@@ -50,11 +57,13 @@ def counted_by_hand(
     given = part if batch > 1 and tokens > TOKENS_AT_ONCE else 0  # a part of several videos is gathered first
     text = 2 * batch * context_tokens(config) * dim * item
     branches = context_tokens(config) > TEXT_LENGTH  # which are heard beside the text, a part of the tokens at a time
+    islands = 8 if dtype == torch.float32 else 16  # float32 copies where a text is heard against another
     copy = 0 if tokens > TOKENS_AT_ONCE else x  # a short video's answer is a copy of its own
     moments = (
         6 * x if whole else 4 * x + part + given,  # tokens; queries, keys, values; (a part of) what is seen
         4 * x + bool(wide) * piece(ROTATED_AT_ONCE, 2 * wide + item),  # rotating the keys
         (3 * x + 2 * part if branches else 4 * x) + text,  # tokens, the same normed, queries, what is heard
+        against * (3 * x + 2 * part + text + piece(TEXT_LENGTH, 2 * item) + piece(SLICE, islands)),  # of two texts
         2 * x + piece(TOKENS_AT_ONCE, item, config.ffn_dim) + part + given,  # feed-forward
         2 * x + copy + piece(SLICE, 3 * wide),  # adding with a gate
         2 * x + bool(wide) * piece(SLICE, 2 * wide),  # norm
