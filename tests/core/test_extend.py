@@ -432,8 +432,8 @@ def test_a_question_is_asked_once(server, protocol: str) -> None:
 def test_failures_are_not_remembered(server, protocol: str) -> None:
     extender, found = PromptExtender(), method(server, protocol)
     server.faults = [refuses(400)]
-    assert extender.extend(found, "a cat").failed and extender.failures == 1
-    assert extender.extend(found, "a cat") == Extended(ENGLISH) and extender.failures == 1
+    assert extender.extend(found, "a cat").failed and extender.failures == {found.identity: 1}
+    assert extender.extend(found, "a cat") == Extended(ENGLISH) and extender.failures == {found.identity: 1}
     server.faults = [says("A cat sits. It", finish_reason="length")]
     notes = extender.extend(found, "a dog").notes
     assert notes and extender.extend(found, "a dog").notes == notes and len(server.asked) == 3

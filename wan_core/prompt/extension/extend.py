@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -52,11 +52,12 @@ class PromptExtender:
     on its arguments alone, and its result is plain text that can be sent to the others.
 
     Attributes:
-        failures: how many questions failed; whoever remembers results asks again when it has grown.
+        failures: how many questions to a method failed, by its identity; whoever remembers results asks again when
+            it has grown.
     """
 
     def __init__(self, kept: int = _KEPT):
-        self.failures = 0
+        self.failures: Counter[tuple[str, ...]] = Counter()
         self._kept = kept
         self._answers: OrderedDict[str, tuple[str, tuple[str, ...]]] = OrderedDict()
         self._lock = threading.Lock()
@@ -87,7 +88,7 @@ class PromptExtender:
         look_up(dict.fromkeys(ON_FAILURE), on_failure, "choice for a failure")
         method.check()
         if len(prompt) > _LONGEST:
-            return self._failed(prompt, f"it has {len(prompt)} characters already", on_failure)
+            return self._failed(method, prompt, f"it has {len(prompt)} characters already", on_failure)
         key = _key(question, method, language)
         with self._lock:
             known = self._answers.get(key)
@@ -96,7 +97,7 @@ class PromptExtender:
         try:
             text, notes = prompt_of(method.ask(question, check), language)
         except AnswerFailed as error:
-            return self._failed(prompt, str(error), on_failure)
+            return self._failed(method, prompt, str(error), on_failure)
         self._keep(key, text, tuple(notes))
         return Extended(text, tuple(notes))
 
@@ -106,8 +107,8 @@ class PromptExtender:
             while len(self._answers) > self._kept:
                 self._answers.popitem(last=False)
 
-    def _failed(self, prompt: str, reason: str, on_failure: str) -> Extended:
-        self.failures += 1
+    def _failed(self, method: Method, prompt: str, reason: str, on_failure: str) -> Extended:
+        self.failures[method.identity] += 1
         said = f"The prompt could not be extended: {reason}."
         if on_failure == STOP:
             raise WanError(said)

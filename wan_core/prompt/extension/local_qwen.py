@@ -96,15 +96,24 @@ class LocalQwen:
             WanError: the model is not there.
             AnswerFailed: it cannot be loaded or run, or takes too long.
         """
-        folder = self.folder()
-        check()
-        try:
-            return self._ask(folder, question, check)
-        except (OSError, RuntimeError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
-            if isinstance(error, WanError):
+        folder, cancelled = self.folder(), []
+
+        def noted() -> None:
+            try:
+                check()
+            except BaseException as error:
+                cancelled.append(error)
                 raise
-            first = (safe_text(error, 200).splitlines() or [""])[0]
-            raise AnswerFailed(f"{folder.name} could not be run ({type(error).__name__}: {first})") from error
+
+        noted()
+        try:
+            return self._ask(folder, question, noted)
+        except (WanError, AnswerFailed):
+            raise
+        except Exception as error:  # of transformers, of the files, of the model: each has its own
+            if error in cancelled:
+                raise
+            raise AnswerFailed(f"{folder.name} could not be run ({_first_line(error)})") from error
         finally:
             gc.collect()
 
@@ -115,6 +124,11 @@ class LocalQwen:
         check()
         inputs = chat.inputs(question).to(place.device)
         return chat.answer(inputs, question.seed, _Watch(check, time.monotonic() + self.seconds, self.seconds))
+
+
+def _first_line(error: Exception) -> str:
+    first = (safe_text(error, 200).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def weight_bytes(folder: Path) -> int:
@@ -141,12 +155,8 @@ class _Words:
 
     def inputs(self, question: Question) -> Any:
         messages = [{"role": "system", "content": question.instructions}, {"role": "user", "content": question.text}]
-        return self.tokenizer([self.chat(self.tokenizer, messages)], return_tensors="pt")
-
-    @staticmethod
-    def chat(template: Any, messages: list[dict]) -> str:
-        """The conversation as the model was trained on it; models that can think aloud are asked not to."""
-        return template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        chat = self.tokenizer.apply_chat_template(messages, enable_thinking=False, **_CHAT)  # where a model can
+        return self.tokenizer([chat], return_tensors="pt")
 
     def answer(self, inputs: Any, seed: int, watch: _Watch) -> Answer:
         from transformers import StoppingCriteriaList
@@ -178,9 +188,11 @@ class _Pictures(_Words):
             {"role": "system", "content": [{"type": "text", "text": question.instructions}]},
             {"role": "user", "content": user},
         ]
-        return self.processor(text=[self.chat(self.processor, messages)], images=pictures, return_tensors="pt")
+        chat = self.processor.apply_chat_template(messages, **_CHAT)
+        return self.processor(text=[chat], images=pictures, return_tensors="pt")
 
 
+_CHAT = {"tokenize": False, "add_generation_prompt": True}
 # No code of a model's folder runs, and nothing is fetched.
 _TRUSTED = {"trust_remote_code": False, "local_files_only": True}
 
@@ -247,5 +259,4 @@ def fetched(name: str) -> Path | None:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
     except Exception as error:  # the library raises its own, the network's and the HTTP library's
-        first = (safe_text(error, 200).splitlines() or [""])[0]
-        raise AnswerFailed(f"{name} could not be fetched ({type(error).__name__}: {first})") from None
+        raise AnswerFailed(f"{name} could not be fetched ({_first_line(error)})") from None
