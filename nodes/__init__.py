@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .cache import StepCacheNode
 from .clip_vision import LoadClipVision
 from .experts import ExpertSwitch
+from .extend import PromptExtend
 from .finding import findable
 from .guidance import GuidanceNode
 from .latents import EmptyLatent, ImageToVideo
@@ -33,6 +34,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadVAE,
     LoadClipVision,
     AestheticPrompt,
+    PromptExtend,
     EmptyLatent,
     ImageToVideo,
     VAEEncode,

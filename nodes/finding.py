@@ -31,6 +31,7 @@ FINDING = {
     "WanCoreLoadVAE": Finding(("wan vae loader", "video autoencoder")),
     "WanCoreLoadClipVision": Finding(("clip vision loader", "image encoder", "vit-h")),
     "WanCoreAestheticPrompt": Finding(("camera words", "lighting", "prompt styler")),
+    "WanCorePromptExtend": Finding(("prompt enhancer", "llm", "qwen", "prompt rewrite", "caption"), ("timeout",)),
     "WanCoreEmptyLatent": Finding(("video size", "t2v latent", "text to video"), ("batch_size",)),
     "WanCoreImageToVideo": Finding(("i2v", "first last frame", "flf2v", "animate image", "start image")),
     "WanCoreVAEEncode": Finding(("video to latent", "v2v")),

@@ -21,6 +21,10 @@ HINTS: dict[Hint, str] = {
     Hint.ALONE: "Connect it to the sampler by itself.",
     Hint.BAD_LATENT: "Check the node that made it.",
     Hint.CLIP: "Connect Load Wan CLIP Vision to clip_vision.",
+    Hint.LANGUAGE_MODEL: "Download it with `hf download {name} --local-dir ComfyUI/models/LLM/{folder}`, or choose the "
+    "method dashscope or openai.",
+    Hint.SERVER_KEY: "Set it in ComfyUI's settings (Wan, Prompt extension), or set the environment variable {variable} "
+    "before ComfyUI starts.",
     Hint.TRAIN_TASK: "Choose its variant in Load Wan Model.",
 }
 

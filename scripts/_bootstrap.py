@@ -38,6 +38,7 @@ TEST_PACKAGES = (
     "diffusers==0.42.1",
     "transformers==5.23.0",
     "accelerate==1.15.0",
+    "aiohttp==3.14.5",  # prompt extension's HTTP; ComfyUI brings it
     "gguf==0.19.0",
     "comfy-kitchen==0.2.40",
     "ftfy==6.3.1",

@@ -35,6 +35,8 @@ class Hint(Enum):
     CLIP = "Give its file."
     EXPERT = "Expected {experts}."
     TRAIN_TASK = "Choose its task."
+    LANGUAGE_MODEL = "Put its folder where language models are looked for."
+    SERVER_KEY = "Set the environment variable {variable}."
 
 
 class WanError(ValueError):

@@ -1,6 +1,7 @@
 import { app } from '../../scripts/app.js'
 import { listAsText } from './combos.js'
 import { watchExpertSwitch } from './expert_switch.js'
+import { extensionSettings } from './extension_settings.js'
 import { openPresets, presetsOf } from './menus.js'
 import { addPreview, watchPreviews } from './preview.js'
 import { addText, restoreTexts, showOutputs, watchTexts } from './says.js'
@@ -12,6 +13,8 @@ let restored = false
 
 app.registerExtension({
   name: 'wan_core.Nodes',
+
+  settings: extensionSettings,
 
   commands: [
     { id: 'wan_core.Presets', label: 'Wan: presets', icon: 'pi pi-sliders-h', function: openPresets }

@@ -38,12 +38,22 @@ declare const LiteGraph: {
 interface Extension {
   name: string
   commands?: { id: string; label: string; icon: string; function: () => void }[]
+  settings?: Setting[]
   nodeCreated?(node: GraphNode): void
   setup?(): void
   afterConfigureGraph?(): void
   onNodeOutputsUpdated?(outputs: Record<string, { text?: unknown } | undefined>): void
   getNodeMenuItems?(node: GraphNode): MenuItem[]
   getSelectionToolboxCommands?(item: GraphNode): string[]
+}
+
+interface Setting {
+  id: string
+  name: string
+  category: string[]
+  tooltip: string
+  defaultValue: string
+  type: 'text' | ((name: string, set: (value: string) => void, value: string) => HTMLElement)
 }
 
 interface GraphNode {

@@ -100,7 +100,6 @@ def test_offloading_and_the_official_flags_change_nothing(checkpoint: Path, tmp_
         (["--image", "missing.png"], "No such image"),
         (["--save_file", "no/such/folder/x.mp4"], "there is no folder"),
         (["--ulysses_size", "8"], "not supported"),
-        (["--use_prompt_extend"], "not supported"),
     ],
 )
 def test_mistakes_are_one_line(checkpoint: Path, capsys, monkeypatch, tmp_path: Path, arguments, message: str):

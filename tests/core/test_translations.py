@@ -24,7 +24,7 @@ def keys(tree: Any, path: str = "") -> set[str]:
     return {key for name, branch in tree.items() for key in keys(branch, f"{path}/{name}")}
 
 
-@pytest.mark.parametrize("name", ["main.json", "nodeDefs.json", "commands.json"])
+@pytest.mark.parametrize("name", ["main.json", "nodeDefs.json", "commands.json", "settings.json"])
 def test_both_languages_have_every_text(name: str) -> None:
     english, chinese = texts("en", name), texts("zh", name)
     assert keys(english) == keys(chinese)

@@ -15,6 +15,7 @@ from .arguments import SEEDS, boolean, number, path, size, whole, words
 from .guidance import add_guidance_arguments, guidance_of
 from .loras import add_lora_argument, with_loras
 from .output import Output
+from .prompt_extension import add_extension_arguments, extended
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace whatever has the name; without it only what this program saved is replaced",
     )
-    for flag in ("--ulysses_size", "--dit_fsdp", "--t5_fsdp", "--use_prompt_extend"):
+    add_extension_arguments(parser)
+    for flag in ("--ulysses_size", "--dit_fsdp", "--t5_fsdp"):
         add(flag, nargs="?", const="True", default=None, help=argparse.SUPPRESS)
 
 
@@ -156,6 +158,10 @@ def run(args: argparse.Namespace) -> None:
         log.info(note)
     if models.dit.guidance:
         log.info("Guidance: %s", told_of_guidance(models.dit, request.timetable(), request.guidance))
+    notes = {"task": args.task, "vae": variant.vae, "seed": str(request.seed)}
+    if args.use_prompt_extend:
+        request = replace(request, prompt=extended(args, request, device))
+        notes["prompt"] = request.prompt
     log.info(
         "%s, %s frames, %s, %s steps, seed %s, on %s",
         models.dit,
@@ -167,7 +173,6 @@ def run(args: argparse.Namespace) -> None:
     )
     with _Bar(request.steps) as bar:
         result = generate(models, request, engine, device=device, text_device=_text_device(args, device), on_step=bar)
-    notes = {"task": args.task, "vae": variant.vae, "seed": str(result.seed)}
     output.save(result.latent, result.video(), variant.fps, notes, f"--ckpt_dir {shlex.quote(str(args.ckpt_dir))}")
 
 
@@ -227,7 +232,7 @@ def _text_device(args: argparse.Namespace, device):
 def _refuse_unsupported(args: argparse.Namespace) -> None:
     if args.vram_limit is not None and args.swap_blocks:
         raise WanError("Give --vram_limit or --swap_blocks, not both: a limit decides how many blocks stream.")
-    for flag, harmless in (("ulysses_size", ("1",)), ("dit_fsdp", ()), ("t5_fsdp", ()), ("use_prompt_extend", ())):
+    for flag, harmless in (("ulysses_size", ("1",)), ("dit_fsdp", ()), ("t5_fsdp", ())):
         value = getattr(args, flag)
         if value is not None and value not in (*harmless, "False"):
             raise WanError(f"--{flag} is not supported by this version: run without it.")

@@ -18,5 +18,7 @@ HINTS: dict[Hint, str] = {
     Hint.CLIP_WEIGHTS: "Give --ckpt_dir, or all of --dit, --vae, --text_encoder and --clip.",
     Hint.CLIP: "Give it with --clip.",
     Hint.EXPERT: "Choose --expert {experts}.",
+    Hint.LANGUAGE_MODEL: "Name with --prompt_extend_model the folder of one, or its name on Hugging Face, such as "
+    "{name}.",
     Hint.RUN_ELSEWHERE: "ComfyUI's own nodes may run it.",
 }

@@ -35,7 +35,7 @@ def compose(text: str, choices: Mapping[str, str | None], language: str = "auto"
     _one_of(placement, PLACEMENTS, "placement")
     said = _terms_in(text)
     terms = [term for term in _chosen(choices) if term.id not in said]
-    chinese = language == "zh" or (language == "auto" and _HAN.search(text) is not None)
+    chinese = language == "zh" or (language == "auto" and has_chinese(text))
     if not terms or not text.strip():
         return _listed(terms, chinese) or text
     place = _before if placement == "before" else _after
@@ -62,6 +62,10 @@ def parse_choice(group: str, entry: str) -> str | None:
         return None
     ids = {_entry(term): term.id for term in found.terms} | {term.id: term.id for term in found.terms}
     return _lookup(ids, entry, f"term in {found.en} ({found.id})")
+
+
+def has_chinese(text: str) -> bool:
+    return _HAN.search(text) is not None
 
 
 def _chosen(choices: Mapping[str, str | None]) -> list[Term]:
