@@ -26,7 +26,7 @@ from wan_core.recipe import ModelRecipe, pair
 from wan_core.sampling.experts import Switch
 from wan_core.sampling.step_cache import StepCache
 
-from . import document
+from . import document, weights
 from .cpu import machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,11 +58,25 @@ def run(options: argparse.Namespace) -> int:
         rows.append(row)
         print(f"{row['way']:40} {row['speed']:.2f} times as fast, error {row['error']:.4f}", flush=True)
     report = {"machine": machine(), "solver": options.solver, "steps": steps, "prompts": len(prompts), "rows": rows}
+    report["weights"] = list(quantised(models, prompts, steps, options))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.out == PUBLISHED:
         publish(report)
     return 0
+
+
+def quantised(models: Models, prompts: Sequence[str], steps: int, options: argparse.Namespace) -> Iterator[dict]:
+    """The rows of quantised weights, see ``weights``."""
+    formats = weights.FORMATS[1:2] if options.quick else weights.FORMATS
+
+    def latents(made: Models) -> list[torch.Tensor]:
+        engine = Engine()
+        return [latent(made, engine, prompt, steps, options.solver) for prompt in prompts]
+
+    for row in weights.rows(models, latents, formats):
+        yield row
+        print(f"{row['format']:40} {row['bits']:.2f} bits a number, error {row['error']:.4f}", flush=True)
 
 
 def family(folder: Path) -> Models:
@@ -127,3 +141,4 @@ def publish(report: dict) -> None:
     rows = sorted(report["rows"], key=lambda row: row["speed"])
     lines += [f"| {row['way']} | {row['speed']:.2f} | {row['error']:.4f} |" for row in rows]
     document.publish("\n".join(lines) + "\n", _BEGIN, _END)
+    weights.publish(report["weights"])

@@ -80,9 +80,12 @@ def test_quick_quality_benchmark(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench", "quality", "--quick", "--prompts", "1", "--out", out]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    fewer, cached = json.loads(out.read_text())["rows"]
+    report = json.loads(out.read_text())
+    fewer, cached = report["rows"]
     assert fewer["speed"] == 1.2 and 1 < cached["speed"] < 2
     assert 0 < fewer["error"] < 0.5 and 0 < cached["error"] < 0.5
+    (fp8,) = report["weights"]
+    assert fp8["format"] == "fp8_scaled" and 8 <= fp8["bits"] < 8.1 and 0 < fp8["error"] < 0.5
 
 
 def test_quick_gpu_benchmark(comfyui_path: Path, tmp_path: Path) -> None:
