@@ -39,7 +39,8 @@ def rows(models: Models, latents: Latents, formats: Sequence[str] = FORMATS) -> 
         exact = [_unrounded(file, Path(folder, f"exact{i}.safetensors"), seed=i) for i, file in own]
         whole = latents(_with(models, exact))
         for name in formats:
-            made = [_converted(file, name, Path(folder, f"{name[5:]}{i}")) for i, file in enumerate(exact)]
+            stem = name.replace(":", "-")
+            made = [_converted(file, name, Path(folder, f"{stem}{i}")) for i, file in enumerate(exact)]
             found = latents(_with(models, made))
             errors = [((one - all_).norm() / all_.norm()).item() for one, all_ in zip(found, whole, strict=True)]
             yield {"format": name, "bits": round(mean(map(_bits, made)), 2), "error": round(mean(errors), 4)}
