@@ -35,6 +35,8 @@ class Hint(Enum):
     CLIP = "Give its file."
     EXPERT = "Expected {experts}."
     TRAIN_TASK = "Choose its task."
+    PROCESSES = "Start several."
+    NO_SHARDS = "Train it without sharding."
 
 
 class WanError(ValueError):

@@ -18,5 +18,7 @@ HINTS: dict[Hint, str] = {
     Hint.CLIP_WEIGHTS: "Give --ckpt_dir, or all of --dit, --vae, --text_encoder and --clip.",
     Hint.CLIP: "Give it with --clip.",
     Hint.EXPERT: "Choose --expert {experts}.",
+    Hint.PROCESSES: "Start several, torchrun --nproc_per_node N -m wan_core train ..., or leave --fsdp out.",
+    Hint.NO_SHARDS: "Leave --fsdp out, or train all weights: --lora_rank 0.",
     Hint.RUN_ELSEWHERE: "ComfyUI's own nodes may run it.",
 }
