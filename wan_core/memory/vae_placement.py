@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from ..config import VAEConfig
-from ..errors import WanError
+from ..errors import WanError, is_out_of_memory
 from ..models.vae.tiles import Tiles
-from .devices import empty_cache, is_out_of_memory
+from .devices import empty_cache
 from .plan import GB, decode_bytes
 
 if TYPE_CHECKING:
