@@ -27,7 +27,7 @@ from wan_core.recipe import ModelRecipe, pair
 from wan_core.sampling.experts import Switch
 from wan_core.sampling.step_cache import StepCache
 
-from . import document, guidance
+from . import document, guidance, weights
 from .cpu import machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ CACHES = (
     StepCache("every", 3),
     *(StepCache("easy", threshold) for threshold in (0.02, 0.05, 0.1, 0.2)),
 )
-PARTS = ("rows", "guidance")
+PARTS = ("rows", "guidance", "weights")
 _BEGIN, _END = "<!-- quality: written by python -m bench quality -->", "<!-- end of quality -->"
 
 
@@ -61,6 +61,8 @@ def run(options: argparse.Namespace) -> int:
         report["rows"] = list(faster(models, [caption for _, caption in scenes], steps, options))
     if options.only in (None, "guidance"):
         report["guidance"] = list(guided(models, scenes, steps, options))
+    if options.only in (None, "weights"):
+        report["weights"] = list(quantised(models, [caption for _, caption in scenes], steps, options))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.out == PUBLISHED:
@@ -95,6 +97,19 @@ def guided(
         yield row
         seen = f"{row['seen']} of {row['words']} words seen"
         print(f"{row['way']:60} {row['speed']:.2f} times as fast, {seen}, distance {row['distance']:.4f}", flush=True)
+
+
+def quantised(models: Models, prompts: Sequence[str], steps: int, options: argparse.Namespace) -> Iterator[dict]:
+    """The rows of quantised weights, see ``weights``."""
+    formats = weights.FORMATS[1:2] if options.quick else weights.FORMATS
+
+    def latents(made: Models) -> list[torch.Tensor]:
+        engine = Engine()
+        return [latent(made, engine, prompt, steps, options.solver) for prompt in prompts]
+
+    for row in weights.rows(models, latents, formats):
+        yield row
+        print(f"{row['format']:40} {row['bits']:.2f} bits a number, error {row['error']:.4f}", flush=True)
 
 
 def family(folder: Path) -> Models:
@@ -167,3 +182,4 @@ def publish(report: dict) -> None:
     lines += [f"| {row['way']} | {row['speed']:.2f} | {row['error']:.4f} |" for row in rows]
     document.publish("\n".join(lines) + "\n", _BEGIN, _END)
     guidance.publish(report["guidance"])
+    weights.publish(report["weights"])

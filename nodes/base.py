@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import comfy.model_management as management
-import torch
 from comfy_api.latest import io
 
-from ..wan_core.errors import WanError
+from ..wan_core.errors import WanError, is_out_of_memory
 from ..wan_core.safe_text import safe_text
 from .checks import check_values
 from .hints import worded
@@ -130,7 +129,7 @@ def readable_errors() -> Iterator[None]:
 
 def _leave(error: BaseException) -> NoReturn:
     text, traceback = _text_of(error), error.__traceback__
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         _free()
     raise WanError(safe_text(text)).with_traceback(traceback) from None
 
@@ -139,7 +138,7 @@ def _text_of(error: BaseException) -> str:
     if isinstance(error, WanError):
         return safe_text(worded(error))
     said = safe_text(error)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         first = said.partition("\n")[0]
         return (
             f"Memory ran out ({first or type(error).__name__}). Choose a smaller size, fewer frames or a smaller "
@@ -153,13 +152,6 @@ def _text_of(error: BaseException) -> str:
         f"Unexpected {type(error).__name__}: {said or '(no text)'}\nThis is a fault of the Wan nodes or of a "
         "library they use: please report it with ComfyUI's log."
     )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    said = safe_text(error).lower()
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said)
 
 
 def _free() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from enum import Enum
+
+from .safe_text import safe_text
 
 
 class Hint(Enum):
@@ -37,6 +40,8 @@ class Hint(Enum):
     TRAIN_TASK = "Choose its task."
     LANGUAGE_MODEL = "Put its folder where language models are looked for."
     SERVER_KEY = "Set the environment variable {variable}."
+    PROCESSES = "Start several."
+    NO_SHARDS = "Train it without sharding."
 
 
 class WanError(ValueError):
@@ -66,3 +71,31 @@ class WanError(ValueError):
 
 def _again(kind: type[WanError], problem: str, hint: Hint | None, details: dict[str, object]) -> WanError:
     return kind(problem, hint, **details)
+
+
+# Beside Python's and PyTorch's own errors: what allocators of devices and of the CPU say in a RuntimeError, and what
+# mapping a file says in an OSError that has lost its number.
+_RAN_OUT = (
+    "out of memory",
+    "out_of_memory",
+    "out_of_device_memory",
+    "out_of_host_memory",
+    "status_alloc_failed",
+    "not enough memory",
+    "not enough gpu video memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the machine had too little memory.
+
+    By names and words, without PyTorch: not every kind of device has the error that PyTorch has for it.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    said = safe_text(error).lower()
+    return isinstance(error, (RuntimeError, OSError)) and any(words in said for words in _RAN_OUT)

@@ -16,7 +16,7 @@ import torch
 
 from .config import VAES, VARIANTS, PerExpert, Variant
 from .dtypes import resolve_dtype
-from .errors import WanError
+from .errors import WanError, is_out_of_memory
 from .layouts.folder import find_parts
 from .layouts.variants import choose
 from .loading.clip import ClipFile, read_clip
@@ -30,7 +30,7 @@ from .media.geometry import fitted, fitted_size, image_tensor
 from .memory import plan as plans
 from .memory.activations import Work, vae_budget
 from .memory.budget import GB, WORKSPACE
-from .memory.devices import available_bytes, is_out_of_memory
+from .memory.devices import available_bytes
 from .memory.engine import Engine, largest_matrix, text_bytes
 from .memory.plan import AUTO
 from .memory.run import denoise_in_memory

@@ -87,6 +87,8 @@ def test_quick_quality_benchmark(tmp_path: Path) -> None:
     plain, interval, nag = report["guidance"]
     assert plain["speed"] == 1 and plain["distance"] == 0 and plain["words"] >= 3
     assert 1 < interval["speed"] < 2 == nag["speed"] and 0 < interval["distance"] < nag["distance"]
+    (fp8,) = report["weights"]
+    assert fp8["format"] == "fp8_scaled" and 8 <= fp8["bits"] < 8.1 and 0 < fp8["error"] < 0.5
 
 
 def test_quick_gpu_benchmark(comfyui_path: Path, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from wan_core.dtypes import default_dtype
+from wan_core.errors import is_out_of_memory
 from wan_core.memory import devices
-from wan_core.memory.devices import available_bytes, default_device, is_out_of_memory, resolve_device, total_bytes
+from wan_core.memory.devices import available_bytes, default_device, resolve_device, total_bytes
 
 
 @pytest.fixture
@@ -61,6 +62,16 @@ def test_a_machine_without_an_accelerator(monkeypatch: pytest.MonkeyPatch):
         (RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB, other allocations: 1.00 GB)"), True),
         (RuntimeError("Could not allocate tensor. There is not enough GPU video memory available!"), True),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (RuntimeError("XPU out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to"), True),
+        (MemoryError(), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (OSError("Cannot allocate memory (os error 12)"), True),
+        (OSError(28, "No space left on device"), False),
         (ValueError("out of memory"), False),
     ],
 )

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from ..errors import WanError
+from ..errors import WanError, is_out_of_memory
 from .hints import HINTS
 
 MISTAKE, FAILURE, CANCELLED = 2, 1, 130
@@ -48,7 +48,7 @@ def guarded(work: Callable[[], int | None], *, debug: bool = False, cancelled: s
 
 def _in_words(error: BaseException) -> tuple[str, int]:
     """What is told of an error that nobody foresaw, and whether its cause is the machine or us."""
-    if isinstance(error, MemoryError) or _ran_out(error):
+    if is_out_of_memory(error):
         return (
             "The memory ran out. Choose a smaller size or fewer frames, set a memory limit, or close other programs."
         ), MISTAKE
@@ -56,12 +56,6 @@ def _in_words(error: BaseException) -> tuple[str, int]:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{names or 'The system'}: {error.strerror}.", MISTAKE
     return f"Something unforeseen happened ({type(error).__name__}: {first_line(error)}).", FAILURE
-
-
-def _ran_out(error: BaseException) -> bool:
-    return type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and "alloc" in str(error) and "memory" in str(error)
-    )
 
 
 def first_line(error: BaseException, most: int = 200) -> str:

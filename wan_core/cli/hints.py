@@ -20,5 +20,7 @@ HINTS: dict[Hint, str] = {
     Hint.EXPERT: "Choose --expert {experts}.",
     Hint.LANGUAGE_MODEL: "Name with --prompt_extend_model the folder of one, or its name on Hugging Face, such as "
     "{name}.",
+    Hint.PROCESSES: "Start several, torchrun --nproc_per_node N -m wan_core train ..., or leave --fsdp out.",
+    Hint.NO_SHARDS: "Leave --fsdp out, or train all weights: --lora_rank 0.",
     Hint.RUN_ELSEWHERE: "ComfyUI's own nodes may run it.",
 }

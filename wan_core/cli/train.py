@@ -91,6 +91,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no_gradient_checkpointing", action="store_true", help="faster, with more memory")
     parser.add_argument("--use_gradient_checkpointing_offload", action="store_true", help="slower, with less memory")
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="with several processes and --lora_rank 0: each holds a part of the model, its gradients and the "
+        "optimiser's state, instead of all",
+    )
     parser.add_argument("--save_steps", type=whole(), default=0, help="default: save every two minutes")
     parser.add_argument("--t5_cpu", action="store_true", help="encode the prompts on the CPU")
     parser.add_argument(
@@ -149,6 +155,7 @@ def run(args: argparse.Namespace) -> None:
         sample_prompts=args.sample_prompt,
         sample_steps=args.sample_steps,
         cache=args.cache_path,
+        fsdp=args.fsdp,
     )
     device = resolve_device(args.device)
     files = files_in(

@@ -52,9 +52,7 @@ def load_strict(
         WanError: missing or unexpected keys, or other shapes than expected; all of them are listed. Or a file was
             changed while it was read.
     """
-    wanted = dict(module.state_dict(keep_vars=True))
-    _check_names(wanted, names, checkpoint)
-    _check_shapes(wanted, names, checkpoint)
+    wanted = check_fit(module, checkpoint, names)
     packed: dict[str, Packed] = {}
     scratch, device, reads = Scratch(), torch.device(device), []
     with checkpoint.reading():
@@ -77,6 +75,18 @@ def load_strict(
     _lend(module, scratch)
     pack_layers(module, packed, scratch)
     return module.eval().requires_grad_(False)
+
+
+def check_fit(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The module's parameters and buffers by their keys.
+
+    Raises:
+        WanError: missing or unexpected keys, or other shapes than expected; all of them are listed.
+    """
+    wanted = dict(module.state_dict(keep_vars=True))
+    _check_names(wanted, names, checkpoint)
+    _check_shapes(wanted, names, checkpoint)
+    return wanted
 
 
 def _stays(

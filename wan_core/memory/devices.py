@@ -91,14 +91,6 @@ def available_bytes(device: torch.device) -> int:
     return free + module.memory_reserved(device) - module.memory_allocated(device)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device had too little memory: not every kind of device has the error that PyTorch has for it."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in said or "not enough gpu video memory" in said)
-
-
 def empty_cache() -> None:
     """Give the allocators' reserves back to the device and to the system."""
     found = _accelerator()

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..config import PerExpert
-from ..errors import WanError
+from ..errors import WanError, is_out_of_memory
 from ..recipe import ModelRecipe
 from ..sampling.denoise import SILENT, Callbacks, Run, RunState, StepReport, denoise
-from .devices import is_out_of_memory
 from .engine import Engine
 from .plan import Plan
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from ..config import VAEConfig
-from ..errors import WanError
+from ..errors import WanError, is_out_of_memory
 from ..models.vae.tiles import Tiles
 from .activations import Work, vae_budget
 from .budget import GB
-from .devices import empty_cache, is_out_of_memory
+from .devices import empty_cache
 
 if TYPE_CHECKING:
     from ..loading.vae import VAEFile

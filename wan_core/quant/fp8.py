@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import is_out_of_memory
 from ..kernels import available
 from .base import Parts
 from .scaled import Scaled, quantised_rows, rescaled
@@ -89,9 +90,9 @@ def scaled_product(
                 use_fast_accum=True,
                 out=out,
             )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             _no_row_scales.add(str(x.device))
     one = torch.ones((), device=x.device)
     product = torch._scaled_mm(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import is_out_of_memory
 from ..mapped import fetch
 from .base import Format, Packed
 from .scratch import Scratch
@@ -79,9 +80,9 @@ def _multiplied(kind: Format, x: Tensor, parts: dict[str, Tensor], bias: Tensor 
         return None
     try:
         return kind.multiply(x, parts, bias)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         _broken.add((kind.name, str(x.device)))
         log.warning(
             "wan_core: %s products failed on %s (%s); weights are dequantised instead",

@@ -28,7 +28,9 @@ from .objective import (
     with_clip,
     with_subject,
 )
+from .parallel import Processes
 from .precision import autocast, resolve_precision
+from .sharded import gathered
 
 _NEGATIVE_BATCHES = 0.2
 
@@ -126,7 +128,7 @@ class DiTTask:
         dropped = torch.rand(len(clips), generator=generator) < self.recipe.caption_dropout
         empty = self._empty(generator)
         texts = [empty if drop else text for text, drop in zip(texts, dropped, strict=True)]
-        with autocast(self.precision, self.model.device):
+        with autocast(self.precision, self.model.device, once=True):
             velocity = self.model(example.x, example.t, texts, on_block=self.on_block, inputs=example.inputs)
         return velocity_loss(velocity, example), {}
 
@@ -154,17 +156,24 @@ class DiTTask:
             self.sampler(step, folder)
 
     def save(self, file: Path, dtype: str = "auto") -> None:
-        """The LoRA, or the whole model, as the pack's and ComfyUI's loaders read them."""
-        file.parent.mkdir(parents=True, exist_ok=True)
+        """The LoRA, or the whole model, as the pack's and ComfyUI's loaders read them.
+
+        All processes call this together: a sharded model comes from all. The first one writes.
+        """
+        first = Processes.current().first
         metadata = {
             "wan_task": self.recipe.variant.task,
             "noise_from": f"{self.recipe.noise.low}",
             "noise_to": f"{self.recipe.noise.high}",
         }
+        weights = None if self.adapted else gathered(self.model.state_dict(), keep=first)
+        if not first:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
         if self.adapted:
             lora.save_lora(self.adapted, file, metadata)
         else:
-            save_weights(self.model.state_dict(), file, dtype, metadata)
+            save_weights(weights, file, dtype, metadata)
 
     def _empty(self, generator: torch.Generator) -> Tensor:
         if self.data.negative is None or torch.rand((), generator=generator) >= _NEGATIVE_BATCHES:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from .folder import LOG, PLOT, STATE, check_folder, forget, read_state
 from .optim import cosine, make_optimiser
 from .parallel import Losses, Processes
 from .report import Log, plot_loss, read_log
+from .sharded import fill, gathered, is_sharded, shared_out, total_norm
 
 __all__ = ["LOG", "PLOT", "STATE", "Plan", "StepReport", "Task", "check_resumable", "forget", "save_atomically",
            "train"]  # fmt: skip
@@ -105,7 +106,8 @@ def train(
     """Walk to the end of the plan, from where ``folder`` says an earlier run stopped.
 
     Args:
-        on_step: called after each step; what it raises ends the run, which saves its state first.
+        on_step: called after each step; what it raises ends the run, which saves its state first (a sharded one's last
+            state stays).
         seconds: stop, saved, after so long; the next call goes on.
 
     Returns:
@@ -120,7 +122,7 @@ def train(
     processes = Processes.current()
     parameters = {name: p for name, p in task.parameters().items() if p.requires_grad}
     state = _start(task, plan, parameters, folder / STATE)
-    losses = processes.together(task.loss, parameters.values())
+    losses, sharded = processes.together(task.loss, parameters.values()), is_sharded(parameters)
     log = Log(folder / LOG, state.step) if processes.first else None
     begun = saved = time.monotonic()
     try:
@@ -128,19 +130,22 @@ def train(
             row = _step(losses, plan, state, parameters, processes)
             if log:
                 log.write(row)
-            if processes.first and plan.sample_every and state.step % plan.sample_every == 0:
+            if (processes.first or sharded) and plan.sample_every and state.step % plan.sample_every == 0:
                 with averaged(parameters, state.average):
                     task.sample(state.step, folder)
-            if _due(plan, state.step, saved):
+            if processes.any(_due(plan, state.step, saved)):
                 _save(task, plan, state, parameters, folder, processes)
                 saved = time.monotonic()
             if on_step:
                 on_step(StepReport(state.step, plan.steps, row["loss"]))
             if seconds is not None and processes.any(time.monotonic() - begun > seconds):
                 break
-    finally:
-        if state.whole:
+    except BaseException as error:
+        # Parts of a state come together only where all processes stop at the same place.
+        if state.whole and (not sharded or isinstance(error, _Diverged)):
             _save(task, plan, state, parameters, folder, processes)
+        raise
+    _save(task, plan, state, parameters, folder, processes)
     if state.step < plan.steps:
         return False
     if state.average:
@@ -152,6 +157,10 @@ def _due(plan: Plan, step: int, saved: float) -> bool:
     if plan.save_every:
         return step % plan.save_every == 0
     return time.monotonic() - saved > plan.save_seconds
+
+
+class _Diverged(WanError):
+    """A loss that is no number: all processes find it at the same step."""
 
 
 def _step(
@@ -169,9 +178,9 @@ def _step(
         loss, figures = losses.backward(batch, chance, of=plan.accumulate, last=last)
         total += loss / plan.accumulate
     total = processes.mean(total)
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), plan.clip or float("inf")).item()
+    norm = total_norm(list(parameters.values()), plan.clip or float("inf"))
     if not (total == total and norm < float("inf")):
-        raise WanError(
+        raise _Diverged(
             f"Step {state.step + 1}: the loss is {total} and its gradient {norm}. Lower the learning rate "
             f"(now {rate:g}), or train in fp32; the state before this step is kept."
         )
@@ -215,7 +224,7 @@ def averaged(parameters: Mapping[str, nn.Parameter], average: Mapping[str, Tenso
 @torch.no_grad()
 def _copy(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
-        parameter.copy_(values[name])
+        fill(parameter, values[name])
 
 
 def _start(task: Task, plan: Plan, parameters: Mapping[str, nn.Parameter], file: Path) -> _State:
@@ -223,13 +232,14 @@ def _start(task: Task, plan: Plan, parameters: Mapping[str, nn.Parameter], file:
     if not file.exists():
         average = {name: p.detach().clone() for name, p in parameters.items()} if plan.ema else None
         return _State(0, optimiser, average)
-    saved = read_state(file)
+    saved = read_state(file, mmap=is_sharded(parameters))
     _check_same(file, saved["describes"], _describe(task, plan))
-    devices = {name: parameter.device for name, parameter in parameters.items()}
     try:
         _copy(parameters, saved["weights"])
-        optimiser.load_state_dict(saved["optimiser"])
-        average = {name: t.to(devices[name]) for name, t in saved["average"].items()} if saved["average"] else None
+        optimiser.load_state_dict(_shared_out(saved["optimiser"], list(parameters.values())))
+        average = (
+            {name: _held(t, parameters[name]) for name, t in saved["average"].items()} if saved["average"] else None
+        )
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise WanError(
             f"{file} is damaged: what it holds is not the state of these weights ({type(error).__name__}). "
@@ -238,21 +248,33 @@ def _start(task: Task, plan: Plan, parameters: Mapping[str, nn.Parameter], file:
     return _State(saved["step"], optimiser, average)
 
 
+def _held(values: Tensor, parameter: Tensor) -> Tensor:
+    return shared_out(values, parameter).to(parameter.device)
+
+
+def _shared_out(saved: dict, parameters: Sequence[Tensor]) -> dict:
+    """An optimiser's state, whose tensors are as long as the parameters with these numbers."""
+    states = {
+        i: {name: shared_out(value, parameters[i]) for name, value in state.items()}
+        for i, state in saved["state"].items()
+    }
+    return saved | {"state": states}
+
+
 def _save(
     task: Task, plan: Plan, state: _State, parameters: Mapping[str, Tensor], folder: Path, processes: Processes
 ) -> None:
+    content = {
+        "step": state.step,
+        "weights": {name: parameter.detach() for name, parameter in parameters.items()},
+        "optimiser": state.optimiser.state_dict(),
+        "average": state.average,
+        "describes": _describe(task, plan),
+    }
+    content = gathered(content, keep=processes.first)
     if not processes.first:
         return
-    save_atomically(
-        folder / STATE,
-        {
-            "step": state.step,
-            "weights": {name: parameter.detach() for name, parameter in parameters.items()},
-            "optimiser": state.optimiser.state_dict(),
-            "average": state.average,
-            "describes": _describe(task, plan),
-        },
-    )
+    save_atomically(folder / STATE, content)
     plot_loss([float(row["loss"]) for row in read_log(folder / LOG)], folder / PLOT)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as distributed
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import WanError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _PATIENCE = timedelta(hours=4)  # a process may encode a long clip, or draw samples, while the others wait
 
@@ -54,8 +58,13 @@ class Processes:
         return cls(distributed.get_rank(), distributed.get_world_size(), _home())
 
     def together(self, loss: Loss, parameters: Iterable[nn.Parameter]) -> Losses:
-        """A loss whose gradients are averaged over all processes, by torch's DDP, while they are computed."""
-        return Losses(loss, parameters, alone=self.count == 1)
+        """A loss whose gradients are averaged over all processes, by torch's DDP, while they are computed.
+
+        Of a sharded model (``sharded.py``) the gradients are averaged already.
+        """
+        parameters = list(parameters)
+        alone = self.count == 1 or any(map(is_part, parameters))
+        return Losses(loss, parameters, alone=alone)
 
     def mean(self, value: float) -> float:
         return value if self.count == 1 else self._sum(value) / self.count
@@ -77,6 +86,11 @@ class Processes:
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         distributed.all_reduce(total)
         return total.item()
+
+
+def is_part(value: object) -> TypeGuard[DTensor]:
+    """Whether a tensor is torch's DTensor, shared out over processes: by its method, as importing it takes long."""
+    return hasattr(value, "full_tensor")
 
 
 def _device_of(place: int, wanted: torch.device) -> torch.device:
@@ -111,7 +125,7 @@ class Losses:
         loss: batch number, chance -> the loss, and figures for the log.
         parameters: what is trained. Each process must begin with the same values; one that a batch does not touch
             counts as a gradient of 0 where it touches it in another process.
-        alone: whether there is one process only.
+        alone: whether nobody else must hear of the gradients.
     """
 
     def __init__(self, loss: Loss, parameters: Iterable[nn.Parameter], *, alone: bool):

@@ -29,11 +29,15 @@ def resolve_precision(name: str, device: torch.device | str) -> str:
     return "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
 
 
-def autocast(precision: str, device: torch.device | str) -> AbstractContextManager:
-    """Matrix products and convolutions in the precision; weights, norms and sums stay float32."""
+def autocast(precision: str, device: torch.device | str, *, once: bool = False) -> AbstractContextManager:
+    """Matrix products and convolutions in the precision; weights, norms and sums stay float32.
+
+    Args:
+        once: each weight is used once, and its rounded copy is not kept until the end.
+    """
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, cache_enabled=not once)
 
 
 def full_precision(device: torch.device | str) -> AbstractContextManager:

@@ -39,6 +39,7 @@ from .objective import NoiseRange, expert_range
 from .parallel import Processes
 from .precision import resolve_precision
 from .sample import Grids, Sampling, Wish
+from .sharded import load_sharded
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Request:
         root: what the clips of a table must lie in; None is the folder ``clips``.
         sample_every: steps between grids of samples; 0 draws none.
         sample_prompts: of the grids; without any, prompts of the first clips.
+        fsdp: with several processes and full training, each holds a part of the model, see ``sharded``.
     """
 
     task: str
@@ -108,6 +110,7 @@ class Request:
     restart: bool = False
     cache: Path | None = None
     root: Path | None = None
+    fsdp: bool = False
 
     def __post_init__(self):
         for name in (*_LEAST, "learning_rate", "ema", "caption_dropout", "alpha", "shift"):
@@ -123,6 +126,12 @@ class Request:
             raise WanError("alpha is 0, with which a LoRA changes nothing: expected another number, say the rank.")
         if not 0 <= self.caption_dropout <= 1:
             raise WanError(f"caption_dropout is {self.caption_dropout}: expected a fraction of the captions, 0 to 1.")
+        if self.fsdp and self.rank:
+            raise WanError(
+                "Sharding is for full training. A LoRA's few weights are trained in every process, beside the whole "
+                "frozen model, and only their gradients are exchanged.",
+                Hint.NO_SHARDS,
+            )
 
 
 _LEAST = {"rank": 0, "repeat": 1, "steps": 0, "epochs": 1, "batch": 1, "accumulate": 1, "weight_decay": 0,
@@ -197,6 +206,8 @@ def run(
     hooks, variant = hooks or Hooks(), VARIANTS[request.task]
     processes = Processes.current(device)
     device = processes.device or torch.device(device)
+    if request.fsdp and processes.count == 1:
+        raise WanError("A model is sharded over several processes, and this is the only one.", Hint.PROCESSES)
     base, clips = check(request, files)
     if files.clip and not variant.clip:
         hooks.tell(f"{files.clip.name} takes no part: {variant.display_name} hears no picture through CLIP.")
@@ -226,8 +237,7 @@ def run(
     if wishes:
         task.sampler = _grids(request, task, wishes, files.vae)
     train(task, _plan(request, len(data.shapes)), request.out, on_step=hooks.on_step)
-    if processes.first:
-        task.save(file)
+    task.save(file)
     processes.wait()
     return file
 
@@ -430,7 +440,11 @@ def _model(request: Request, base: DiTFile, device: torch.device) -> tuple[Train
     dtype = resolve_dtype(request.dtype, device) if request.rank else torch.float32
     if dtype is torch.float16 and resolve_precision(request.precision, device) == "bf16":
         dtype = torch.bfloat16  # autocast computes in it, and does not take the other 16 bits
-    model, adapted = load_trained(base, device=device, dtype=dtype), None
+    if request.fsdp:
+        model = load_sharded(base, Processes.current(), device)
+    else:
+        model = load_trained(base, device=device, dtype=dtype)
+    adapted = None
     if request.rank:
         adapted = add_lora(model, request.rank, request.targets, alpha=request.alpha, seed=request.seed)
     if request.checkpointing:

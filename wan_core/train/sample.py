@@ -18,6 +18,7 @@ from ..sampling.guidance import Condition, OnBlock
 from ..sampling.schedules import schedule
 from ..sampling.starts import clean_frames
 from .model import TrainedDiT
+from .parallel import Processes
 from .precision import autocast
 from .report import sample_grid
 
@@ -42,7 +43,7 @@ class _Model:
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition, on_block: OnBlock | None = None) -> Tensor:
         x = with_channels(x, condition.inputs)
-        with autocast(self.precision, self.dit.device):
+        with autocast(self.precision, self.dit.device, once=True):
             return self.dit(x, t, condition.text, on_block=on_block, inputs=condition.inputs)
 
 
@@ -112,8 +113,10 @@ class Grids:
     seed: int = 0
 
     def __call__(self, step: int, folder: Path) -> None:
-        """Write ``sample_<step>.png``."""
+        """Write ``sample_<step>.png``. Of several processes that draw, as those of a sharded model must, the first."""
         latents = torch.cat([self._draw(wish) for wish in self.wishes])  # one at a time, to save memory
+        if not Processes.current().first:
+            return
         captions = [wish.caption for wish in self.wishes]
         sample_grid(list(self.decode(latents).cpu()), folder / f"sample_{step:06d}.png", captions=captions)
 
