@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .guidance import OnBlock, Side, entries
 from .guidance_rules import PLAIN, Guidance, Kept
 from .guidance_run import Guided
 from .schedules import Schedule
-from .solvers import SOLVERS, History
+from .solvers import RENOISES, SOLVERS, Fresh, History, Solver
 from .step_cache import CachedSteps, Memory, StepCache
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ class Run:
             where all guidance is 1.
         known: what is known of the latent.
         start, end: the steps to do, ``end`` excluded; None, or past the last, means the last.
+        fresh: the noise of each step, for solvers that noise anew.
     """
 
     schedule: Schedule
@@ -101,6 +102,7 @@ class Run:
     end: int | None = None
     cache: StepCache | None = None
     guidance: Guidance = PLAIN
+    fresh: Fresh | None = None
 
     @property
     def last(self) -> int:
@@ -231,7 +233,7 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
     Raises:
         WanError: an unknown solver, a start past the end, a state of another step, or values that are not finite.
     """
-    step = look_up(SOLVERS, run.solver, "solver")
+    step = _solver(run)
     state = begin if isinstance(begin, RunState) else RunState(begin, run.start)
     _check_range(run, state)
     cached = _cached(run, experts)
@@ -263,6 +265,11 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
     if cached:
         callbacks.on_note(cached.report())
     return state
+
+
+def _solver(run: Run) -> Solver:
+    solver = look_up(SOLVERS, run.solver, "solver")
+    return partial(solver, fresh=run.fresh) if run.solver in RENOISES else solver
 
 
 def _cached(run: Run, experts: Experts) -> CachedSteps | None:
