@@ -22,6 +22,8 @@ HINTS: dict[Hint, str] = {
     Hint.BAD_LATENT: "Check the node that made it.",
     Hint.CLIP: "Connect Load Wan CLIP Vision to clip_vision.",
     Hint.TRAIN_TASK: "Choose its variant in Load Wan Model.",
+    Hint.CALIBRATE: "Or measure its own with `python -m wan_core calibrate`.",
+    Hint.CALIBRATE_AGAIN: "Measure it again with `python -m wan_core calibrate --overwrite`, or remove it.",
 }
 
 _LOADERS = {

@@ -35,6 +35,8 @@ class Hint(Enum):
     CLIP = "Give its file."
     EXPERT = "Expected {experts}."
     TRAIN_TASK = "Choose its task."
+    CALIBRATE = "Or measure its own."
+    CALIBRATE_AGAIN = "Measure it again, or remove it."
 
 
 class WanError(ValueError):

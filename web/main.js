@@ -3,6 +3,7 @@ import { listAsText } from './combos.js'
 import { watchExpertSwitch } from './expert_switch.js'
 import { openPresets, presetsOf } from './menus.js'
 import { addPreview, watchPreviews } from './preview.js'
+import { watchPreset } from './sampler_preset.js'
 import { addText, restoreTexts, showOutputs, watchTexts } from './says.js'
 
 watchPreviews() // now, not in setup(): before the frontend itself listens to what it passes on
@@ -24,6 +25,7 @@ app.registerExtension({
       listAsText(node)
       addText(node)
     }
+    if (node.comfyClass === 'WanCoreSampler') watchPreset(node)
   },
 
   afterConfigureGraph() {

@@ -19,4 +19,6 @@ HINTS: dict[Hint, str] = {
     Hint.CLIP: "Give it with --clip.",
     Hint.EXPERT: "Choose --expert {experts}.",
     Hint.RUN_ELSEWHERE: "ComfyUI's own nodes may run it.",
+    Hint.CALIBRATE: "Or measure its own with `python -m wan_core calibrate`.",
+    Hint.CALIBRATE_AGAIN: "Measure it again with `python -m wan_core calibrate --overwrite`, or remove it.",
 }

@@ -145,13 +145,23 @@ class RunState:
         saved |= {f"kept.{name}": tensor.contiguous() for name, tensor in self.kept.items()}
         if self.expert is not None:
             saved["expert"] = torch.tensor(list(self.expert.encode()), dtype=torch.uint8)
-        return saved
+        return _each_its_own(saved)
 
     @classmethod
     def from_tensors(cls, saved: Mapping[str, Tensor]) -> RunState:
         expert = bytes(saved["expert"].tolist()).decode() if "expert" in saved else None
         history = History.from_tensors(_below("solver.", saved))
         return cls(saved["sample"], int(saved["step"]), history, expert, _below("kept.", saved))
+
+
+def _each_its_own(saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies where two names are one tensor: solver and cache may keep the same sample, which no file takes twice."""
+    seen: set[int] = set()
+    for name, tensor in saved.items():
+        if tensor.data_ptr() in seen:
+            saved[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return saved
 
 
 def _below(prefix: str, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -268,7 +278,7 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
 
 
 def _solver(run: Run) -> Solver:
-    solver = look_up(SOLVERS, run.solver, "solver")
+    solver: Callable[..., tuple[Tensor, History]] = look_up(SOLVERS, run.solver, "solver")
     return partial(solver, fresh=run.fresh) if run.solver in RENOISES else solver
 
 

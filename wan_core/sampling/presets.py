@@ -141,6 +141,6 @@ def uneven(experts: Sequence[str], along: Schedule) -> str | None:
         return None
     by = "" if along.shift is None else f" at shift {along.shift:g}"
     return (
-        f"Of the 4 steps{by} the high-noise expert does {high} and the low-noise expert {low}: 4-step LoRAs were trained "
-        "with 2 and 2, as at shift 5."
+        f"Of the 4 steps{by} the high-noise expert does {high} and the low-noise expert {low}: 4-step LoRAs were "
+        "trained with 2 and 2, as at shift 5."
     )
