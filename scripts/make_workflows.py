@@ -71,7 +71,10 @@ FAST_WORKFLOWS = {  # with a 4-step LoRA
     "t2v-A14B": ("wan22_t2v_a14b_4steps", BOXING_CATS),
     "i2v-A14B": ("wan22_i2v_a14b_4steps", SURFING_CAT),
 }
-FAST = {"steps": 4, "cfg_high": 1.0, "cfg_low": 1.0, "shift": 5.0, "solver": "euler", "schedule": "simple"}
+FAST = {
+    "steps": 4, "cfg_high": 1.0, "cfg_low": 1.0, "shift": 5.0, "solver": "euler", "schedule": "simple",
+    "preset": "LightX2V-4step",
+}  # fmt: skip
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -283,3 +283,30 @@ def test_in_the_pipeline(tmp_path: Path):
     few = replace(request, steps=4).completed(models.dit.variant)
     with pytest.raises(WanError, match="only 4"):
         check_run(models, few, Engine(), cpu)
+
+
+@pytest.mark.parametrize("stop", [7, 8, 9])
+def test_the_nano_pair_goes_on_bit_for_bit(stop: int, tmp_path: Path):
+    """Trained weights in the engine, UniPC, magnitude by curves of its own: saved around the switch, and gone on with
+    by another engine."""
+    from bench.quality import family
+    from wan_core.sampling.guidance import Condition
+
+    recipe = family(Path(__file__).parents[2] / "nano").dit
+    along = schedule("unipc", 16, 5)
+    curves = dict.fromkeys(("high", "low"), Curve((1.0, 0.0), (0.0, -0.3)))
+    cache = StepCache("magnitude", 0.12, 0.15, curves=curves)
+    said = Condition(torch.randn(1, 8, recipe.high.config.text_dim, generator=torch.Generator().manual_seed(1)))
+    run = walk("unipc", along, positive=said, cache=cache)
+    reports: list = []
+
+    def sampled(begin: Tensor | RunState) -> Tensor:
+        experts = Engine().experts(recipe, PerExpert(1.0, 1.0), "cpu")
+        return denoise(begin, experts, run, Callbacks(on_step=reports.append, on_note=print)).x
+
+    whole = sampled(torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(2)))
+    experts = [report.expert for report in reports]
+    assert experts[stop - 1 : stop + 1] in (["high", "high"], ["high", "low"], ["low", "low"])
+    assert {report.expert for report in reports if not report.computed} == {"high", "low"}
+    save_file(reports[stop - 1].state.to_tensors(), tmp_path / "state.safetensors")
+    assert torch.equal(sampled(RunState.from_tensors(load_file(tmp_path / "state.safetensors"))), whole)
