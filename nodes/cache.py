@@ -107,4 +107,5 @@ def describe(model: ModelRecipe, cache: StepCache) -> str:
         cache.check(plan, "unipc", experts)
     except WanError as error:
         return worded(error)
-    return cache.forecast(plan, experts, 0, plan.steps)
+    said = cache.forecast(plan, experts, 0, plan.steps)
+    return f"{said} That is for the official steps at shift {plan.shift:g}; Wan Sampler says it for its own."

@@ -288,7 +288,7 @@ def _check_settings(settings: Settings, *, has_sigmas: bool) -> None:
 def _preset(name: str, settings: Settings, model: ModelRecipe, notes: Notes) -> Settings:
     """The settings with what a preset sets; what it set is said on the node, and what of the widgets did not count."""
     preset = PRESETS[name]
-    notes.hinted(f"Preset {name}: {preset.described()}.")
+    notes.noted(f"Preset {name}: {preset.described()}.")
     given = {
         "steps": settings.steps,
         "cfg_high": settings.guidance.high,
@@ -373,29 +373,37 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
 
 @dataclass(eq=False)
 class Notes:
-    """What is said of a run on the sampler's node: warnings, and its memory where a limit was asked for or ran out."""
+    """What is said of a run on the sampler's node: how it was made where that is not on the node, warnings, and its
+    memory where a limit was asked for or ran out.
+    """
 
     model: ModelRecipe
     node_id: str | None = None
+    facts: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     plan: str = ""
 
     @property
     def text(self) -> str:
-        return "\n".join(filter(None, (*self.hints, *self.warnings, self.plan)))
+        return "\n".join(filter(None, (*self.facts, *self.hints, *self.warnings, self.plan)))
 
     @property
     def output(self) -> str:
         """What the node's output keeps: a hint is for whoever watches, and no result of the run."""
         matters = self.warnings or self.model.vram_limit is not None or self.model.swap_blocks
-        return "\n".join(filter(None, (*self.warnings, self.plan))) if matters else ""
+        return "\n".join(filter(None, (*self.facts, *self.warnings, self.plan if matters else "")))
 
     def planned(self, plan: Plan) -> None:
         log.info("Wan Sampler: %s", str(plan).replace("\n", "; "))
         if self.model.vram_limit is not None or self.model.swap_blocks or self.warnings or self.hints:
             self.plan = str(plan)
             host.show_text(self.node_id, self.text)
+
+    def noted(self, fact: str) -> None:
+        log.info("Wan Sampler: %s", fact)
+        self.facts += (fact,)
+        host.show_text(self.node_id, self.text)
 
     def hinted(self, note: str) -> None:
         log.warning("Wan Sampler: %s", note)
@@ -481,7 +489,7 @@ def _check_steps(model: ModelRecipe, settings: Settings, plan: Schedule, notes: 
         WanError: guidance on a distilled model's own steps, and the user does not insist.
     """
     try:
-        check_distilled(plan, settings.solver, settings.guidance)
+        check_distilled(plan, settings.solver, settings.guidance, pair=model.low is not None)
     except WanError as error:
         if not settings.force:
             raise WanError(f"{error} Or switch force on to sample all the same.") from error
@@ -491,7 +499,7 @@ def _check_steps(model: ModelRecipe, settings: Settings, plan: Schedule, notes: 
     if guided and few and plan.steps < _FEW_STEPS:
         notes.hinted(f"{few[0]} was trained without guidance, by its name: cfg 1 takes half the time.")
     if share := uneven(working(model, plan), plan):
-        notes.hinted(share)
+        notes.noted(share)
 
 
 def _check_guidance(

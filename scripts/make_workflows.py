@@ -372,8 +372,8 @@ def settings_note(variant: Variant) -> str:
 def fast_note() -> str:
     return "\n\n".join(
         (
-            "**4 steps** with a distilled LoRA: cfg 1, shift 5, solver euler, schedule simple. The button above the "
-            "selected Wan Sampler brings these back: 4-step LoRA.",
+            "**4 steps** with a distilled LoRA: cfg 1, shift 5, solver euler, schedule simple. Wan Sampler's preset "
+            "brings these back: LightX2V-4step.",
             "**LoRA** One Wan LoRA node does both experts: it finds the low-noise file by its name and says so. "
             "Further LoRAs go into further nodes behind it.",
             "**Too little movement?** Give it more steps and set the LoRA's first_step above 0: the first steps are "

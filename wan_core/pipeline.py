@@ -107,7 +107,7 @@ class Request:
         )
         done._check_numbers()
         look_up(SOLVERS, done.solver, "solver")
-        check_distilled(done.timetable(), done.solver, done.guidance)
+        check_distilled(done.timetable(), done.solver, done.guidance, pair=variant.experts == 2)
         latents.latent_frames(done.frames)
         check_pictures(variant, done.pictures)
         latents.latent_shape(variant, *video_size(done, variant), done.frames)

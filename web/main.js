@@ -5,6 +5,7 @@ import { openPresets, presetsOf } from './menus.js'
 import { addPreview, watchPreviews } from './preview.js'
 import { watchPreset } from './sampler_preset.js'
 import { addText, restoreTexts, showOutputs, watchTexts } from './says.js'
+import { watchStepCache } from './step_cache.js'
 
 watchPreviews() // now, not in setup(): before the frontend itself listens to what it passes on
 watchTexts()
@@ -26,6 +27,7 @@ app.registerExtension({
       addText(node)
     }
     if (node.comfyClass === 'WanCoreSampler') watchPreset(node)
+    if (node.comfyClass === 'WanCoreStepCache') watchStepCache(node)
   },
 
   afterConfigureGraph() {

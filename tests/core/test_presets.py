@@ -86,12 +86,15 @@ def test_three_and_one_is_said(shift: float, boundary: float, split: tuple[int, 
 
 def test_guidance_is_refused_for_distilled_steps_alone():
     fastwan, simple = schedule("fastwan", 3, 8), schedule("simple", 4, 5)
-    check_distilled(fastwan, "lcm", PerExpert(1, 1))
-    check_distilled(simple, "euler", PerExpert(3, 3))  # whether a LoRA is distilled is not known here
-    check_distilled(schedule("simple", 20, 5), "lcm", PerExpert(3, 3))
+    check_distilled(fastwan, "lcm", PerExpert(1, 1), pair=True)
+    check_distilled(fastwan, "lcm", PerExpert(low=1, high=3), pair=False)  # there is no high-noise expert
+    check_distilled(simple, "euler", PerExpert(3, 3), pair=True)  # whether a LoRA is distilled is not known here
+    check_distilled(schedule("simple", 20, 5), "lcm", PerExpert(3, 3), pair=True)
     for along, solver in ((fastwan, "lcm"), (schedule("rcm-80", 4, 1), "euler"), (simple, "lcm")):
         with pytest.raises(WanError, match="distilled models.*guidance is 4 .* and 3 .*set it to 1"):
-            check_distilled(along, solver, PerExpert(low=3, high=4))
+            check_distilled(along, solver, PerExpert(low=3, high=4), pair=True)
+    with pytest.raises(WanError, match="guidance is 3: set"):
+        check_distilled(fastwan, "lcm", PerExpert(low=3, high=1), pair=False)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])

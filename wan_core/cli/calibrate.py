@@ -47,5 +47,6 @@ def run(args: argparse.Namespace) -> None:
             models, request, device=device, text_device=generate.text_device(args, device), on_step=bar
         )
     how = {"steps": request.steps, "shift": request.shift, "solver": request.solver, "schedule": request.schedule}
+    how["loras"] = [use.file.path.name for use in models.dit.loras]
     for file, one in zip(save(measured, how, overwrite=args.overwrite), measured, strict=True):
         log.info("%s: %s steps, ratios %.4f to %.4f", file, len(one.sigmas), one.ratios[0], one.ratios[-1])

@@ -113,20 +113,24 @@ def replaced(preset: Preset, given: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in given.items() if name in wanted and value != wanted[name]}
 
 
-def check_distilled(along: Schedule, solver: str, guidance: PerExpert) -> None:
+def check_distilled(along: Schedule, solver: str, guidance: PerExpert, *, pair: bool) -> None:
     """
+    Args:
+        pair: whether there are two experts; one model alone goes by the low-noise value.
+
     Raises:
         WanError: guidance where the steps are those of a distilled model: it was trained to do without, and two calls a
             step would make its picture worse.
     """
     distilled = along.name in FIXED or solver in RENOISES
-    if not distilled or along.steps >= FEW_STEPS or (guidance.low, guidance.high) == (1, 1):
+    used = {guidance.low, guidance.high} if pair else {guidance.low}
+    if not distilled or along.steps >= FEW_STEPS or used == {1}:
         return
+    shown = f"{guidance.high:g} (high noise) and {guidance.low:g} (low noise)" if pair else f"{guidance.low:g}"
     kind = f"schedule {along.name}" if along.name in FIXED else f"solver {solver}"
     raise WanError(
         f"The {kind} with {along.steps} steps is for distilled models, which were trained without guidance, but the "
-        f"guidance is {guidance.high:g} (high noise) and {guidance.low:g} (low noise): set it to 1, or use "
-        f"{FEW_STEPS} steps or more."
+        f"guidance is {shown}: set it to 1, or use {FEW_STEPS} steps or more."
     )
 
 
