@@ -1,15 +1,19 @@
 """What is lost by what is saved: faster runs of the nano family, each beside fewer steps that are all computed.
 
 A row's error is the distance of the final latents from those of the whole run, relative to them, over prompts that the
-family was not trained on. Its speed is that of the steps: whole run over the steps in which the model is asked.
+family was not trained on. Its speed is that of the steps: calls of the model in the whole run over those in this one.
+
+To measure something else, write a function of ``GROUPS``: it yields ways, each of which changes the models, the
+request, or both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
@@ -25,91 +29,195 @@ from wan_core.memory.engine import Engine
 from wan_core.pipeline import Models, Request, generate
 from wan_core.recipe import ModelRecipe, pair
 from wan_core.sampling.experts import Switch
+from wan_core.sampling.magnitudes import Curve, curve
+from wan_core.sampling.presets import PRESETS
 from wan_core.sampling.step_cache import StepCache
+from wan_core.tools.calibrate import calibrate
 
 from . import document, guidance, weights
 from .cpu import machine
+from .plot import Point, svg
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "bench" / "results" / "quality.json"
-STEPS, FEWER = 40, (30, 24, 20, 16)
-CACHES = (
-    StepCache("every", 2),
-    StepCache("every", 3),
-    *(StepCache("easy", threshold) for threshold in (0.02, 0.05, 0.1, 0.2)),
-)
+PICTURE = ROOT / "docs" / "images" / "quality.svg"
+STEPS, FEWER = 40, (30, 24, 20, 16, 12, 8, 4, 2)
+DENSE, CACHES, DISTILLED = "fewer steps, all computed", "step caches", "presets, model not distilled"
+GUIDANCE = "guidance rules"
 PARTS = ("rows", "guidance", "weights")
 _BEGIN, _END = "<!-- quality: written by python -m bench quality -->", "<!-- end of quality -->"
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every way starts from."""
+
+    models: Models
+    request: Request
+    quick: bool
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to be faster: its name, the group it is drawn in, and what it changes."""
+
+    name: str
+    group: str
+    models: Models
+    changes: dict = field(default_factory=dict)  # of the request
+
+
+@dataclass(frozen=True)
+class Made:
+    """A clip: its latent, its frames [3,F,H,W], and how often the model was called."""
+
+    latent: torch.Tensor
+    video: torch.Tensor
+    calls: int
+
+
+# --- the ways
+
+
+def fewer_steps(setting: Setting) -> Iterator[Way]:
+    for steps in (10,) if setting.quick else FEWER:
+        yield Way(f"{steps} steps", DENSE, setting.models, {"steps": steps})
+
+
+def step_caches(setting: Setting) -> Iterator[Way]:
+    def way(cache: StepCache) -> Way:
+        models = replace(setting.models, dit=replace(setting.models.dit, step_cache=cache))
+        return Way(f"{cache.policy} {cache.amount:g}", CACHES, models)
+
+    yield way(StepCache("every", 2))
+    if setting.quick:
+        return
+    yield way(StepCache("every", 3))
+    for threshold in (0.02, 0.05, 0.1, 0.2):
+        yield way(StepCache("easy", threshold))
+    curves = own_curves(setting)
+    for threshold in (0.03, 0.06, 0.12):
+        yield way(StepCache("magnitude", threshold, curves=curves))
+
+
+def distilled_steps(setting: Setting) -> Iterator[Way]:
+    """Presets as they are, without guidance, on a model that was not distilled: what distillation has to make up for.
+
+    Those that noise anew end elsewhere by design: their distance from the whole run says nothing.
+    """
+    for name in () if setting.quick else ("LightX2V-4step", "rCM-T2V-4step-ODE"):
+        preset = PRESETS[name]
+        changes = {"steps": preset.steps, "solver": preset.solver, "schedule": preset.schedule}
+        changes |= {"guidance": preset.guidance} | ({} if preset.shift is None else {"shift": preset.shift})
+        yield Way(name, DISTILLED, setting.models, changes)
+
+
+GROUPS: tuple[Callable[[Setting], Iterable[Way]], ...] = (fewer_steps, step_caches, distilled_steps)
+
+
+def own_curves(setting: Setting) -> dict[str, Curve]:
+    """Measured on a prompt that no row is measured on."""
+    request = replace(setting.request, prompt=held_out_prompts(1, seed=31)[0][1])
+    measured = calibrate(setting.models, request, device=CPU)
+    names = ("high", "low")
+    return {name: curve(list(one.sigmas), list(one.ratios)) for name, one in zip(names, measured, strict=True)}
+
+
+# --- the command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=PUBLISHED, help="the JSON file (default: the published one)")
+    parser.add_argument("--picture", type=Path, help="an SVG (default: the published one, with the published file)")
     parser.add_argument("--prompts", type=int, default=4, help="held-out prompts")
     parser.add_argument("--solver", default="unipc")
-    parser.add_argument("--quick", action="store_true", help="few steps, two ways: shows that the benchmark works")
     parser.add_argument("--only", choices=PARTS, help="measure one part again; the others stay as the file has them")
+    parser.add_argument("--quick", action="store_true", help="few steps, two ways: shows that the benchmark works")
     parser.add_argument("--family", type=Path, default=ROOT / "nano", help="folder of the files, laid out as ComfyUI's")
 
 
 def run(options: argparse.Namespace) -> int:
-    models, scenes = family(options.family), held_out_prompts(options.prompts)
-    steps = 12 if options.quick else STEPS
-    report = {"machine": machine(), "solver": options.solver, "steps": steps, "prompts": len(scenes)}
+    setting, scenes = begin(options), held_out_prompts(options.prompts)
+    report = {"machine": machine(), "solver": options.solver, "steps": setting.request.steps, "prompts": len(scenes)}
     if options.only and options.out.exists():
         report = json.loads(options.out.read_text(encoding="utf-8")) | report
     if options.only in (None, "rows"):
-        report["rows"] = list(faster(models, [caption for _, caption in scenes], steps, options))
+        report["rows"] = list(faster(setting, [caption for _, caption in scenes]))
     if options.only in (None, "guidance"):
-        report["guidance"] = list(guided(models, scenes, steps, options))
+        report["guidance"] = list(guided(setting, scenes))
     if options.only in (None, "weights"):
-        report["weights"] = list(quantised(models, [caption for _, caption in scenes], steps, options))
+        report["weights"] = list(quantised(setting, [caption for _, caption in scenes]))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if picture := options.picture or (PICTURE if options.out == PUBLISHED else None):
+        picture.write_text(svg(list(points(report)), DENSE), encoding="utf-8")
     if options.out == PUBLISHED:
         publish(report)
     return 0
 
 
-def faster(models: Models, prompts: list[str], steps: int, options: argparse.Namespace) -> Iterator[dict]:
-    """The rows of fewer steps and of step caches."""
-    engine, (fewer, caches) = Engine(), ((10,), CACHES[:1]) if options.quick else (FEWER, CACHES)
-    whole = [latent(models, engine, prompt, steps, options.solver) for prompt in prompts]
-    for row in ways(models, engine, prompts, whole, options.solver, fewer, caches, steps):
-        yield row
-        print(f"{row['way']:40} {row['speed']:.2f} times as fast, error {row['error']:.4f}", flush=True)
+def begin(options: argparse.Namespace) -> Setting:
+    request = Request(
+        "", " ", size=(64, 64), frames=17, steps=12 if options.quick else STEPS, shift=5.0, seed=7,
+        solver=options.solver, guidance=PerExpert(3.0, 3.0),
+    )  # fmt: skip
+    return Setting(family(options.family), request, options.quick)
 
 
-def guided(
-    models: Models, scenes: Sequence[tuple[Scene, str]], steps: int, options: argparse.Namespace
-) -> Iterator[dict]:
+def faster(setting: Setting, prompts: Sequence[str]) -> Iterator[dict]:
+    """The rows of ``GROUPS``."""
+    whole = [made(setting.models, replace(setting.request, prompt=prompt)) for prompt in prompts]
+    for way in (way for group in GROUPS for way in group(setting)):
+        found = row(way, setting.request, prompts, whole)
+        print("{group}: {way:24} {speed:.2f} times as fast, error {error:.4f}".format(**found), flush=True)
+        yield found
+
+
+def guided(setting: Setting, scenes: Sequence[tuple[Scene, str]]) -> Iterator[dict]:
     """The rows of guidance rules, see ``guidance``."""
-    engine = Engine()
 
-    def draw(made: Models, prompt: str, scale: float) -> guidance.Clip:
-        calls: list[int] = []
-        made_of = request(prompt, steps, options.solver, scale)
-        result = generate(
-            made, made_of, engine, device=torch.device("cpu"), on_step=lambda report: calls.append(report.calls)
-        )
-        return guidance.Clip(result.latent, sum(calls), torch.cat(list(result.video()), dim=1))
+    def draw(models: Models, prompt: str, scale: float) -> guidance.Clip:
+        clip = made(models, replace(setting.request, prompt=prompt, guidance=PerExpert(scale, scale)))
+        return guidance.Clip(clip.latent, clip.calls, clip.video)
 
-    for row in guidance.rows(models, scenes, draw, guidance.WAYS[:4:3] if options.quick else guidance.WAYS):
-        yield row
-        seen = f"{row['seen']} of {row['words']} words seen"
-        print(f"{row['way']:60} {row['speed']:.2f} times as fast, {seen}, distance {row['distance']:.4f}", flush=True)
+    ways = guidance.WAYS[:4:3] if setting.quick else guidance.WAYS
+    for found in guidance.rows(setting.models, scenes, draw, ways):
+        yield found
+        seen = f"{found['seen']} of {found['words']} words seen"
+        print(f"{found['way']:60} {found['speed']:.2f} times as fast, {seen}, distance {found['distance']:.4f}")
 
 
-def quantised(models: Models, prompts: Sequence[str], steps: int, options: argparse.Namespace) -> Iterator[dict]:
+def points(report: dict) -> Iterator[Point]:
+    """What is drawn: of guidance, the rules that save calls; the others are meant to lead elsewhere."""
+    for one in report.get("rows", ()):
+        yield Point(one["way"], one["group"], one["speed"], one["error"])
+    for one in report.get("guidance", ()):
+        if one["speed"] > 1:
+            yield Point(one["way"], GUIDANCE, one["speed"], one["distance"])
+
+
+def row(way: Way, request: Request, prompts: Sequence[str], whole: Sequence[Made]) -> dict:
+    found = [made(way.models, replace(request, prompt=prompt, **way.changes)) for prompt in prompts]
+    pairs = list(zip(found, whole, strict=True))
+    return {
+        "way": way.name,
+        "group": way.group,
+        "speed": round(mean(all_.calls / one.calls for one, all_ in pairs), 3),
+        "error": round(mean(((one.latent - all_.latent).norm() / all_.latent.norm()).item() for one, all_ in pairs), 4),
+        "psnr": round(mean(psnr(one.video, all_.video) for one, all_ in pairs), 1),
+    }
+
+
+def quantised(setting: Setting, prompts: Sequence[str]) -> Iterator[dict]:
     """The rows of quantised weights, see ``weights``."""
-    formats = weights.FORMATS[1:2] if options.quick else weights.FORMATS
 
-    def latents(made: Models) -> list[torch.Tensor]:
-        engine = Engine()
-        return [latent(made, engine, prompt, steps, options.solver) for prompt in prompts]
+    def latents(models: Models) -> list[torch.Tensor]:
+        return [made(models, replace(setting.request, prompt=prompt)).latent for prompt in prompts]
 
-    for row in weights.rows(models, latents, formats):
-        yield row
-        print(f"{row['format']:40} {row['bits']:.2f} bits a number, error {row['error']:.4f}", flush=True)
+    for found in weights.rows(setting.models, latents, weights.FORMATS[1:2] if setting.quick else weights.FORMATS):
+        yield found
+        print(f"{found['format']:40} {found['bits']:.2f} bits a number, error {found['error']:.4f}", flush=True)
 
 
 def family(folder: Path) -> Models:
@@ -122,64 +230,23 @@ def family(folder: Path) -> Models:
     return Models(pair(high, low, Switch()), read_vae(vae), read_text_encoder(text))
 
 
-def ways(
-    models: Models,
-    engine: Engine,
-    prompts: list[str],
-    whole: list[torch.Tensor],
-    solver: str,
-    fewer: Sequence[int],
-    caches: Sequence[StepCache],
-    all_steps: int,
-) -> Iterator[dict]:
-    def row(way: str, made: Models, steps: int) -> dict:
-        asked: list[int] = []
-        found = [latent(made, engine, prompt, steps, solver, asked) for prompt in prompts]
-        errors = [((one - all_).norm() / all_.norm()).item() for one, all_ in zip(found, whole, strict=True)]
-        return {"way": way, "speed": round(all_steps / mean(asked), 3), "error": round(mean(errors), 4)}
-
-    for steps in fewer:
-        yield row(f"{steps} steps, all computed", models, steps)
-    for cache in caches:
-        cached = replace(models, dit=replace(models.dit, step_cache=cache))
-        yield row(f"{all_steps} steps, step cache {cache.policy} {cache.amount:g}", cached, all_steps)
+def made(models: Models, request: Request) -> Made:
+    calls: list[int] = []
+    result = generate(models, request, Engine(), device=CPU, on_step=lambda report: calls.append(report.calls))
+    return Made(result.latent, torch.cat(list(result.video()), dim=1), sum(calls))
 
 
-def latent(
-    models: Models, engine: Engine, prompt: str, steps: int, solver: str, asked: list[int] | None = None
-) -> torch.Tensor:
-    """A clip's latent; how many steps were computed goes to ``asked``."""
-    computed: list[bool] = []
-    made = generate(
-        models,
-        request(prompt, steps, solver),
-        engine,
-        device=torch.device("cpu"),
-        on_step=lambda report: computed.append(report.computed),
-    )
-    if asked is not None:
-        asked.append(sum(computed))
-    return made.latent
-
-
-def request(prompt: str, steps: int, solver: str, scale: float = 3.0) -> Request:
-    return Request(
-        prompt,
-        " ",
-        size=(64, 64),
-        frames=17,
-        steps=steps,
-        shift=5.0,
-        seed=7,
-        solver=solver,
-        guidance=PerExpert(scale, scale),
-    )
+def psnr(video: torch.Tensor, whole: torch.Tensor) -> float:
+    """Decibels of videos in -1..1; 99 for equal ones."""
+    error = (video - whole).square().mean().item()
+    return 99.0 if error == 0 else min(10 * math.log10(4 / error), 99.0)
 
 
 def publish(report: dict) -> None:
-    lines = ["| | times as fast | error |", "| --- | ---: | ---: |"]
+    lines = ["| | | times as fast | error | PSNR, dB |", "| --- | --- | ---: | ---: | ---: |"]
     rows = sorted(report["rows"], key=lambda row: row["speed"])
-    lines += [f"| {row['way']} | {row['speed']:.2f} | {row['error']:.4f} |" for row in rows]
-    document.publish("\n".join(lines) + "\n", _BEGIN, _END)
+    lines += ["| {way} | {group} | {speed:.2f} | {error:.4f} | {psnr:.1f} |".format(**row) for row in rows]
+    picture = f"![Speed against error](images/{PICTURE.name})\n\n"
+    document.publish(picture + "\n".join(lines) + "\n", _BEGIN, _END)
     guidance.publish(report["guidance"])
     weights.publish(report["weights"])

@@ -7,12 +7,14 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..wan_core.errors import WanError
+from ..wan_core.loading.step_caches import step_cache
 from ..wan_core.recipe import ModelRecipe, working
-from ..wan_core.sampling.magnitudes import curves_of
 from ..wan_core.sampling.schedules import AUTO, schedule
 from ..wan_core.sampling.step_cache import POLICIES, StepCache
+from ..wan_core.sampling.teacache import POLYNOMIALS
 from . import host
 from .base import WanNode
+from .hints import worded
 from .types import WanModel
 
 _EASY = POLICIES["easy"]
@@ -34,8 +36,8 @@ class StepCacheNode(WanNode):
                     options=list(POLICIES),
                     default="easy",
                     tooltip="easy: decides as the run goes, by how much the sample changes; for every model. "
-                    "magnitude: by published curves of the model; the speed-up is known before. every: one step in so "
-                    "many.",
+                    "magnitude: by the model's curves, measured or published; the speed-up is known before. teacache: "
+                    "by a published polynomial; known before too. every: one step in so many.",
                 ),
                 io.Float.Input(
                     "threshold",
@@ -44,8 +46,9 @@ class StepCacheNode(WanNode):
                     max=_EASY.greatest,
                     step=0.005,
                     round=0.001,
-                    tooltip="With easy and magnitude: how much change may add up before a step is computed. easy: 0.05 "
-                    "to 0.2; magnitude: 0.02 to 0.12. More is faster and less exact.",
+                    tooltip="With easy, magnitude and teacache: how much change may add up before a step is computed. "
+                    "easy: 0.05 to 0.2; magnitude: 0.02 to 0.12; teacache: 0.05 to 0.1 (1.3B), 0.1 to 0.2 (14B), 0.2 "
+                    "to 0.3 (I2V). More is faster and less exact.",
                 ),
                 io.Int.Input("every", default=2, min=2, max=4, tooltip="With every: one step of so many is computed."),
                 io.Float.Input(
@@ -59,16 +62,39 @@ class StepCacheNode(WanNode):
                     "what the video shows.",
                 ),
                 io.Int.Input("most", default=2, min=1, max=10, tooltip="How many steps in a row may be left out."),
+                io.Combo.Input(
+                    "tea_model",
+                    options=[AUTO, *POLYNOMIALS],
+                    default=AUTO,
+                    optional=True,
+                    tooltip="With teacache: whose polynomial. auto: the model's own; of I2V-14B the 480P one where the "
+                    "file's name says 480.",
+                ),
             ],
             outputs=[WanModel.Output(display_name="model")],
         )
 
     @classmethod
     def execute(
-        cls, model: ModelRecipe, policy: str, threshold: float, every: int, dense: float, most: int
+        cls,
+        model: ModelRecipe,
+        policy: str,
+        threshold: float,
+        every: int,
+        dense: float,
+        most: int,
+        tea_model: str = AUTO,
     ) -> io.NodeOutput:
-        amount = every if policy == "every" else threshold
-        cache = StepCache(policy, amount, dense, most, curves_of(model.variant.task))
+        cache = step_cache(
+            policy,
+            model.variant,
+            model.high,
+            model.low,
+            amount=every if policy == "every" else threshold,
+            dense=dense,
+            most=most,
+            tea_model=None if tea_model == AUTO else tea_model,
+        )
         return io.NodeOutput(replace(model, step_cache=cache), ui=host.told(describe(model, cache)))
 
 
@@ -80,8 +106,6 @@ def describe(model: ModelRecipe, cache: StepCache) -> str:
     try:
         cache.check(plan, "unipc", experts)
     except WanError as error:
-        return str(error)
-    computed = cache.predicted(plan, experts, 0, plan.steps)
-    if computed is None:
-        return f"{variant.steps} steps: decided as the run goes; Wan Sampler says how many were computed."
-    return f"{variant.steps} steps: {computed} are computed, {plan.steps / computed:.2f} times as fast."
+        return worded(error)
+    said = cache.forecast(plan, experts, 0, plan.steps)
+    return f"{said} That is for the official steps at shift {plan.shift:g}; Wan Sampler says it for its own."

@@ -26,6 +26,8 @@ HINTS: dict[Hint, str] = {
     Hint.SERVER_KEY: "Set it in ComfyUI's settings (Wan, Prompt extension), or set the environment variable {variable} "
     "before ComfyUI starts.",
     Hint.TRAIN_TASK: "Choose its variant in Load Wan Model.",
+    Hint.CALIBRATE: "Or measure its own with `python -m wan_core calibrate`.",
+    Hint.CALIBRATE_AGAIN: "Measure it again with `python -m wan_core calibrate --overwrite`, or remove it.",
 }
 
 _LOADERS = {

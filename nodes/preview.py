@@ -39,13 +39,17 @@ _DECODERS = {16: ("taew2_1", "lighttaew2_1"), 48: ("taew2_2", "lighttaew2_2")}  
 
 @dataclass(frozen=True)
 class Line:
-    """What the node says of a run: ``sigma`` is the noise level that is left, ``left`` seconds, None if unknown."""
+    """What the node says of a run: ``sigma`` is the noise level that is left, ``left`` seconds, None if unknown,
+    ``skipped`` how many steps a cache left out so far, ``computed`` whether the last one was not.
+    """
 
     step: int
     steps: int
     expert: str
     sigma: float
     left: float | None
+    skipped: int = 0
+    computed: bool = True
 
 
 class Steps:
@@ -56,9 +60,13 @@ class Steps:
     ):
         self.end, first = min(end, plan.steps), min(start, plan.steps - 1)  # the range is checked by ``denoise``
         self.bar = ProgressBar(self.end - start)
-        self.pace = Pace(working(model, plan), guidance, calls=model_calls(model, plan, guidance))
+        experts, calls = working(model, plan), model_calls(model, plan, guidance)
+        if model.step_cache and (computed := model.step_cache.planned(plan, experts, first, self.end)) is not None:
+            calls = [count if i in computed else 0 for i, count in enumerate(calls)]
+        self.pace = Pace(experts, guidance, calls=calls)
         self.screen = Screen(node_id)
         self.painter = Painter(_Picture(self.screen, model.variant.fps))
+        self.skipped = 0
         self.screen.say(Line(0, self.end - start, self.pace.experts[first], plan.sigmas[first].item(), None))
 
     def block(self, *_: object) -> None:
@@ -69,7 +77,9 @@ class Steps:
         host.check_cancelled()
         self.pace.step(report.index)
         left, last = self.pace.left(report.index + 1, self.end), report.done == report.total
-        self.screen.say(Line(report.done, report.total, report.expert, report.sigma, left), now=last)
+        self.skipped += not report.computed
+        line = Line(report.done, report.total, report.expert, report.sigma, left, self.skipped, report.computed)
+        self.screen.say(line, now=last)
         if not previews_on():
             self.bar.update_absolute(report.done, report.total)
             return

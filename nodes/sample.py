@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from comfy_api.latest import io
@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..wan_core.config import PerExpert
 from ..wan_core.errors import WanError
 from ..wan_core.lookup import look_up
-from ..wan_core.lora.balance import unbalanced
+from ..wan_core.lora.balance import is_few_step, unbalanced
 from ..wan_core.memory import capacity
 from ..wan_core.memory.plan import Plan, check_fits
 from ..wan_core.memory.run import denoise_in_memory
@@ -21,8 +21,9 @@ from ..wan_core.recipe import ModelRecipe, check_guidance, told_of_guidance, wor
 from ..wan_core.sampling import raw as raws
 from ..wan_core.sampling.denoise import Callbacks, Run
 from ..wan_core.sampling.guidance import Condition, Side
+from ..wan_core.sampling.presets import PRESETS, Preset, check_distilled, replaced, uneven
 from ..wan_core.sampling.schedules import AUTO, SCHEDULES, Schedule, from_sigmas, schedule, truncate
-from ..wan_core.sampling.solvers import SOLVERS
+from ..wan_core.sampling.solvers import SOLVERS, Fresh, step_seed
 from . import host
 from .base import WanNode
 from .conditioning import conditions_of, side, warn_of_gaps, without_clip
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _LAST = 10000
 NOT_CONNECTED = object()
+CUSTOM = "custom"  # no preset
 
 
 class Sampler(WanNode):
@@ -101,14 +103,15 @@ class Sampler(WanNode):
                     options=list(SOLVERS),
                     default="unipc",
                     tooltip="unipc is the official default; dpm++ the official alternative; euler is what 4-step LoRAs "
-                    "were made for; heun is more exact and takes twice the time.",
+                    "were made for; heun is more exact and takes twice the time; lcm noises anew at each step, as "
+                    "FastWan, Self-Forcing and rCM were trained.",
                 ),
                 io.Combo.Input(
                     "schedule",
                     options=[AUTO, *SCHEDULES],
                     default=AUTO,
                     tooltip="Where the steps lie. auto: the official grid of the solver; simple: ComfyUI's; diffusers: "
-                    "that of the library diffusers.",
+                    "that of the library diffusers; the others belong to distilled models: choose their preset.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -152,6 +155,14 @@ class Sampler(WanNode):
                     tooltip="On: also what is refused as a likely mistake is sampled, such as a few steps at cfg 1 "
                     "with a 4-step LoRA on one expert only.",
                 ),
+                io.Combo.Input(
+                    "preset",
+                    options=[CUSTOM, *PRESETS],
+                    default=CUSTOM,
+                    optional=True,
+                    tooltip="Sets steps, cfg, shift, solver and schedule: the official settings of a model, or those "
+                    "of a distilled model or LoRA. custom: as they are set above.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent")],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -168,8 +179,11 @@ class Sampler(WanNode):
         start_step: int | None,
         end_step: int | None,
         sigmas: object = NOT_CONNECTED,
+        preset: str | None = CUSTOM,
     ) -> None:
         values = Settings(0, steps, PerExpert(1, 1), shift, solver, schedule, denoise, start_step, end_step, True)
+        if preset in PRESETS:
+            values = values.under(PRESETS[preset])
         _check_settings(values, has_sigmas=sigmas is not NOT_CONNECTED)
 
     @classmethod
@@ -192,6 +206,7 @@ class Sampler(WanNode):
         add_noise: bool,
         sigmas: torch.Tensor | None = None,
         force: bool = False,
+        preset: str = CUSTOM,
     ) -> io.NodeOutput:
         samples_for(latent, model.variant)
         check_decoders(cls.hidden.prompt, cls.hidden.unique_id, model.variant)
@@ -200,6 +215,8 @@ class Sampler(WanNode):
             seed, steps, guidance, shift, solver, schedule, denoise, start_step, end_step, add_noise, sigmas, force
         )
         notes = Notes(model, cls.hidden.unique_id)
+        if preset != CUSTOM:
+            settings = _preset(preset, settings, model, notes)
         sampled = sample(model, positive, negative, latent, settings, notes)
         return io.NodeOutput(sampled, ui=host.text_output(notes.output))
 
@@ -220,6 +237,18 @@ class Settings:
     add_noise: bool
     sigmas: torch.Tensor | None = None
     force: bool = False
+
+    def under(self, preset: Preset) -> Settings:
+        """With what a preset sets."""
+        shift = self.shift if preset.shift is None else preset.shift
+        return replace(
+            self,
+            steps=preset.steps,
+            guidance=preset.guidance,
+            shift=shift,
+            solver=preset.solver,
+            schedule=preset.schedule,
+        )
 
     def timetable(self) -> Schedule:
         if self.sigmas is not None:
@@ -256,6 +285,29 @@ def _check_settings(settings: Settings, *, has_sigmas: bool) -> None:
         )
 
 
+def _preset(name: str, settings: Settings, model: ModelRecipe, notes: Notes) -> Settings:
+    """The settings with what a preset sets; what it set is said on the node, and what of the widgets did not count."""
+    preset = PRESETS[name]
+    notes.noted(f"Preset {name}: {preset.described()}.")
+    given = {
+        "steps": settings.steps,
+        "cfg_high": settings.guidance.high,
+        "cfg_low": settings.guidance.low,
+        "shift": settings.shift,
+        "solver": settings.solver,
+        "schedule": settings.schedule,
+    }
+    if others := replaced(preset, given):
+        notes.warned(
+            f"Preset {name} stands in place of {', '.join(f'{one} {value}' for one, value in others.items())}."
+        )
+    if settings.sigmas is not None:
+        notes.warned(f"The sigmas that are connected stand in place of the steps, shift and schedule of {name}.")
+    if stranger := preset.stranger(model.variant):
+        notes.warned(f"Preset {name}: {stranger}")
+    return settings.under(preset)
+
+
 def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, settings: Settings, notes: Notes) -> dict:
     """A LATENT -> the LATENT after the steps, both raw. Everything is checked before the first weight is read.
 
@@ -279,6 +331,7 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
     heard = sides if guided else {"positive": sides["positive"]}
     _check_clip(model, heard, notes)
     _check_loras(model, settings, plan, notes)
+    _check_steps(model, settings, plan, notes)
     _check_cache(model, settings, plan, notes)
     _check_guidance(model, settings, plan, sides, notes)
     clean = raws.from_raw(raw, kind)
@@ -301,6 +354,7 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
         settings.end,
         model.step_cache,
         model.guidance,
+        _fresh(settings.seed, latent, raw.shape),
     )
     warn_of_gaps(sides if model.guidance.nag else heard, run, notes.warned)
     with Steps(notes.node_id, model, settings.guidance, plan, settings.start, settings.end) as shown:
@@ -319,29 +373,37 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
 
 @dataclass(eq=False)
 class Notes:
-    """What is said of a run on the sampler's node: warnings, and its memory where a limit was asked for or ran out."""
+    """What is said of a run on the sampler's node: how it was made where that is not on the node, warnings, and its
+    memory where a limit was asked for or ran out.
+    """
 
     model: ModelRecipe
     node_id: str | None = None
+    facts: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     plan: str = ""
 
     @property
     def text(self) -> str:
-        return "\n".join(filter(None, (*self.hints, *self.warnings, self.plan)))
+        return "\n".join(filter(None, (*self.facts, *self.hints, *self.warnings, self.plan)))
 
     @property
     def output(self) -> str:
         """What the node's output keeps: a hint is for whoever watches, and no result of the run."""
         matters = self.warnings or self.model.vram_limit is not None or self.model.swap_blocks
-        return "\n".join(filter(None, (*self.warnings, self.plan))) if matters else ""
+        return "\n".join(filter(None, (*self.facts, *self.warnings, self.plan if matters else "")))
 
     def planned(self, plan: Plan) -> None:
         log.info("Wan Sampler: %s", str(plan).replace("\n", "; "))
         if self.model.vram_limit is not None or self.model.swap_blocks or self.warnings or self.hints:
             self.plan = str(plan)
             host.show_text(self.node_id, self.text)
+
+    def noted(self, fact: str) -> None:
+        log.info("Wan Sampler: %s", fact)
+        self.facts += (fact,)
+        host.show_text(self.node_id, self.text)
 
     def hinted(self, note: str) -> None:
         log.warning("Wan Sampler: %s", note)
@@ -417,10 +479,27 @@ def _check_cache(model: ModelRecipe, settings: Settings, plan: Schedule, notes: 
     model.step_cache.check(plan, settings.solver, experts)
     end = min(settings.end, plan.steps)
     first = next((i for i in range(settings.start, end) if not model.guidance.rests(i)), settings.start)
-    computed = model.step_cache.predicted(plan, experts, first, end)
-    if computed is not None:
-        steps = end - settings.start
-        notes.hinted(f"Step cache: {computed} of {steps} steps will be computed, {steps / computed:.2f} times as fast.")
+    notes.hinted(model.step_cache.forecast(plan, experts, first, end))
+
+
+def _check_steps(model: ModelRecipe, settings: Settings, plan: Schedule, notes: Notes) -> None:
+    """Few steps that distilled models were not trained with: guidance, and an unequal share of two experts.
+
+    Raises:
+        WanError: guidance on a distilled model's own steps, and the user does not insist.
+    """
+    try:
+        check_distilled(plan, settings.solver, settings.guidance, pair=model.low is not None)
+    except WanError as error:
+        if not settings.force:
+            raise WanError(f"{error} Or switch force on to sample all the same.") from error
+        notes.warned(f"Warning: {error}")
+    guided = (settings.guidance.low, settings.guidance.high) != (1, 1)
+    few = [use.file.path.name for use in model.loras if use.strength and is_few_step(use.file.path)]
+    if guided and few and plan.steps < _FEW_STEPS:
+        notes.hinted(f"{few[0]} was trained without guidance, by its name: cfg 1 takes half the time.")
+    if share := uneven(working(model, plan), plan):
+        notes.noted(share)
 
 
 def _check_guidance(
@@ -448,11 +527,23 @@ _TRIAL = 4  # fewer steps give no finished video anyway: somebody tries somethin
 
 def _noise(seed: int, latent: dict, shape: torch.Size) -> torch.Tensor:
     """Noise [B,C,T,h,w]; a latent that was picked out of a batch keeps the noise of its place there."""
+    places = _places(latent, shape)
+    capacity.check_tensor((max(places) + 1, *shape[1:]), "Noise")
+    return raws.noise_of(seed, places, shape[1:])
+
+
+def _fresh(seed: int, latent: dict, shape: torch.Size) -> Fresh:
+    """The noise of each step, for solvers that noise anew."""
+    places = _places(latent, shape)
+    return lambda step: raws.noise_of(step_seed(seed, step), places, shape[1:])
+
+
+def _places(latent: dict, shape: torch.Size) -> list[int]:
+    """Of each video in its seed's batch."""
     places = latent.get("batch_index") or list(range(shape[0]))
     if len(places) != shape[0]:
         raise WanError(
             f"The latent holds {shape[0]} videos, but its batch_index names {len(places)}: "
             "the node before the sampler made a broken latent."
         )
-    capacity.check_tensor((max(places) + 1, *shape[1:]), "Noise")
-    return raws.noise_of(seed, places, shape[1:])
+    return places

@@ -71,7 +71,10 @@ FAST_WORKFLOWS = {  # with a 4-step LoRA
     "t2v-A14B": ("wan22_t2v_a14b_4steps", BOXING_CATS),
     "i2v-A14B": ("wan22_i2v_a14b_4steps", SURFING_CAT),
 }
-FAST = {"steps": 4, "cfg_high": 1.0, "cfg_low": 1.0, "shift": 5.0, "solver": "euler", "schedule": "simple"}
+FAST = {
+    "steps": 4, "cfg_high": 1.0, "cfg_low": 1.0, "shift": 5.0, "solver": "euler", "schedule": "simple",
+    "preset": "LightX2V-4step",
+}  # fmt: skip
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -369,8 +372,8 @@ def settings_note(variant: Variant) -> str:
 def fast_note() -> str:
     return "\n\n".join(
         (
-            "**4 steps** with a distilled LoRA: cfg 1, shift 5, solver euler, schedule simple. The button above the "
-            "selected Wan Sampler brings these back: 4-step LoRA.",
+            "**4 steps** with a distilled LoRA: cfg 1, shift 5, solver euler, schedule simple. Wan Sampler's preset "
+            "brings these back: LightX2V-4step.",
             "**LoRA** One Wan LoRA node does both experts: it finds the low-noise file by its name and says so. "
             "Further LoRAs go into further nodes behind it.",
             "**Too little movement?** Give it more steps and set the LoRA's first_step above 0: the first steps are "

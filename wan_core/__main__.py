@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "a video from a prompt, with the official script's flags",
     "decode": "a video from a latent that was saved, without sampling again",
     "convert": "a checkpoint in another format: fp8, int8, GGUF, bf16, or another layout",
+    "calibrate": "a model's own curve for the step cache magnitude, measured on one run",
     "make-tiny": "random checkpoints of small dimensions, for tests",
     "train": "a LoRA or a whole expert, trained on a folder of clips",
 }

@@ -42,6 +42,8 @@ class Hint(Enum):
     SERVER_KEY = "Set the environment variable {variable}."
     PROCESSES = "Start several."
     NO_SHARDS = "Train it without sharding."
+    CALIBRATE = "Or measure its own."
+    CALIBRATE_AGAIN = "Measure it again, or remove it."
 
 
 class WanError(ValueError):

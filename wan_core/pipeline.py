@@ -42,8 +42,9 @@ from .recipe import ModelRecipe, check_guidance, pair, told_of_guidance, working
 from .sampling.denoise import Callbacks, Run, StepReport
 from .sampling.experts import Switch
 from .sampling.guidance import Condition
+from .sampling.presets import check_distilled
 from .sampling.schedules import Schedule, schedule
-from .sampling.solvers import SOLVERS
+from .sampling.solvers import SOLVERS, Fresh, step_seed
 from .sampling.starts import Start, begin, check_pictures, clip_places
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Request:
         )
         done._check_numbers()
         look_up(SOLVERS, done.solver, "solver")
-        done.timetable()
+        check_distilled(done.timetable(), done.solver, done.guidance, pair=variant.experts == 2)
         latents.latent_frames(done.frames)
         check_pictures(variant, done.pictures)
         latents.latent_shape(variant, *video_size(done, variant), done.frames)
@@ -185,22 +186,24 @@ def generate(
     check_fits(models, request, engine, device)
     positive, negative = _encode_prompts(models, request, engine, text_device or device)
     start = _start(models, request, engine, device)
-    for note in check_guidance(recipe, request.timetable(), request.guidance):
+    timetable = request.timetable()
+    for note in check_guidance(recipe, timetable, request.guidance):
         log.warning(note)
     latent = denoise_in_memory(
         engine,
         recipe,
         request.guidance,
         device,
-        start.noise,
+        timetable.first(start.noise),
         Run(
-            request.timetable(),
+            timetable,
             request.solver,
             Condition(positive, start.inputs),
             Condition(negative, start.inputs),
             start.known,
             cache=recipe.step_cache,
             guidance=recipe.guidance,
+            fresh=_fresh(request, start.noise.shape),
         ),
         Callbacks(on_step=on_step),
     )
@@ -213,6 +216,11 @@ def generate(
             models.vae, latent[0], engine, device, tile=request.vae_tile, room=_room(models, engine, device)
         ),
     )
+
+
+def _fresh(request: Request, shape: torch.Size) -> Fresh:
+    """The noise of each step, for solvers that noise anew."""
+    return lambda step: latents.noise(step_seed(request.seed, step), shape[1:])[None]
 
 
 def check_run(models: Models, request: Request, engine: Engine, device: torch.device) -> None:

@@ -4,7 +4,9 @@ import { watchExpertSwitch } from './expert_switch.js'
 import { extensionSettings } from './extension_settings.js'
 import { openPresets, presetsOf } from './menus.js'
 import { addPreview, watchPreviews } from './preview.js'
+import { watchPreset } from './sampler_preset.js'
 import { addText, restoreTexts, showOutputs, watchTexts } from './says.js'
+import { watchStepCache } from './step_cache.js'
 
 watchPreviews() // now, not in setup(): before the frontend itself listens to what it passes on
 watchTexts()
@@ -27,6 +29,8 @@ app.registerExtension({
       listAsText(node)
       addText(node)
     }
+    if (node.comfyClass === 'WanCoreSampler') watchPreset(node)
+    if (node.comfyClass === 'WanCoreStepCache') watchStepCache(node)
   },
 
   afterConfigureGraph() {

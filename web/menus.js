@@ -1,5 +1,6 @@
 import { app } from '../../scripts/app.js'
-import { LENGTH, SAMPLER, SIZE } from './presets.js'
+import { LENGTH, SIZE } from './presets.js'
+import { SAMPLER } from './sampler_presets.js'
 import { texts } from './texts.js'
 import { setWidgets } from './widgets.js'
 
@@ -11,13 +12,18 @@ import { setWidgets } from './widgets.js'
 export function presetsOf(node) {
   switch (node.comfyClass) {
     case 'WanCoreSampler':
-      return [submenu(node, texts().settings, SAMPLER)]
+      return [submenu(node, texts().settings, presetsByName())]
     case 'WanCoreEmptyLatent':
     case 'WanCoreImageToVideo':
       return [submenu(node, texts().size, SIZE), submenu(node, texts().length, LENGTH)]
     default:
       return []
   }
+}
+
+/** Wan Sampler's own widget fills in the rest: see watchPreset. */
+function presetsByName() {
+  return Object.fromEntries(Object.keys(SAMPLER).map((preset) => [preset, { preset }]))
 }
 
 /**

@@ -1,20 +1,3 @@
-/**
- * The official settings of each model: the table VARIANTS of wan_core/config.py, which a test compares with this.
- * And those that the 4-step LoRAs were made for.
- */
-export const SAMPLER = {
-  'T2V-A14B': { steps: 40, cfg_high: 4, cfg_low: 3, shift: 12, solver: 'unipc', schedule: 'auto' },
-  'I2V-A14B': { steps: 40, cfg_high: 3.5, cfg_low: 3.5, shift: 5, solver: 'unipc', schedule: 'auto' },
-  'TI2V-5B': { steps: 50, cfg_high: 5, cfg_low: 5, shift: 5, solver: 'unipc', schedule: 'auto' },
-  'Wan2.1 T2V-1.3B': { steps: 50, cfg_high: 6, cfg_low: 6, shift: 8, solver: 'unipc', schedule: 'auto' },
-  'Wan2.1 T2V-14B': { steps: 50, cfg_high: 5, cfg_low: 5, shift: 5, solver: 'unipc', schedule: 'auto' },
-  'Wan2.1 T2I-14B': { steps: 50, cfg_high: 5, cfg_low: 5, shift: 5, solver: 'unipc', schedule: 'auto' },
-  'Wan2.1 I2V-14B': { steps: 40, cfg_high: 5, cfg_low: 5, shift: 5, solver: 'unipc', schedule: 'auto' },
-  'Wan2.1 I2V-14B 480P': { steps: 40, cfg_high: 5, cfg_low: 5, shift: 3, solver: 'unipc', schedule: 'auto' },
-  'Wan2.1 FLF2V-14B': { steps: 50, cfg_high: 5, cfg_low: 5, shift: 16, solver: 'unipc', schedule: 'auto' },
-  '4-step LoRA': { steps: 4, cfg_high: 1, cfg_low: 1, shift: 5, solver: 'euler', schedule: 'simple' }
-}
-
 export const SIZE = {
   '14B: 1280 × 720': { width: 1280, height: 720 },
   '14B: 720 × 1280': { width: 720, height: 1280 },

@@ -4,7 +4,8 @@ import { texts } from './texts.js'
 
 /**
  * What nodes/preview.py sends of a run: a line of text, or a picture as a data URL.
- * @typedef {{ step: number, steps: number, expert: string, sigma: number, left: number | null }} Line
+ * @typedef {{ step: number, steps: number, expert: string, sigma: number, left: number | null, skipped?: number,
+ *   computed?: boolean }} Line
  * @typedef {{ node: string, run: number, line?: Line, picture?: string }} News
  */
 
@@ -139,13 +140,13 @@ class Panel {
   }
 
   write() {
-    const { step, steps, expert, sigma } = /** @type {Line} */ (this.line)
+    const { step, steps, expert, sigma, skipped, computed } = /** @type {Line} */ (this.line)
     const words = texts()
     const experts = /** @type {Record<string, string>} */ (words.expert)
     const left = this.ends && fill(words.left, clock(Math.max(this.ends - Date.now(), 0) / 1000))
     const lines = [
-      [experts[expert], step ? fill(words.step, step, steps) : words.starting],
-      [`sigma ${sigma.toFixed(2)}`, left]
+      [experts[expert], step ? fill(words.step, step, steps) : words.starting, computed === false && words.extrapolated],
+      [`sigma ${sigma.toFixed(2)}`, skipped ? fill(words.skipped, skipped) : undefined, left]
     ]
     this.text.textContent = lines.map((parts) => parts.filter(Boolean).join(' · ')).join('\n')
   }

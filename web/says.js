@@ -40,6 +40,15 @@ export function addText(node) {
 }
 
 /**
+ * Shows a text on a node that no run has said.
+ * @param {GraphNode} node
+ * @param {string} text
+ */
+export function sayOn(node, text) {
+  panels.get(node)?.say(text)
+}
+
+/**
  * Shows what nodes said in the last run that the server remembers, where they show nothing: after the page was loaded
  * again, or where a run had nothing to do for them.
  * @param {string[]} [ids] all nodes where left out

@@ -65,8 +65,8 @@ def boundary(app) -> list[Any]:
 @pytest.mark.parametrize(
     ("node", "path", "expected"),
     [
-        ("WanCoreSampler", ["Wan: official settings", "I2V-A14B"], {"steps": 40, "cfg_high": 3.5, "shift": 5}),
-        ("WanCoreSampler", ["Wan: official settings", "4-step LoRA"], {"steps": 4, "cfg_low": 1, "solver": "euler"}),
+        ("WanCoreSampler", ["Wan: presets", "I2V-A14B"], {"preset": "I2V-A14B", "steps": 40, "cfg_high": 3.5}),
+        ("WanCoreSampler", ["Wan: presets", "LightX2V-4step"], {"steps": 4, "cfg_low": 1, "solver": "euler"}),
         ("WanCoreEmptyLatent", ["Wan: size", "14B, 1.3B: 480 × 832"], {"width": 480, "height": 832, "frames": 81}),
     ],
 )

@@ -15,6 +15,17 @@ def cached(g: Graph, m: Out, **settings: object) -> Out:
     return g.add("WanCoreStepCache", model=m, **defaults | settings)
 
 
+def test_teacache_on_two_experts_is_refused_with_what_to_use(client: Client) -> None:
+    """Said on its own node already, and again by the sampler."""
+    g = Graph()
+    m = wan.model(g, "t2v")
+    node = cached(g, m, policy="teacache", tea_model="Wan2.1-T2V-14B")
+    wan.save_latent(g, wan.sample(g, node, wan.prompts(g), wan.empty(g, m), steps=12), "step_cache_tea")
+    run = client.run(g.nodes)
+    assert not run.ok and "use the step cache magnitude" in run.error, run.error
+    assert any("use the step cache magnitude" in text["text"] for text in run.of("wan_core.text"))
+
+
 @pytest.mark.parametrize("policy", ["every", "magnitude", "easy"])
 def test_steps_are_left_out_and_said(client: Client, server: Server, policy: str) -> None:
     latents = {}
@@ -29,8 +40,10 @@ def test_steps_are_left_out_and_said(client: Client, server: Server, policy: str
         latents[name] = wan.read_latent(server, f"step_cache_{policy}_{name}")
         if name == policy:
             said = " ".join(text["text"] for text in run.of("wan_core.text"))
-            assert f"Step cache {policy}:" in said and "of 12 steps were computed" in said, said
+            assert f"Step cache {policy}" in said and "of 12 steps were computed" in said, said
             assert ("decided as the run goes" if policy == "easy" else "times as fast") in said
+            last = [news["line"] for news in run.of("wan_core.preview") if "line" in news][-1]
+            assert last["step"] == 12 and f"{12 - last['skipped']} of 12 steps were computed" in said
     assert latents["dense"].shape == latents[policy].shape and latents[policy].isfinite().all()
     if policy == "every":
         assert not torch.equal(latents["dense"], latents[policy])

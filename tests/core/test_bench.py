@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from bench import cpu, measure, parts
+from bench import cpu, measure, parts, plot
 from bench.peers import COMFYUI, DIFFUSERS, OURS, PREPARED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +79,7 @@ def test_quick_quality_benchmark(tmp_path: Path) -> None:
     """Real runs of the nano pair: a cache is faster, and nearer to the whole run than nothing."""
     out = tmp_path / "quality.json"
     command = [sys.executable, "-m", "bench", "quality", "--quick", "--prompts", "1", "--out", out]
+    command += ["--picture", tmp_path / "quality.svg"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())
@@ -89,6 +91,26 @@ def test_quick_quality_benchmark(tmp_path: Path) -> None:
     assert 1 < interval["speed"] < 2 == nag["speed"] and 0 < interval["distance"] < nag["distance"]
     (fp8,) = report["weights"]
     assert fp8["format"] == "fp8_scaled" and 8 <= fp8["bits"] < 8.1 and 0 < fp8["error"] < 0.5
+    assert 10 < fewer["psnr"] < 99 and 10 < cached["psnr"] < 99
+    picture = ElementTree.parse(tmp_path / "quality.svg").getroot()
+    tips = [tip.text for tip in picture.iter("{http://www.w3.org/2000/svg}title")]
+    assert [tip.partition(":")[0] for tip in tips] == ["10 steps", "every 2"]
+
+
+def test_a_plot_is_true_to_its_figures() -> None:
+    """Both axes are logarithmic, faster is right, worse is up; the line joins its own group by speed; no error, no
+    point."""
+    points = [plot.Point(name, "a" if name != "x" else "b & c", speed, error) for name, speed, error in (
+        ("1", 1, 0.01), ("2", 4, 0.04), ("3", 2, 0.02), ("x", 2, 0.01), ("none", 1, 0.0))]  # fmt: skip
+    root = ElementTree.fromstring(plot.svg(points, "a"))
+    circles = [one for one in root.iter("{http://www.w3.org/2000/svg}circle") if len(one)]  # not the legend's
+    found = [(float(one.get("cx")), float(one.get("cy"))) for one in circles]
+    assert len(found) == 4
+    (x1, y1), (x2, y2), (x3, y3), (x4, y4) = found
+    assert x1 < x3 < x2 and y1 > y3 > y2 and (x4, y4) == (x3, y1)
+    assert x3 - x1 == pytest.approx(x2 - x3, abs=0.2) and y1 - y3 == pytest.approx(y3 - y2, abs=0.2)
+    (line,) = root.iter("{http://www.w3.org/2000/svg}polyline")
+    assert line.get("points") == " ".join(f"{x},{y}" for x, y in (found[0], found[2], found[1]))
 
 
 def test_quick_gpu_benchmark(comfyui_path: Path, tmp_path: Path) -> None:

@@ -50,7 +50,13 @@ def pair(high: Toy, low: Toy, guidance: tuple[float, float] = (4.0, 3.0), switch
 
 def walk(solver: str = "unipc", along: Schedule | None = None, **options) -> Run:
     along = along or schedule("auto", 6, 12, solver=solver)
-    return Run(**{"schedule": along, "solver": solver, "positive": POSITIVE, "negative": NEGATIVE} | options)
+    made = {"schedule": along, "solver": solver, "positive": POSITIVE, "negative": NEGATIVE, "fresh": fresh}
+    return Run(**made | options)
+
+
+def fresh(step: int) -> Tensor:
+    """The noise of each step, for solvers that noise anew."""
+    return normal(1000 + step)
 
 
 def run(experts: Experts, solver: str = "unipc", callbacks: Callbacks = SILENT, **options) -> Tensor:

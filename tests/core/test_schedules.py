@@ -7,7 +7,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from wan_core.errors import WanError
-from wan_core.sampling.schedules import SCHEDULES, from_sigmas, schedule, truncate
+from wan_core.sampling.schedules import FIXED, SCHEDULES, from_sigmas, schedule, truncate
 
 # First, second and last sigma and timestep, and how many steps belong to the high-noise expert at 0.875, as printed by
 # the official wan/utils/fm_solvers_unipc.py (set_timesteps) and fm_solvers.py (get_sampling_sigmas).
@@ -32,7 +32,10 @@ def test_official_grids(solver: str, steps: int, shift: float, sigmas: tuple, ti
     assert (made.timesteps >= 875).sum() == high
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+FREE = [name for name in SCHEDULES if name not in FIXED]  # of any number of steps
+
+
+@pytest.mark.parametrize("name", FREE)
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 def test_every_grid_falls_to_zero_in_float32_values(name: str, steps: int):
     made = schedule(name, steps, 5)
@@ -77,7 +80,7 @@ def test_simple_and_denoise_are_comfyui_s(in_comfyui):
         assert torch.equal(same.sigmas, ours.sigmas) and torch.equal(same.timesteps, ours.timesteps)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", FREE)
 def test_denoise_keeps_the_end_of_a_finer_schedule(name: str):
     whole = schedule(name, 20, 5)
     half = truncate(whole, 0.5)
@@ -133,5 +136,72 @@ def test_bad_numbers_are_refused(steps: int, shift: float, message: str):
 
 
 def test_an_unknown_schedule_names_the_known_ones():
-    with pytest.raises(WanError, match=r"'simpel'.*unipc, dpm\+\+, simple, diffusers.*mean 'simple'"):
+    with pytest.raises(WanError, match=r"'simpel'.*unipc, dpm\+\+, simple, diffusers, self-forcing.*mean 'simple'"):
         schedule("simpel", 10, 5)
+
+
+# --- distilled models' own steps
+
+FASTWAN, CAUSVID = (1000, 757, 522), (999, 934, 862, 756, 603, 410, 250, 140, 74)
+
+
+def diffusers_table(shift: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The thousand levels and timesteps of diffusers' FlowMatchEulerDiscreteScheduler."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    return scheduler.sigmas[:1000], scheduler.timesteps
+
+
+@pytest.mark.parametrize(
+    ("name", "shift", "published"), [("fastwan", 8, FASTWAN), ("fastwan", 5, FASTWAN), ("causvid", 1, CAUSVID)]
+)
+def test_lists_without_warp_are_the_published_ones(name: str, shift: float, published: tuple):
+    """The model is told the list; the solver's sigma is the nearest of diffusers' table (float32: 1e-6)."""
+    made = schedule(name, len(published), shift)
+    assert made.timesteps.tolist() == list(published)
+    levels, timesteps = diffusers_table(shift)
+    nearest = torch.stack([levels[(timesteps - told).abs().argmin()] for told in published])
+    torch.testing.assert_close(made.sigmas[:-1].float(), nearest, rtol=0, atol=1e-6)
+    assert made.sigmas[-1] == 0
+
+
+def test_warped_lists_are_the_published_ones():
+    """Self-Forcing's 1000, 750, 500, 250 become 1000, 937.5, 833.33, 625: ComfyUI's simple at shift 5, to the bit."""
+    made, simple = schedule("self-forcing", 4, 5), schedule("simple", 4, 5)
+    assert made.timesteps.tolist() == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-3)
+    assert torch.equal(made.sigmas, simple.sigmas) and torch.equal(made.timesteps, simple.timesteps)
+    levels, _ = diffusers_table(5)
+    theirs = torch.stack([levels[1000 - place] for place in (1000, 750, 500, 250)])
+    torch.testing.assert_close(made.sigmas[:-1].float(), theirs, rtol=0, atol=1e-6)
+
+
+RCM = {"rcm-80": 0.987654, "rcm-200": 0.995025, "rcm-1600": 1600 / 1601}
+
+
+@pytest.mark.parametrize(("name", "first"), RCM.items())
+def test_rcms_levels_are_the_published_ones(name: str, first: float):
+    made = schedule(name, 4, 1)
+    assert made.sigmas.tolist() == pytest.approx([first, 0.933781, 0.852895, 0.608979, 0], abs=5e-7)
+    assert made.timesteps.tolist() == pytest.approx([1000 * sigma for sigma in made.sigmas[:-1].tolist()])
+    noise = torch.randn(3)
+    assert torch.equal(made.first(noise), noise * made.sigmas[0].item())  # a run begins with scaled noise
+    assert schedule("simple", 4, 5).first(noise) is noise
+    assert [schedule(name, steps, 1).sigmas[:-1].tolist() for steps in (1, 3)] == [
+        made.sigmas[:1].tolist(),
+        made.sigmas[:3].tolist(),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "message"),
+    [("fastwan", 4, "list of 3 steps, found 4.*to 3"), ("rcm-80", 5, "1 to 4 steps, found 5")],
+)
+def test_lists_have_their_own_number_of_steps(name: str, steps: int, message: str):
+    with pytest.raises(WanError, match=message):
+        schedule(name, steps, 5)
+
+
+def test_lists_are_not_stretched():
+    with pytest.raises(WanError, match="leave denoise at 1"):
+        schedule("fastwan", 3, 8, denoise=0.5)

@@ -10,8 +10,9 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from wan_core.sampling.schedules import Schedule, from_sigmas, schedule
-from wan_core.sampling.solvers import SOLVERS, History
+from wan_core.sampling.solvers import RENOISES, SOLVERS, History, step_seed
 
+FLOWS = [name for name in SOLVERS if name not in RENOISES]  # that draw no noise of their own
 THEIRS = {"unipc": UniPCMultistepScheduler, "dpm++": DPMSolverMultistepScheduler}
 
 
@@ -28,8 +29,17 @@ def velocity(x: Tensor, timestep: float) -> Tensor:
 def solve(name: str, x: Tensor, along: Schedule, field=velocity) -> Tensor:
     history = History()
     for i in range(along.steps):
-        x, history = SOLVERS[name](x, i, along, lambda x, i: field(x, along.timesteps[i].item()), history)
+        x, history = stepped(name, x, i, along, field, history)
     return x
+
+
+def stepped(name: str, x: Tensor, i: int, along: Schedule, field, history: History) -> tuple[Tensor, History]:
+    options = {"fresh": fresh} if name in RENOISES else {}
+    return SOLVERS[name](x, i, along, lambda x, i: field(x, along.timesteps[i].item()), history, **options)
+
+
+def fresh(step: int) -> Tensor:
+    return torch.randn(noise().shape, generator=torch.Generator().manual_seed(100 + step))
 
 
 def diffusers_run(name: str, x: Tensor, along: Schedule) -> Tensor:
@@ -73,7 +83,87 @@ def test_trajectories_agree_with_the_official_code(name: str, steps: int, shift:
     assert relative(made.flatten(), torch.tensor(expected)) <= 1e-6
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+# --- lcm, which noises anew
+
+FEW = [("simple", 4, 5), ("self-forcing", 4, 5), ("fastwan", 3, 8), ("rcm-80", 4, 1), ("rcm-200", 2, 1)]
+
+
+@pytest.mark.parametrize(("grid", "steps", "shift"), FEW)
+def test_lcm_agrees_with_diffusers_flow_match_lcm(grid: str, steps: int, shift: float, monkeypatch):
+    """Its scheduler with our sigmas and our noise: 1e-6 of the largest value."""
+    from diffusers import FlowMatchLCMScheduler
+    from diffusers.schedulers import scheduling_flow_match_lcm as theirs
+
+    along = schedule(grid, steps, shift)
+    scheduler = FlowMatchLCMScheduler()
+    scheduler.set_timesteps(sigmas=along.sigmas[:-1].tolist())
+    drawn = iter(range(steps))
+    monkeypatch.setattr(theirs, "randn_tensor", lambda *_, **__: fresh(next(drawn)))
+    x = noise()
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(velocity(x, along.timesteps[i].item()), t, x).prev_sample
+    assert relative(solve("lcm", noise(), along), x) <= 1e-6
+
+
+@pytest.mark.parametrize(("grid", "steps", "shift"), FEW)
+def test_lcm_agrees_with_comfyuis(grid: str, steps: int, shift: float, in_comfyui):
+    """Its sample_lcm on its flow sampling, with the noise of ours: 1e-6 of the largest value."""
+    along = schedule(grid, steps, shift)
+    theirs = in_comfyui(
+        """
+        from types import SimpleNamespace
+        from comfy import model_sampling
+        from comfy.k_diffusion.sampling import sample_lcm
+        class Sampling(model_sampling.ModelSamplingDiscreteFlow, model_sampling.CONST): ...
+        sampling, sigmas, told = Sampling(), inputs["sigmas"].float(), inputs["told"]
+        class Model:
+            inner_model = SimpleNamespace(inner_model=SimpleNamespace(model_sampling=sampling))
+            def __call__(self, x, sigma):
+                step = (sigmas == sigma[0]).nonzero().item()
+                mixed = x.roll(1, dims=1) * 0.8 - x.roll(2, dims=1) * 0.5
+                v = torch.tanh(1.5 * mixed + told[step].item() / 1000) + 0.5 * torch.sin(3 * x) + 0.8 * (x - 0.3)
+                return sampling.calculate_denoised(sigma, v, x)
+        drawn = iter(inputs["noise"])
+        outputs["x"] = sample_lcm(Model(), inputs["x"], sigmas, disable=True, noise_sampler=lambda *_: next(drawn))
+        """,
+        sigmas=along.sigmas,
+        told=along.timesteps,
+        x=noise(),
+        noise=[fresh(i) for i in range(steps)],
+    )["x"]
+    assert relative(solve("lcm", noise(), along), theirs) <= 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize(("solver", "sigma_max"), [("lcm", 80), ("euler", 80), ("lcm", 200), ("euler", 200)])
+def test_rcm_agrees_with_its_formulas_in_float64(solver: str, sigma_max: int, steps: int):
+    """The whole sampler by the published formulas, in float64 as TurboDiffusion computes it: ours differs by 1e-6."""
+    angles = [math.atan(sigma_max), 1.5, 1.4, 1.0][:steps] + [0.0]
+    levels = [math.sin(a) / (math.cos(a) + math.sin(a)) for a in angles]
+    x = noise().double() * levels[0]
+    for i, (s, following) in enumerate(zip(levels, levels[1:], strict=False)):
+        v = velocity(x.float(), s * 1000).double()
+        if solver == "lcm":
+            x = (1 - following) * (x - s * v) + following * fresh(i).double()
+        else:
+            x = x - (s - following) * v
+    along = schedule(f"rcm-{sigma_max}", steps, 1)
+    assert relative(solve(solver, along.first(noise()), along), x.float()) <= 2e-6
+
+
+def test_lcms_noise_depends_on_seed_and_step_alone():
+    seeds = {step_seed(seed, step) for seed in (0, 1, 2**64 - 1) for step in range(50)}
+    assert len(seeds) == 150 and step_seed(7, 3) == step_seed(7, 3)
+    assert all(0 <= seed < 2**64 for seed in seeds) and not seeds & {0, 1, 2**64 - 1}
+
+
+def test_lcm_without_noise_is_a_mistake_of_the_caller():
+    along = schedule("simple", 4, 5)
+    with pytest.raises(ValueError, match="fresh noise"):
+        SOLVERS["lcm"](noise(), 0, along, lambda x, i: x, History())
+
+
+@pytest.mark.parametrize("name", FLOWS)
 @pytest.mark.parametrize("grid", ["unipc", "dpm++", "simple"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_a_straight_flow_is_walked_exactly(name: str, grid: str, steps: int):
@@ -131,7 +221,7 @@ def test_a_saved_history_goes_on_bit_for_bit(name: str, stop: int, tmp_path):
             save_file({"sample": x, **history.to_tensors()}, tmp_path / "run.safetensors")
             saved = load_file(tmp_path / "run.safetensors")
             x, history = saved.pop("sample"), History.from_tensors(saved)
-        x, history = SOLVERS[name](x, i, along, lambda x, i: velocity(x, along.timesteps[i].item()), history)
+        x, history = stepped(name, x, i, along, velocity, history)
     assert torch.equal(x, solve(name, noise(), along))
 
 

@@ -196,23 +196,31 @@ def test_extrapolation_is_nearer_than_reuse():
 # --- a run like others
 
 
-@pytest.mark.parametrize("cache", [StepCache("every", 2), StepCache("easy", 0.3)], ids=["every", "easy"])
-@pytest.mark.parametrize("stop", [4, 7, 10, 13])
-@pytest.mark.parametrize("solver", ["unipc", "euler"])
-def test_stopping_and_going_on_is_bit_identical(cache: StepCache, stop: int, solver: str, tmp_path: Path):
-    """Also where it stops with a step left out, and at the switch; the whole run's end is that of the schedule."""
+FALLING = Curve((1.0, 0.0), (0.0, -0.2))
+RESUMED = {
+    "every": StepCache("every", 2),
+    "easy": StepCache("easy", 0.3),
+    "magnitude": StepCache("magnitude", 0.06, curves={"high": FALLING, "low": FALLING}),
+}
+
+
+@pytest.mark.parametrize("policy", RESUMED)
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+def test_stopping_at_any_step_and_going_on_is_bit_identical(policy: str, solver: str, tmp_path: Path):
+    """Across the switch at step 10, also where it stops with a step left out and right before and after the switch;
+    the whole run's end is that of the schedule."""
+    cache = RESUMED[policy]
     expected, _ = sampled(cache, solver=solver)
-    states: list[RunState] = []
-
-    def keep(report) -> None:
-        states.append(report.state)
-
+    reports: list = []
     experts = pair(Toy(), Toy(0.8), switch=HALF)
-    denoise(normal(0), experts, walk(solver, ALONG, cache=cache), Callbacks(on_step=keep, on_note=lambda _: None))
-    save_file(states[stop - 1].to_tensors(), tmp_path / "state.safetensors")
-    state = RunState.from_tensors(load_file(tmp_path / "state.safetensors"))
-    ours, _ = sampled(cache, state, solver=solver)
-    assert torch.equal(ours.x, expected.x)
+    denoise(normal(0), experts, walk(solver, ALONG, cache=cache), Callbacks(on_step=reports.append, on_note=print))
+    left_out = [report.index for report in reports if not report.computed]
+    assert any(i < 9 for i in left_out) and any(i > 10 for i in left_out)  # on both sides of the switch
+    for stop in range(1, STEPS):
+        save_file(reports[stop - 1].state.to_tensors(), tmp_path / "state.safetensors")
+        state = RunState.from_tensors(load_file(tmp_path / "state.safetensors"))
+        ours, _ = sampled(cache, state, solver=solver)
+        assert torch.equal(ours.x, expected.x), stop
 
 
 def test_nothing_is_carried_from_one_expert_to_the_other():
@@ -230,7 +238,9 @@ def test_nothing_is_carried_from_one_expert_to_the_other():
     [
         (StepCache("easy", 0.1), 8, "unipc", "only 8.*from 10 steps on"),
         (StepCache("easy", 0.1), 20, "heun", "heun asks the model more than once"),
+        (StepCache("easy", 0.1), 20, "lcm", "lcm noises the sample anew"),
         (StepCache("magnitude", 0.1), 20, "unipc", "No curve"),
+        (StepCache("teacache", 0.1), 20, "unipc", "No polynomial of TeaCache is published for this model"),
     ],
 )
 def test_runs_that_cannot_have_one_are_refused(cache: StepCache, steps: int, solver: str, message: str):
@@ -249,7 +259,7 @@ def test_numbers_out_of_range_are_refused(values: tuple):
 
 
 def test_unknown_policies_are_named():
-    with pytest.raises(WanError, match="'teacach'.*easy, magnitude, every"):
+    with pytest.raises(WanError, match="'teacach'.*easy, magnitude, teacache, every.*mean 'teacache'"):
         StepCache("teacach", 0.1)
 
 
@@ -273,3 +283,30 @@ def test_in_the_pipeline(tmp_path: Path):
     few = replace(request, steps=4).completed(models.dit.variant)
     with pytest.raises(WanError, match="only 4"):
         check_run(models, few, Engine(), cpu)
+
+
+@pytest.mark.parametrize("stop", [7, 8, 9])
+def test_the_nano_pair_goes_on_bit_for_bit(stop: int, tmp_path: Path):
+    """Trained weights in the engine, UniPC, magnitude by curves of its own: saved around the switch, and gone on with
+    by another engine."""
+    from bench.quality import family
+    from wan_core.sampling.guidance import Condition
+
+    recipe = family(Path(__file__).parents[2] / "nano").dit
+    along = schedule("unipc", 16, 5)
+    curves = dict.fromkeys(("high", "low"), Curve((1.0, 0.0), (0.0, -0.3)))
+    cache = StepCache("magnitude", 0.12, 0.15, curves=curves)
+    said = Condition(torch.randn(1, 8, recipe.high.config.text_dim, generator=torch.Generator().manual_seed(1)))
+    run = walk("unipc", along, positive=said, cache=cache)
+    reports: list = []
+
+    def sampled(begin: Tensor | RunState) -> Tensor:
+        experts = Engine().experts(recipe, PerExpert(1.0, 1.0), "cpu")
+        return denoise(begin, experts, run, Callbacks(on_step=reports.append, on_note=print)).x
+
+    whole = sampled(torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(2)))
+    experts = [report.expert for report in reports]
+    assert experts[stop - 1 : stop + 1] in (["high", "high"], ["high", "low"], ["low", "low"])
+    assert {report.expert for report in reports if not report.computed} == {"high", "low"}
+    save_file(reports[stop - 1].state.to_tensors(), tmp_path / "state.safetensors")
+    assert torch.equal(sampled(RunState.from_tensors(load_file(tmp_path / "state.safetensors"))), whole)

@@ -15,13 +15,14 @@ from workflow_format import NODES2_FRAME, NODES2_WIDGET, SLOT, TITLE
 from wan_core.config import VARIANTS, Variant
 from wan_core.layouts.comfyui import NAMES
 from wan_core.layouts.comfyui import VAES as COMFY_VAES
+from wan_core.sampling.presets import PRESETS
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 TASKS = {"t2v-A14B": "wan22_t2v_a14b", "i2v-A14B": "wan22_i2v_a14b", "ti2v-5B": "wan22_ti2v_5b",
          "i2v-14B": "wan21_i2v_14b_480p", "flf2v-14B": "wan21_flf2v_14b",
          "t2v-A14B fast": "wan22_t2v_a14b_4steps", "i2v-A14B fast": "wan22_i2v_a14b_4steps"}  # fmt: skip
 SIZES = {"i2v-14B": (832, 480)}
-FAST = {"steps": 4, "cfg_high": 1.0, "cfg_low": 1.0, "shift": 5.0, "solver": "euler", "schedule": "simple"}
+FAST = PRESETS["LightX2V-4step"].values | {"preset": "LightX2V-4step"}
 ROOM = 10  # pixels that nodes keep between them
 
 each_task = pytest.mark.parametrize("task", TASKS)
@@ -160,21 +161,20 @@ def official(variant: Variant) -> dict[str, Any]:
     }
 
 
-def test_presets_of_the_menus_are_the_official_settings() -> None:
+def test_sizes_of_the_menus_are_the_official_ones() -> None:
     text = (FOLDER.parent / "web/presets.js").read_text(encoding="utf-8")
-    tables = dict(re.findall(r"export const (\w+) = (\{.*?\n\})", text, re.S))
-    sampler, sizes = (
-        json.loads(re.sub(r"(?<=[{,] )(\w+):", r'"\1":', tables[name]).replace("'", '"'))
-        for name in ("SAMPLER", "SIZE")
-    )
-    for variant in VARIANTS.values():
-        preset = sampler[variant.display_name.removeprefix("Wan2.2 ")]
-        assert preset == {name: value for name, value in official(variant).items() if name != "denoise"}
-        if variant.shift_480p is not None:
-            assert sampler[f"{variant.display_name} 480P"] == preset | {"shift": variant.shift_480p}
-    assert sampler["4-step LoRA"] == FAST
+    table = re.search(r"export const SIZE = (\{.*?\n\})", text, re.S)[1]
+    sizes = json.loads(re.sub(r"(?<=[{,] )(\w+):", r'"\1":', table).replace("'", '"'))
     offered = {(size["width"], size["height"]) for size in sizes.values()}
     assert offered == {size for variant in VARIANTS.values() for size in variant.sizes}
+
+
+def test_presets_of_the_editor_are_the_tables() -> None:
+    """web/sampler_presets.js is what scripts/make_presets.py writes."""
+    import runpy
+
+    make = runpy.run_path(str(FOLDER.parent / "scripts/make_presets.py"))
+    assert make["FILE"].read_text(encoding="utf-8") == make["written"]()
 
 
 @each_task

@@ -8,6 +8,7 @@ import shlex
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import VARIANTS, PerExpert
 from ..errors import WanError
@@ -15,7 +16,13 @@ from .arguments import SEEDS, boolean, number, path, size, whole, words
 from .guidance import add_guidance_arguments, guidance_of
 from .loras import add_lora_argument, with_loras
 from .output import Output
+from .presets import chosen_sampling, preset_notes
 from .prompt_extension import add_extension_arguments, extended
+from .step_caches import add_cache_arguments, step_cache_from
+
+if TYPE_CHECKING:
+    from ..pipeline import Request
+    from ..recipe import ModelRecipe
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +56,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=-1,
         help="the same seed gives the same video; negative draws one",
     )
-    add("--sample_solver", default="unipc", help="unipc, dpm++, euler or heun")
     add(
-        "--sample_schedule", default="auto", help="auto (the solver's official grid), unipc, dpm++, simple or diffusers"
+        "--preset",
+        type=words,
+        metavar="NAME",
+        help="solver, schedule, steps, shift and guidance of a distilled model or LoRA: LightX2V-4step, "
+        "Self-Forcing-4step, FastWan-1.3B-3step, FastWan-5B-3step, CausVid-9step, rCM-T2V-4step, rCM-I2V-4step (each "
+        "also with -ODE); what is given beside it wins",
+    )
+    add("--sample_solver", type=words, help="unipc (default), dpm++, euler, heun, or lcm, which distilled models take")
+    add(
+        "--sample_schedule",
+        type=words,
+        help="auto (default: the solver's official grid), unipc, dpm++, simple, diffusers; of distilled models: "
+        "self-forcing, fastwan, causvid, rcm-80, rcm-200, rcm-1600",
     )
     add("--sample_steps", type=whole(1, 10_000), help="denoising steps")
     add("--sample_shift", type=number(above=0), help="how much of the schedule is spent at high noise")
@@ -63,19 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="True|False",
         help="keep one model at a time on the device (default: True on a GPU)",
     )
-    add(
-        "--step_cache",
-        choices=["easy", "magnitude", "every"],
-        help="extrapolate some steps instead of computing them (from 10 steps on): easy decides as the run goes, "
-        "magnitude by published curves of the model, every leaves out all but one of N",
-    )
-    add(
-        "--step_cache_amount",
-        type=number(above=0),
-        metavar="X",
-        help="easy: how much change may add up (default: 0.1); magnitude: the same of its curves (default: 0.06); "
-        "every: N (default: 2)",
-    )
+    add_cache_arguments(parser)
     add_guidance_arguments(parser)
     add_lora_argument(parser)
     add(
@@ -130,7 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    _refuse_unsupported(args)
+    refuse_unsupported(args)
     from ..dtypes import resolve_dtype
     from ..media import geometry as latents
     from ..memory.devices import resolve_device
@@ -145,16 +151,16 @@ def run(args: argparse.Namespace) -> None:
     resolve_dtype(args.dtype, device)
     request = request_from(args).completed(variant)
     models = read_models(args.ckpt_dir, args.task, dtype=args.dtype, attention=args.attention)
-    options = {"step_cache": _step_cache(args), "guidance": guidance_of(args)} | _swap(args)
+    options = {"step_cache": step_cache_from(args, models.dit), "guidance": guidance_of(args)} | swap(args)
     models = replace(models, dit=replace(with_loras(models.dit, args.lora), **options))
     if args.plan:
-        print(needs(models, request, device, _text_device(args, device)))
+        print(needs(models, request, device, text_device(args, device)))
         return
     engine = Engine(keep_one=args.offload_model is not False and device.type != "cpu" or args.offload_model is True)
     check_run(models, request, engine, device)
     width, height = video_size(request, variant)
     output.check_size(width, height, request.frames, latents.latent_shape(variant, width, height, request.frames))
-    for note in models.dit.notes:
+    for note in (*models.dit.notes, *preset_notes(args, request), *_step_notes(models.dit, request)):
         log.info(note)
     if models.dit.guidance:
         log.info("Guidance: %s", told_of_guidance(models.dit, request.timetable(), request.guidance))
@@ -171,8 +177,8 @@ def run(args: argparse.Namespace) -> None:
         request.seed,
         device,
     )
-    with _Bar(request.steps) as bar:
-        result = generate(models, request, engine, device=device, text_device=_text_device(args, device), on_step=bar)
+    with Bar(request.steps) as bar:
+        result = generate(models, request, engine, device=device, text_device=text_device(args, device), on_step=bar)
     output.save(result.latent, result.video(), variant.fps, notes, f"--ckpt_dir {shlex.quote(str(args.ckpt_dir))}")
 
 
@@ -181,19 +187,20 @@ def _inputs(args: argparse.Namespace) -> list[Path]:
     return [file for file in (args.image, args.end_image, *loras) if file]
 
 
-def _swap(args: argparse.Namespace) -> dict:
+def swap(args: argparse.Namespace) -> dict:
     """The recipe's fields for block swap, as far as they were given."""
     given = {"swap_blocks": args.swap_blocks, "vram_limit": args.vram_limit, "prefetch": args.prefetch}
     return {name: value for name, value in given.items() if value is not None}
 
 
-def request_from(args: argparse.Namespace):
+def request_from(args: argparse.Namespace) -> Request:
     """The request that the arguments make."""
     from ..pipeline import Request
 
     prompt = args.prompt if args.prompt is not None else _EXAMPLE_PROMPT.get(args.task, _EXAMPLE_PROMPT["t2v-A14B"])
-    shift, guidance = args.sample_shift, args.sample_guide_scale
-    if official := VARIANTS[args.task].command_line:
+    chosen = chosen_sampling(args)
+    shift, guidance = chosen["shift"], chosen["guidance"]
+    if (official := VARIANTS[args.task].command_line) and not args.preset:
         shift = official[0] if shift is None else shift
         guidance = PerExpert(official[1], official[1]) if guidance is None else guidance
     return Request(
@@ -203,11 +210,11 @@ def request_from(args: argparse.Namespace):
         end_image=args.end_image,
         size=args.size,
         frames=args.frame_num,
-        steps=args.sample_steps,
+        steps=chosen["steps"],
         shift=shift,
         guidance=guidance,
-        solver=args.sample_solver,
-        schedule=args.sample_schedule,
+        solver=chosen["solver"] or "unipc",
+        schedule=chosen["schedule"] or "auto",
         seed=args.base_seed,
         vae_tile=args.vae_tile,
     )
@@ -223,13 +230,13 @@ def default_name(args: argparse.Namespace) -> Path:
     return Path(f"{args.task}_{width}x{height}_{prompt}_{datetime.now():%Y%m%d_%H%M%S}.{ending}")
 
 
-def _text_device(args: argparse.Namespace, device):
+def text_device(args: argparse.Namespace, device):
     import torch
 
     return torch.device("cpu") if args.t5_cpu else device
 
 
-def _refuse_unsupported(args: argparse.Namespace) -> None:
+def refuse_unsupported(args: argparse.Namespace) -> None:
     if args.vram_limit is not None and args.swap_blocks:
         raise WanError("Give --vram_limit or --swap_blocks, not both: a limit decides how many blocks stream.")
     for flag, harmless in (("ulysses_size", ("1",)), ("dit_fsdp", ()), ("t5_fsdp", ())):
@@ -238,16 +245,17 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
             raise WanError(f"--{flag} is not supported by this version: run without it.")
 
 
-def _step_cache(args: argparse.Namespace):
-    from ..sampling.magnitudes import curves_of
-    from ..sampling.step_cache import POLICIES, StepCache
+def _step_notes(model: ModelRecipe, request: Request) -> list[str]:
+    """What is known of the steps before the run."""
+    from ..recipe import working
+    from ..sampling.presets import uneven
 
-    if args.step_cache is None:
-        if args.step_cache_amount is not None:
-            raise WanError("--step_cache_amount is of a step cache: give --step_cache too.")
-        return None
-    amount = args.step_cache_amount or POLICIES[args.step_cache].usual
-    return StepCache(args.step_cache, amount, curves=curves_of(args.task))
+    timetable = request.timetable()
+    experts = working(model, timetable)
+    notes = [uneven(experts, timetable)]
+    if model.step_cache:
+        notes.append(model.step_cache.forecast(timetable, experts, 0, timetable.steps))
+    return [note for note in notes if note]
 
 
 def _guidance(text: str) -> PerExpert:
@@ -262,21 +270,25 @@ def _limit(text: str) -> float | str:
     return text if text == "auto" else number(above=0)(text)
 
 
-class _Bar:
-    """A tqdm bar over steps that tells which expert works."""
+class Bar:
+    """A tqdm bar over steps that tells which expert works, and how many steps a cache left out."""
 
     def __init__(self, steps: int):
         from tqdm import tqdm
 
         self.bar = tqdm(total=steps, desc="sampling", unit="step")
+        self.left_out = 0
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *error) -> None:
         self.bar.close()
 
     def __call__(self, report) -> None:
-        if report.expert != "only":
-            self.bar.set_postfix_str(f"{report.expert}-noise expert")
+        self.left_out += not report.computed
+        parts = [f"{report.expert}-noise expert"] if report.expert != "only" else []
+        if self.left_out:
+            parts.append(f"{self.left_out} extrapolated")
+        self.bar.set_postfix_str(", ".join(parts))
         self.bar.update()

@@ -23,4 +23,6 @@ HINTS: dict[Hint, str] = {
     Hint.PROCESSES: "Start several, torchrun --nproc_per_node N -m wan_core train ..., or leave --fsdp out.",
     Hint.NO_SHARDS: "Leave --fsdp out, or train all weights: --lora_rank 0.",
     Hint.RUN_ELSEWHERE: "ComfyUI's own nodes may run it.",
+    Hint.CALIBRATE: "Or measure its own with `python -m wan_core calibrate`.",
+    Hint.CALIBRATE_AGAIN: "Measure it again with `python -m wan_core calibrate --overwrite`, or remove it.",
 }

@@ -190,7 +190,8 @@ class Pace:
     Args:
         experts: who works at each step of the schedule.
         guidance: a scale of 1 halves the work of an expert's step; this tells of one that was not yet seen.
-        calls: how often the model is asked at each step, where guidance alone does not tell.
+        calls: how often the model is asked at each step, where guidance alone does not tell; 0 where it is known that a
+            step cache leaves it out.
     """
 
     experts: Sequence[str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .guidance import OnBlock, Side, entries
 from .guidance_rules import PLAIN, Guidance, Kept
 from .guidance_run import Guided
 from .schedules import Schedule
-from .solvers import SOLVERS, History
+from .solvers import RENOISES, SOLVERS, Fresh, History, Solver
 from .step_cache import CachedSteps, Memory, StepCache
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ class Run:
             where all guidance is 1.
         known: what is known of the latent.
         start, end: the steps to do, ``end`` excluded; None, or past the last, means the last.
+        fresh: the noise of each step, for solvers that noise anew.
     """
 
     schedule: Schedule
@@ -101,6 +102,7 @@ class Run:
     end: int | None = None
     cache: StepCache | None = None
     guidance: Guidance = PLAIN
+    fresh: Fresh | None = None
 
     @property
     def last(self) -> int:
@@ -143,13 +145,23 @@ class RunState:
         saved |= {f"kept.{name}": tensor.contiguous() for name, tensor in self.kept.items()}
         if self.expert is not None:
             saved["expert"] = torch.tensor(list(self.expert.encode()), dtype=torch.uint8)
-        return saved
+        return _each_its_own(saved)
 
     @classmethod
     def from_tensors(cls, saved: Mapping[str, Tensor]) -> RunState:
         expert = bytes(saved["expert"].tolist()).decode() if "expert" in saved else None
         history = History.from_tensors(_below("solver.", saved))
         return cls(saved["sample"], int(saved["step"]), history, expert, _below("kept.", saved))
+
+
+def _each_its_own(saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies where two names are one tensor: solver and cache may keep the same sample, which no file takes twice."""
+    seen: set[int] = set()
+    for name, tensor in saved.items():
+        if tensor.data_ptr() in seen:
+            saved[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return saved
 
 
 def _below(prefix: str, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -231,7 +243,7 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
     Raises:
         WanError: an unknown solver, a start past the end, a state of another step, or values that are not finite.
     """
-    step = look_up(SOLVERS, run.solver, "solver")
+    step = _solver(run)
     state = begin if isinstance(begin, RunState) else RunState(begin, run.start)
     _check_range(run, state)
     cached = _cached(run, experts)
@@ -263,6 +275,11 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
     if cached:
         callbacks.on_note(cached.report())
     return state
+
+
+def _solver(run: Run) -> Solver:
+    solver: Callable[..., tuple[Tensor, History]] = look_up(SOLVERS, run.solver, "solver")
+    return partial(solver, fresh=run.fresh) if run.solver in RENOISES else solver
 
 
 def _cached(run: Run, experts: Experts) -> CachedSteps | None:

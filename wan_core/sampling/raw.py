@@ -47,10 +47,11 @@ def first_sample(
     Args:
         clean: of ``from_raw``; where ``add_noise`` is off, what an earlier run ``stored``.
         noise: of the whole run.
-        pure: whether the run begins with noise alone, whatever the first sigma is, as the official code does.
+        pure: whether the run begins with noise alone, whatever the first sigma is, as the official code does; the
+            schedule may scale it.
     """
     if pure:
-        return noise if add_noise else clean
+        return schedule.first(noise) if add_noise else clean
     sigma = schedule.sigmas[min(start, schedule.steps - 1)].item()
     if add_noise:
         return noised(clean, noise, sigma)

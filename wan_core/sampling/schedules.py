@@ -6,8 +6,9 @@ place their steps evenly, then shift them towards noise: ``shift * s / (1 + (shi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -33,16 +34,22 @@ class Schedule:
             They end in 0 unless a user's own sigmas stop earlier.
         timesteps: float64 [N], what the model is told, 0 (clean) to 1000 (noise).
         shift: None when the sigmas came from elsewhere.
+        scaled: whether a whole run begins with noise times the first sigma; the official code begins with noise.
     """
 
     name: str
     sigmas: Tensor
     timesteps: Tensor
     shift: float | None = None
+    scaled: bool = False
 
     @property
     def steps(self) -> int:
         return len(self.timesteps)
+
+    def first(self, noise: Tensor) -> Tensor:
+        """The sample that a run from pure noise begins with."""
+        return noise * self.sigmas[0].item() if self.scaled else noise
 
 
 def schedule(name: str, steps: int, shift: float, *, solver: str = "unipc", denoise: float = 1.0) -> Schedule:
@@ -73,6 +80,11 @@ def truncate(whole: Schedule, denoise: float) -> Schedule:
         raise WanError(
             f"denoise is {denoise}, but the sigmas are given: cut the sigmas instead (SplitSigmasDenoise) "
             "and leave denoise at 1."
+        )
+    if whole.name in FIXED:
+        raise WanError(
+            f"denoise is {denoise}, but {whole.name} is a list of steps that a model was trained for: leave denoise at "
+            "1, or use the schedule simple."
         )
     finer = SCHEDULES[whole.name](int(whole.steps / denoise), whole.shift)
     return Schedule(whole.name, finer.sigmas[-whole.steps - 1 :], finer.timesteps[-whole.steps :], whole.shift)
@@ -120,19 +132,81 @@ def simple(steps: int, shift: float) -> Schedule:
     rounded to integers.
     """
     _check(steps, shift)
-    even = (torch.arange(1, TRAIN_STEPS + 1) / TRAIN_STEPS) * TRAIN_STEPS / TRAIN_STEPS
-    levels = even if shift == 1 else _shifted(even, shift)
+    levels = _thousand(shift)
     stride = TRAIN_STEPS / steps
     picked = torch.stack([levels[-1 - int(i * stride)] for i in range(steps)])
     return _checked("simple", _with_zero(picked.double()), _float_timesteps(picked), shift)
 
+
+def _listed(name: str, of: Sequence[int], *, warp: bool) -> Callable[[int, float], Schedule]:
+    """Timesteps that a model was distilled at, 1000 to 1.
+
+    Args:
+        warp: they count the places of a thousand levels before the shift, and the model is told the level that is
+            there. Otherwise the model is told the numbers themselves, and the solver goes by the nearest level.
+    """
+
+    def made(steps: int, shift: float) -> Schedule:
+        _check(steps, shift)
+        _check_count(name, steps, len(of))
+        levels = _thousand(shift)
+        if warp:
+            picked = torch.stack([levels[timestep - 1] for timestep in of])
+            told = _float_timesteps(picked)
+        else:
+            told = torch.tensor(of, dtype=torch.float64)
+            picked = torch.stack([levels[(levels * TRAIN_STEPS - timestep).abs().argmin()] for timestep in of])
+        return _checked(name, _with_zero(picked.double()), told, shift)
+
+    return made
+
+
+_RCM_ANGLES = (1.5, 1.4, 1.0)  # after the first, in radians: sigma = sin / (cos + sin)
+
+
+def _rcm(name: str, highest: float) -> Callable[[int, float], Schedule]:
+    """The grid of rCM (arXiv 2510.08431) and TurboDiffusion; ``highest`` is noise over data at the first step.
+
+    A run begins with noise times the first sigma. There is no shift.
+    """
+
+    def made(steps: int, shift: float) -> Schedule:
+        _check(steps, shift)
+        most = len(_RCM_ANGLES) + 1
+        if steps > most:
+            raise WanError(f"{name} has 1 to {most} steps, found {steps}.")
+        angles = torch.tensor([math.atan(highest), *_RCM_ANGLES[: steps - 1]], dtype=torch.float64)
+        sigmas = (angles.sin() / (angles.cos() + angles.sin())).float()
+        made = _checked(name, _with_zero(sigmas.double()), _float_timesteps(sigmas.double()), shift)
+        return replace(made, scaled=True)
+
+    return made
+
+
+# The steps of distilled models: which ones belongs to their training. Self-Forcing (arXiv 2506.08009), FastWan
+# (FastVideo), CausVid (arXiv 2412.07772), rCM.
+FIXED: dict[str, Callable[[int, float], Schedule]] = {
+    "self-forcing": _listed("self-forcing", (1000, 750, 500, 250), warp=True),
+    "fastwan": _listed("fastwan", (1000, 757, 522), warp=False),
+    "causvid": _listed("causvid", (999, 934, 862, 756, 603, 410, 250, 140, 74), warp=False),
+    "rcm-80": _rcm("rcm-80", 80),
+    "rcm-200": _rcm("rcm-200", 200),
+    "rcm-1600": _rcm("rcm-1600", 1600),
+}
 
 SCHEDULES: dict[str, Callable[[int, float], Schedule]] = {
     "unipc": official_unipc,
     "dpm++": official_dpm,
     "simple": simple,
     "diffusers": diffusers,
+    **FIXED,
 }
+
+
+def _thousand(shift: float) -> Tensor:
+    """A thousand shifted levels, rising to 1, float32: computed as ComfyUI does."""
+    even = (torch.arange(1, TRAIN_STEPS + 1) / TRAIN_STEPS) * TRAIN_STEPS / TRAIN_STEPS
+    return even if shift == 1 else _shifted(even, shift)
 
 
 def _shifted(sigmas: Levels, shift: float) -> Levels:
@@ -159,6 +233,11 @@ def _check(steps: int, shift: float) -> None:
         raise WanError(f"{steps} steps: at least 1 is needed, and at most {MOST_STEPS} make sense.")
     if not 0 < shift < float("inf"):
         raise WanError(f"shift is {shift}: expected a number above 0 (Wan uses 3 to 12; 1 shifts nothing).")
+
+
+def _check_count(name: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise WanError(f"{name} is a list of {expected} steps, found {found}: set the steps to {expected}.")
 
 
 def _checked(name: str, sigmas: Tensor, timesteps: Tensor, shift: float | None) -> Schedule:

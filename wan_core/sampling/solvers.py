@@ -9,6 +9,7 @@ With v = noise - data the clean estimate is x0 = x - sigma * v; alpha = 1 - sigm
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor
 from .schedules import Schedule
 
 Velocity = Callable[[Tensor, int], Tensor]
+Fresh = Callable[[int], Tensor]  # a step -> noise of the sample's shape, always the same for a step of a run
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,30 @@ def heun(x: Tensor, i: int, schedule: Schedule, velocity: Velocity, history: His
     return x + (following - sigma) * slope, History(2)
 
 
-SOLVERS: dict[str, Solver] = {"unipc": unipc, "dpm++": dpm_2m, "euler": euler, "heun": heun}
+def lcm(
+    x: Tensor, i: int, schedule: Schedule, velocity: Velocity, history: History, fresh: Fresh | None = None
+) -> tuple[Tensor, History]:
+    """The clean estimate, noised anew (consistency sampling: Song et al. 2023, arXiv 2303.01469, algorithm 1).
+
+    What models distilled by distribution matching and by rCM were trained with.
+    """
+    sigma, following = _sigmas(schedule, i, i + 1)
+    x0 = x - sigma * velocity(x, i)
+    if following == 0:
+        return x0, History(1)
+    if fresh is None:
+        raise ValueError("lcm needs fresh noise")
+    return (1 - following) * x0 + following * fresh(i).to(x), History(1)
+
+
+RENOISES = frozenset({"lcm"})  # solvers that take ``fresh`` noise
+SOLVERS: dict[str, Solver] = {"unipc": unipc, "dpm++": dpm_2m, "euler": euler, "heun": heun, "lcm": lcm}
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of a step's fresh noise: a run that goes on in the middle draws what the whole one would have."""
+    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
 def _order(i: int, schedule: Schedule, history: History) -> int:

@@ -6,7 +6,8 @@ of a run are always computed. Nothing is carried from one expert to the other.
 
 Policies decide which steps are left out; each is one function of ``POLICIES``:
     easy: the sample's own change tells how much the answer will have changed (EasyCache, arXiv 2507.02860).
-    magnitude: published curves of how the model's residual grows (MagCache, arXiv 2506.09045), over sigma.
+    magnitude: curves of how the model's residual grows (MagCache, arXiv 2506.09045), over sigma.
+    teacache: how far the embedding of the timestep has moved, by a polynomial of the model (see ``teacache.py``).
     every: one step in n is computed.
 """
 
@@ -20,12 +21,15 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..errors import WanError
+from ..errors import Hint, WanError
 from ..lookup import look_up
 from .magnitudes import Curve
+from .presets import FEW_STEPS
 from .schedules import Schedule
+from .solvers import RENOISES
+from .teacache import Embed, Polynomial, growths
 
-FEWEST_STEPS = 10  # below these there is nothing that could be left out
+FEWEST_STEPS = FEW_STEPS  # below these there is nothing that could be left out
 _ONCE_A_STEP = ("unipc", "dpm++", "euler")  # solvers that ask the model once a step
 
 
@@ -35,11 +39,13 @@ class StepCache:
 
     Attributes:
         policy: a key of ``POLICIES``.
-        amount: easy and magnitude: how much change may add up before a step is computed (0.05 to 0.2 and 0.02 to 0.12);
-            every: how many steps make a group of which one is computed.
+        amount: easy, magnitude and teacache: how much change may add up before a step is computed (0.05 to 0.2, 0.02 to
+            0.12, 0.05 to 0.3); every: how many steps make a group of which one is computed.
         dense: the part of each expert's steps, from its first, that is always computed, 0 to 1.
         most: steps in a row that may be left out.
         curves: for magnitude, of each expert by its name.
+        tea, embed: for teacache, the model's polynomial, and how the model embeds timesteps.
+        source: where curves or polynomial are from, for the user.
     """
 
     policy: str
@@ -47,6 +53,9 @@ class StepCache:
     dense: float = 0.2
     most: int = 2
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    tea: Polynomial | None = None
+    embed: Embed | None = None
+    source: str = ""
 
     def __post_init__(self) -> None:
         rule = look_up(POLICIES, self.policy, "step cache")
@@ -73,6 +82,11 @@ class StepCache:
                 f"A step cache leaves out steps, but there are only {schedule.steps}: use it from {FEWEST_STEPS} steps "
                 "on, or leave it away."
             )
+        if solver in RENOISES:
+            raise WanError(
+                f"The solver {solver} noises the sample anew at each step, so no answer can be carried on: a step "
+                f"cache works with {', '.join(_ONCE_A_STEP)}."
+            )
         if solver not in _ONCE_A_STEP:
             raise WanError(
                 f"The solver {solver} asks the model more than once a step: a step cache works with "
@@ -80,7 +94,35 @@ class StepCache:
             )
         missing = set(experts) - set(self.curves) if self.policy == "magnitude" else set()
         if missing:
-            raise WanError("No curve of magnitudes is known for this model: use the step cache easy, which needs none.")
+            raise WanError(
+                "No curve of magnitudes is known for this model: use the step cache easy, which needs none.",
+                Hint.CALIBRATE,
+            )
+        if self.policy == "teacache":
+            self._check_teacache(experts)
+
+    def _check_teacache(self, experts: Sequence[str]) -> None:
+        if set(experts) != {"only"}:
+            raise WanError(
+                "No polynomial of TeaCache is published for models with two experts: use the step cache magnitude, "
+                "which has curves for them, or easy."
+            )
+        if self.tea is None:
+            raise WanError(
+                "No polynomial of TeaCache is published for this model: use the step cache magnitude or easy."
+            )
+        if self.embed is None:
+            raise WanError(
+                "TeaCache reads how a model embeds timesteps from its file, but another program holds this model: use "
+                "the step cache easy."
+            )
+
+    def growths(self, schedule: Schedule) -> list[float]:
+        """For teacache, how far the answer is expected to move at each step; else nothing."""
+        if self.policy != "teacache":
+            return [0.0] * schedule.steps
+        assert self.tea and self.embed  # see ``check``
+        return growths(self.tea, self.embed(schedule.timesteps))
 
     def always(self, experts: Sequence[str], start: int, end: int) -> frozenset[int]:
         """The steps from ``start`` to before ``end`` that are computed whatever the policy says."""
@@ -91,25 +133,45 @@ class StepCache:
             place += count
         return frozenset(found | {start})
 
-    def predicted(self, schedule: Schedule, experts: Sequence[str], start: int, end: int) -> int | None:
-        """How many steps will be computed; None where that is decided as the run goes."""
+    def planned(self, schedule: Schedule, experts: Sequence[str], start: int, end: int) -> frozenset[int] | None:
+        """The steps that will be computed; None where that is decided as the run goes."""
         if not POLICIES[self.policy].known_before:
             return None
         steps, nothing = CachedSteps(self, schedule, experts, start, end), torch.zeros(1)
+        found = []
         for i in range(start, end):
             if i > start and experts[i] != experts[i - 1]:
                 steps.memory = Memory()
             steps.answer(i, nothing, lambda: nothing)
-        return steps.steps[True]
+            if not steps.memory.skipped:
+                found.append(i)
+        return frozenset(found)
+
+    def predicted(self, schedule: Schedule, experts: Sequence[str], start: int, end: int) -> int | None:
+        """How many steps will be computed; None where that is decided as the run goes."""
+        planned = self.planned(schedule, experts, start, end)
+        return None if planned is None else len(planned)
+
+    def forecast(self, schedule: Schedule, experts: Sequence[str], start: int, end: int) -> str:
+        """What it will bring, for the user, before a run of these steps."""
+        name = f"Step cache {self.policy}, {self.source}" if self.source else f"Step cache {self.policy}"
+        computed, steps = self.predicted(schedule, experts, start, end), end - start
+        if computed is None:
+            least = len(self.always(experts, start, end))
+            return f"{name}: decided as the run goes; at least {least} of {steps} steps are computed."
+        return f"{name}: {computed} of {steps} steps will be computed, {steps / computed:.2f} times as fast."
 
 
 @dataclass(frozen=True)
 class Step:
-    """A call of the model that may be left out: the noise level, who would answer, and the sample."""
+    """A call of the model that may be left out: the noise level, who would answer, the sample, and, for teacache, how
+    far the answer is expected to have moved since the step before.
+    """
 
     sigma: float
     expert: str
     x: Tensor
+    growth: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -212,6 +274,12 @@ def _magnitude(cache: StepCache, memory: Memory, step: Step) -> tuple[bool, Memo
     return memory.change < cache.amount, memory
 
 
+def _teacache(cache: StepCache, memory: Memory, step: Step) -> tuple[bool, Memory]:
+    """What the steps since the last computed one are expected to have changed, added up."""
+    memory = replace(memory, change=memory.change + step.growth)
+    return memory.change < cache.amount, memory
+
+
 def _every(cache: StepCache, memory: Memory, step: Step) -> tuple[bool, Memory]:
     return memory.skipped + 1 < cache.amount, memory
 
@@ -234,6 +302,7 @@ class Policy:
 POLICIES: dict[str, Policy] = {
     "easy": Policy(_easy, 0.1, 0.001, 1.0, False),
     "magnitude": Policy(_magnitude, 0.06, 0.001, 1.0, True),
+    "teacache": Policy(_teacache, 0.1, 0.001, 1.0, True),
     "every": Policy(_every, 2, 2, 4, True),
 }
 
@@ -246,10 +315,11 @@ class CachedSteps:
         self.memory = Memory()
         self.steps = {True: 0, False: 0}  # computed, left out
         self._always = cache.always(experts, start, end)
+        self._growths = cache.growths(schedule)
 
     def answer(self, i: int, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
         """The velocity at a step, computed or extrapolated."""
-        step = Step(self.schedule.sigmas[i].item(), self.experts[i], x)
+        step = Step(self.schedule.sigmas[i].item(), self.experts[i], x, self._growths[i])
         skips = False
         if self.memory.deltas:
             skips, self.memory = POLICIES[self.cache.policy].decide(self.cache, self.memory, step)
