@@ -417,7 +417,7 @@ def _check_cache(model: ModelRecipe, settings: Settings, plan: Schedule, notes: 
     model.step_cache.check(plan, settings.solver, experts)
     end = min(settings.end, plan.steps)
     first = next((i for i in range(settings.start, end) if not model.guidance.rests(i)), settings.start)
-    computed = model.step_cache.predicted(plan, experts, first, end)
+    computed = model.step_cache.predicted(plan, experts, first, end, model.guidance.turns(plan))
     if computed is not None:
         steps = end - settings.start
         notes.hinted(f"Step cache: {computed} of {steps} steps will be computed, {steps / computed:.2f} times as fast.")

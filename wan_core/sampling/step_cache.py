@@ -13,7 +13,7 @@ Policies decide which steps are left out; each is one function of ``POLICIES``:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
@@ -91,13 +91,19 @@ class StepCache:
             place += count
         return frozenset(found | {start})
 
-    def predicted(self, schedule: Schedule, experts: Sequence[str], start: int, end: int) -> int | None:
-        """How many steps will be computed; None where that is decided as the run goes."""
+    def predicted(
+        self, schedule: Schedule, experts: Sequence[str], start: int, end: int, turns: Collection[int] = ()
+    ) -> int | None:
+        """How many steps will be computed; None where that is decided as the run goes.
+
+        Args:
+            turns: steps at which nothing is remembered, beside the first of an expert (``Guidance.turns``).
+        """
         if not POLICIES[self.policy].known_before:
             return None
         steps, nothing = CachedSteps(self, schedule, experts, start, end), torch.zeros(1)
         for i in range(start, end):
-            if i > start and experts[i] != experts[i - 1]:
+            if i > start and (experts[i] != experts[i - 1] or i in turns):
                 steps.memory = Memory()
             steps.answer(i, nothing, lambda: nothing)
         return steps.steps[True]
