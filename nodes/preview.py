@@ -61,7 +61,11 @@ class Steps:
         self.end, first = min(end, plan.steps), min(start, plan.steps - 1)  # the range is checked by ``denoise``
         self.bar = ProgressBar(self.end - start)
         experts, calls = working(model, plan), model_calls(model, plan, guidance)
-        if model.step_cache and (computed := model.step_cache.planned(plan, experts, first, self.end)) is not None:
+        if (
+            model.step_cache
+            and (computed := model.step_cache.planned(plan, experts, first, self.end, model.guidance.turns(plan)))
+            is not None
+        ):
             calls = [count if i in computed else 0 for i, count in enumerate(calls)]
         self.pace = Pace(experts, guidance, calls=calls)
         self.screen = Screen(node_id)

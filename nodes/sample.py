@@ -479,7 +479,7 @@ def _check_cache(model: ModelRecipe, settings: Settings, plan: Schedule, notes: 
     model.step_cache.check(plan, settings.solver, experts)
     end = min(settings.end, plan.steps)
     first = next((i for i in range(settings.start, end) if not model.guidance.rests(i)), settings.start)
-    notes.hinted(model.step_cache.forecast(plan, experts, first, end))
+    notes.hinted(model.step_cache.forecast(plan, experts, first, end, model.guidance.turns(plan)))
 
 
 def _check_steps(model: ModelRecipe, settings: Settings, plan: Schedule, notes: Notes) -> None:

@@ -128,6 +128,30 @@ def test_what_a_node_cannot_be_is_not_queued(client: Client, settings: dict, mes
         client.submit(g.nodes)
 
 
+def test_a_network_that_comfyui_holds_keeps_its_blocks(client: Client, server: Server) -> None:
+    """What works on answers works with it too; what reaches into the network is refused, also of a pair's one half."""
+    g = Graph()
+    held = [
+        g.add("WanCoreFromModel", model=g.add("UNETLoader", unet_name=name, weight_dtype="default"))
+        for name in nano.EXPERTS
+    ]
+    with_rules = guided(g, guided(g, held[1], "apg"), "cfg_zero_star")
+    sides = nano.conditions(g, PROMPT)
+    wan.save_latent(g, wan.sample(g, with_rules, sides, wan.empty(g, with_rules)), "guidance_held")
+    run = client.run(g.nodes)
+    assert run.ok and "Guidance: cfg_zero_star" in said(run), run.error
+    assert wan.read_latent(server, "guidance_held").isfinite().all()
+    for rule in ("nag", "slg", "cfg_merge"):
+        g = Graph()
+        loaded = g.add("UNETLoader", unet_name=nano.EXPERTS[1], weight_dtype="default")
+        low = g.add("WanCoreFromModel", model=loaded)
+        high = guided(g, wan.load(g, nano.EXPERTS[0]), rule)
+        m = g.add("WanCoreExpertSwitch", high=high, low=low, mode="auto", boundary=0.875)
+        wan.save_latent(g, wan.sample(g, m, nano.conditions(g, PROMPT), wan.empty(g, m)), "guidance_mixed")
+        run = client.run(g.nodes)
+        assert not run.ok and f"{rule} works within the network" in run.error and "Load Wan Model" in run.error
+
+
 def test_an_expert_at_cfg_1_is_said(client: Client, server: Server) -> None:
     _, text = drawn(client, server, "one", {"rule": "apg"}, cfg_low=1.0)
     assert "low-noise expert has a guidance of 1: apg does nothing there" in text, text

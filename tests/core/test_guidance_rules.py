@@ -316,6 +316,20 @@ def test_a_step_cache_does_not_take_rest_for_an_answer():
     assert first == [ALONG.sigmas[3].item()]
 
 
+def test_a_step_cache_does_not_extrapolate_over_the_ends_of_a_range():
+    """The guided velocity jumps where guidance ends: the steps there begin anew, as with another expert."""
+    cut = Interval(1.0, ALONG.sigmas[5].item())
+    guidance, experts = Guidance((cut, ZeroStar(1))), Experts.dense(Toy(), W)
+    assert guidance.turns(ALONG) == {6} and not Guidance((APG, ZeroStar())).turns(ALONG)
+    reports: list[StepReport] = []
+    cache = StepCache("every", 2, dense=0)
+    sampled(*guidance.rules, experts=experts, cache=cache, on_step=reports.append)
+    computed = [report.computed for report in reports]
+    assert computed == [False, True, False, True, False, True, True, False, True, False, True, True]
+    assert len(reports[6].state.kept["cache.sigmas"]) == 1
+    assert cache.predicted(ALONG, ["only"] * STEPS, 1, STEPS, guidance.turns(ALONG)) == sum(computed)
+
+
 # --- both prompts in one call
 
 

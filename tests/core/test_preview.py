@@ -211,3 +211,15 @@ def test_time_left_by_expert() -> None:
     now[0] += 9
     pace.step(3)  # a model that tells of no blocks
     assert pace.left(4, 5) == 7
+
+
+def test_time_left_by_calls() -> None:
+    """Steps differ in how often they ask the model; one that does not ask tells nothing."""
+    now = [0.0]
+    pace = Pace(["only"] * 5, PerExpert(low=3, high=3), clock=lambda: now[0], calls=[0, 2, 2, 1, 1])
+    pace.step(0)
+    assert pace.left(1, 5) is None
+    pace.block()
+    now[0] += 6
+    pace.step(1)
+    assert pace.left(2, 5) == 6 + 3 + 3 and pace.left(3, 5) == 6

@@ -254,7 +254,7 @@ def _step_notes(model: ModelRecipe, request: Request) -> list[str]:
     experts = working(model, timetable)
     notes = [uneven(experts, timetable)]
     if model.step_cache:
-        notes.append(model.step_cache.forecast(timetable, experts, 0, timetable.steps))
+        notes.append(model.step_cache.forecast(timetable, experts, 0, timetable.steps, model.guidance.turns(timetable)))
     return [note for note in notes if note]
 
 

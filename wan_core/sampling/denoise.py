@@ -254,12 +254,14 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
     if known and known.clean:
         x = known.put_back(x)
     state = RunState(x, state.step, state.history.to(x.device), state.expert, state.kept)
+    turns = run.guidance.turns(run.schedule)  # a step cache does not extrapolate over them
     for i in range(state.step, run.last):
         experts.announce(i, run.schedule)
         state = state.under(experts.at(i, run.schedule).name)
         velocity.begin(i, _below("guidance.", state.kept))
         if cached:
-            cached.memory = Memory.from_tensors(_below("cache.", state.kept), x.device)
+            known_steps = {} if i in turns else _below("cache.", state.kept)
+            cached.memory = Memory.from_tensors(known_steps, x.device)
         x, history = step(state.x, i, run.schedule, velocity, state.history)
         sigma = run.schedule.sigmas[i + 1].item()
         if known and (known.clean or sigma == 0):

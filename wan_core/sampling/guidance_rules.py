@@ -79,6 +79,10 @@ class Rule:
         """Whether the sample stays where it is at a step of the schedule; then the model is not asked."""
         return False
 
+    def acts(self, sigma: float) -> bool:
+        """Whether it does something at a noise level."""
+        return True
+
     def asks_both(self, sigma: float) -> bool:
         """Whether both prompts are asked at a noise level."""
         return True
@@ -393,6 +397,11 @@ class Guidance:
     def asks_both(self, sigma: float) -> bool:
         """Whether the negative prompt is asked at a noise level, where the scale is not 1."""
         return all(rule.asks_both(sigma) for rule in self.rules)
+
+    def turns(self, schedule: Schedule) -> frozenset[int]:
+        """The steps at which a rule begins or ends to act: the guided velocity then jumps."""
+        acting = [[rule.acts(sigma) for rule in self.rules] for sigma in schedule.sigmas[:-1].tolist()]
+        return frozenset(i for i in range(1, len(acting)) if acting[i] != acting[i - 1])
 
     def check_network(self, layers: int, *, own: bool = True) -> None:
         """

@@ -14,7 +14,7 @@ Policies decide which steps are left out; each is one function of ``POLICIES``:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
@@ -133,29 +133,39 @@ class StepCache:
             place += count
         return frozenset(found | {start})
 
-    def planned(self, schedule: Schedule, experts: Sequence[str], start: int, end: int) -> frozenset[int] | None:
-        """The steps that will be computed; None where that is decided as the run goes."""
+    def planned(
+        self, schedule: Schedule, experts: Sequence[str], start: int, end: int, turns: Collection[int] = ()
+    ) -> frozenset[int] | None:
+        """The steps that will be computed; None where that is decided as the run goes.
+
+        Args:
+            turns: steps at which nothing is remembered, beside the first of an expert (``Guidance.turns``).
+        """
         if not POLICIES[self.policy].known_before:
             return None
         steps, nothing = CachedSteps(self, schedule, experts, start, end), torch.zeros(1)
         found = []
         for i in range(start, end):
-            if i > start and experts[i] != experts[i - 1]:
+            if i > start and (experts[i] != experts[i - 1] or i in turns):
                 steps.memory = Memory()
             steps.answer(i, nothing, lambda: nothing)
             if not steps.memory.skipped:
                 found.append(i)
         return frozenset(found)
 
-    def predicted(self, schedule: Schedule, experts: Sequence[str], start: int, end: int) -> int | None:
-        """How many steps will be computed; None where that is decided as the run goes."""
-        planned = self.planned(schedule, experts, start, end)
+    def predicted(
+        self, schedule: Schedule, experts: Sequence[str], start: int, end: int, turns: Collection[int] = ()
+    ) -> int | None:
+        """How many steps ``planned`` has."""
+        planned = self.planned(schedule, experts, start, end, turns)
         return None if planned is None else len(planned)
 
-    def forecast(self, schedule: Schedule, experts: Sequence[str], start: int, end: int) -> str:
+    def forecast(
+        self, schedule: Schedule, experts: Sequence[str], start: int, end: int, turns: Collection[int] = ()
+    ) -> str:
         """What it will bring, for the user, before a run of these steps."""
         name = f"Step cache {self.policy}, {self.source}" if self.source else f"Step cache {self.policy}"
-        computed, steps = self.predicted(schedule, experts, start, end), end - start
+        computed, steps = self.predicted(schedule, experts, start, end, turns), end - start
         if computed is None:
             least = len(self.always(experts, start, end))
             return f"{name}: decided as the run goes; at least {least} of {steps} steps are computed."
