@@ -213,8 +213,8 @@ def request_from(args: argparse.Namespace) -> Request:
         steps=chosen["steps"],
         shift=shift,
         guidance=guidance,
-        solver=chosen["solver"] or "unipc",
-        schedule=chosen["schedule"] or "auto",
+        solver="unipc" if chosen["solver"] is None else chosen["solver"],
+        schedule="auto" if chosen["schedule"] is None else chosen["schedule"],
         seed=args.base_seed,
         vae_tile=args.vae_tile,
     )
