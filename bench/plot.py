@@ -96,19 +96,24 @@ def _frame(across: _Axis, up: _Axis) -> list[str]:
 
 
 def _labels(places: Sequence[tuple[Point, float, float]], colour: dict[str, str]) -> list[str]:
-    """Beside each point, moved down where another label stands."""
+    """Beside each point, where neither a point nor another label stands; at its right where there is no such place."""
     parts: list[str] = []
-    taken: list[tuple[float, float, float]] = []
+    taken = [(y + 4, x - 6, x + 6) for _, x, y in places]  # a line of text, from one x to another
     for point, x, y in sorted(places, key=lambda place: (place[2], place[1])):
         width = 5.6 * len(point.name)
-        left = x + 8 if x + 8 + width < WIDTH - RIGHT + 40 else x - 8 - width
-        row = y + 4
-        while any(abs(row - other) < 11 and left < end and begin < left + width for other, begin, end in taken):
-            row += 11
+        sides = [x + 8] if x + 8 + width < WIDTH - RIGHT + 40 else []
+        sides += [x - 8 - width] if x - 8 - width > LEFT or not sides else []
+        tries = [(y + 4 + down, left) for down in (0, 11, -11, 22, -22) for left in sides]
+        free = (one for one in tries if not any(_meet(*one, width, other) for other in taken))
+        row, left = next(free, tries[0])
         taken.append((row, left, left + width))
         look = f'font-size="10" fill="{colour[point.group]}"'
         parts.append(f'<text x="{left:.1f}" y="{row:.1f}" {look}>{escape(point.name)}</text>')
     return parts
+
+
+def _meet(row: float, left: float, width: float, other: tuple[float, float, float]) -> bool:
+    return abs(row - other[0]) < 11 and left < other[2] and other[1] < left + width
 
 
 def _legend(groups: Sequence[str], colour: dict[str, str]) -> list[str]:

@@ -248,5 +248,6 @@ def publish(report: dict) -> None:
     lines += ["| {way} | {group} | {speed:.2f} | {error:.4f} | {psnr:.1f} |".format(**row) for row in rows]
     picture = f"![Speed against error](images/{PICTURE.name})\n\n"
     document.publish(picture + "\n".join(lines) + "\n", _BEGIN, _END)
-    guidance.publish(report["guidance"])
-    weights.publish(report["weights"])
+    for part, publisher in (("guidance", guidance.publish), ("weights", weights.publish)):
+        if part in report:
+            publisher(report[part])

@@ -16,7 +16,7 @@ from .loras import with_loras
 
 log = logging.getLogger(__name__)
 
-_NOT_HERE = ("save_file", "save_tensors", "step_cache", "tea_cache_l1_thresh")
+_NOT_HERE = ("save_file", "save_tensors", "step_cache", "tea_cache_l1_thresh", "guidance", "cfg_merge")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    given = [flag for flag in _NOT_HERE if getattr(args, flag) is not None]
+    given = [flag for flag in _NOT_HERE if getattr(args, flag)]
     if given:
-        raise WanError(f"Measuring saves no video and leaves out no step: run without --{', --'.join(given)}.")
+        raise WanError(
+            "Measuring saves no video, leaves out no step and takes plain guidance: run without "
+            f"--{', --'.join(given)}."
+        )
     generate.refuse_unsupported(args)
     from ..dtypes import resolve_dtype
     from ..loading.step_caches import curve_file

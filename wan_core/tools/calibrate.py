@@ -22,6 +22,7 @@ from ..recipe import ModelRecipe, Network
 from ..sampling.denoise import StepReport
 from ..sampling.experts import Model
 from ..sampling.guidance import Condition
+from ..sampling.guidance_rules import PLAIN
 
 _AT_ONCE = 8192  # tokens whose residual becomes float32 at once
 
@@ -49,7 +50,7 @@ def calibrate(
         WanError: see ``generate``; an expert that did fewer than two steps.
     """
     only_own(models.dit.files, "Measuring")
-    models = replace(models, dit=replace(models.dit, step_cache=None))
+    models = replace(models, dit=replace(models.dit, step_cache=None, guidance=PLAIN))
     timetable = request.completed(models.dit.variant).timetable()
     engine = _Engine()
     sizes: dict[str, list[tuple[float, Tensor]]] = {}
