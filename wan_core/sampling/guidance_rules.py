@@ -322,7 +322,9 @@ class Projected(Rule):
 
     Attributes:
         momentum: negative values lead away from where the steps before went; 0 is none.
-        norm_threshold: of the difference, over all values of the latent; 0 is no limit.
+        norm_threshold: of the difference, over all values of the latent; 0 is no limit. It goes with the square root
+            of their number: 55 at 832x480 with 81 frames is 83 at 1280x720. Without a limit that is reached, negative
+            momentum can build up.
         eta: how much is left of what lies along the clean estimate; 1 leaves all.
     """
 
