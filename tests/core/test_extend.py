@@ -103,9 +103,10 @@ def test_models_are_the_official_ones_where_none_is_named(server) -> None:
     assert [asked.body["model"] for asked in server.asked] == ["qwen-plus", "qwen-vl-max"]
 
 
-def test_an_address_may_have_a_query_and_a_slash(server) -> None:
+@pytest.mark.parametrize("end", ["/?api-version=1#x", "/chat/completions?api-version=1"])
+def test_an_address_may_have_a_query_and_the_methods_own_path(server, end: str) -> None:
     server.faults = [says(ENGLISH)]
-    found = ServerMethod(PROTOCOLS["openai"], Endpoint(server.openai + "/?api-version=1#x", KEY), "m")
+    found = ServerMethod(PROTOCOLS["openai"], Endpoint(server.openai + end, KEY), "m")
     assert PromptExtender().extend(found, "a cat") == Extended(ENGLISH)
     assert server.asked[0].path == "/v1/chat/completions?api-version=1"
 
