@@ -76,12 +76,12 @@ class PromptExtend(WanNode):
                     default="auto",
                     tooltip="Of the extended prompt. auto: Chinese when the text contains Chinese, else English.",
                 ),
-                io.Int.Input(
-                    "seed",
+                io.Int.Input(  # not called seed: the editor would draw a new one, and so ask again, for every run
+                    "variation",
                     default=0,
                     min=0,
                     max=2**53 - 1,
-                    tooltip="Another seed asks for another version; the same one gives the same prompt again.",
+                    tooltip="The seed of the language model: another number asks for another version.",
                 ),
                 io.Combo.Input(
                     "on_failure",
@@ -131,7 +131,7 @@ class PromptExtend(WanNode):
         method: str,
         model: str,
         language: str,
-        seed: int,
+        variation: int,
         on_failure: str,
         timeout: int,
         image: torch.Tensor | None = None,
@@ -145,7 +145,13 @@ class PromptExtend(WanNode):
         asked = _method(method, model, bool(seen), timeout)
         host.show_text(host.current_node(), f"Asking {' '.join(filter(None, (method, model)))} …")
         result = extender().extend(
-            asked, text, pictures=seen, language=language, seed=seed, on_failure=on_failure, check=host.check_cancelled
+            asked,
+            text,
+            pictures=seen,
+            language=language,
+            seed=variation,
+            on_failure=on_failure,
+            check=host.check_cancelled,
         )
         if method not in SETTINGS:
             management.soft_empty_cache()

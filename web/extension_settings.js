@@ -6,47 +6,54 @@
 const CATEGORY = 'Wan'
 const GROUP = 'Prompt extension'
 
+const STYLE = `width: 20rem; max-width: 100%; box-sizing: border-box; padding: 6px 10px; border-radius: 6px; font: inherit;
+  border: 1px solid var(--border-color); background: var(--comfy-input-bg); color: var(--input-text)`
+
 /**
  * @param {string} id
+ * @param {number} place
+ * @param {'text' | 'password'} kind
  * @param {string} name
  * @param {string} tooltip
- * @param {Setting['type']} type
  * @returns {Setting}
  */
-const setting = (id, name, tooltip, type) => ({
+const setting = (id, place, kind, name, tooltip) => ({
   id: `wan_core.PromptExtension.${id}`,
   name,
   category: [CATEGORY, GROUP, id],
+  sortOrder: -place,
   tooltip,
   defaultValue: '',
-  type
+  type: (_, set, value) => field(kind, name, set, value)
 })
 
 /** @type {Setting[]} */
 export const extensionSettings = [
-  setting('OpenAIAddress', 'OpenAI-compatible server: address',
-    'Such as http://127.0.0.1:11434/v1. Empty: api.openai.com.', 'text'),
-  setting('OpenAIKey', 'OpenAI-compatible server: key',
-    'Kept as plain text in ComfyUI\'s settings file; the environment variable OPENAI_API_KEY is safer.', secret),
-  setting('DashScopeAddress', 'DashScope: address',
-    'Empty: dashscope.aliyuncs.com. Outside China: https://dashscope-intl.aliyuncs.com/api/v1.', 'text'),
-  setting('DashScopeKey', 'DashScope: key',
-    'Kept as plain text in ComfyUI\'s settings file; the environment variable DASH_API_KEY is safer.', secret)
+  setting('OpenAIAddress', 1, 'text', 'OpenAI-compatible server: address',
+    'Such as http://127.0.0.1:11434/v1. Empty: api.openai.com.'),
+  setting('OpenAIKey', 2, 'password', 'OpenAI-compatible server: key',
+    'Kept as plain text in ComfyUI\'s settings file; the environment variable OPENAI_API_KEY is safer.'),
+  setting('DashScopeAddress', 3, 'text', 'DashScope: address',
+    'Empty: dashscope.aliyuncs.com. Outside China: https://dashscope-intl.aliyuncs.com/api/v1.'),
+  setting('DashScopeKey', 4, 'password', 'DashScope: key',
+    'Kept as plain text in ComfyUI\'s settings file; the environment variable DASH_API_KEY is safer.')
 ]
 
 /**
- * A field whose content is not shown.
+ * Wide enough for an address, and of a kind that ComfyUI's own fields do not have: its content is not shown.
+ * @param {'text' | 'password'} kind
  * @param {string} name
  * @param {(value: string) => void} set
  * @param {string} value
  */
-function secret(name, set, value) {
-  const field = document.createElement('input')
-  field.type = 'password'
-  field.autocomplete = 'off'
-  field.value = value ?? ''
-  field.ariaLabel = name
-  field.className = 'p-inputtext p-component'
-  field.addEventListener('change', () => set(field.value.trim()))
-  return field
+function field(kind, name, set, value) {
+  const input = document.createElement('input')
+  input.type = kind
+  input.autocomplete = 'off'
+  input.spellcheck = false
+  input.value = value ?? ''
+  input.ariaLabel = name
+  input.style.cssText = STYLE
+  input.addEventListener('change', () => set(input.value.trim()))
+  return input
 }

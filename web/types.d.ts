@@ -53,7 +53,8 @@ interface Setting {
   category: string[]
   tooltip: string
   defaultValue: string
-  type: 'text' | ((name: string, set: (value: string) => void, value: string) => HTMLElement)
+  sortOrder: number
+  type(name: string, set: (value: string) => void, value: string): HTMLElement
 }
 
 interface GraphNode {

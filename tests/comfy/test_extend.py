@@ -43,7 +43,7 @@ def local_models(models: Path) -> None:
 
 
 def extension(g: Graph, text: str, method: str = "openai", **options: object) -> Out:
-    values = {"model": "any", "language": "auto", "seed": 0, "on_failure": "keep prompt", "timeout": 20} | options
+    values = {"model": "any", "language": "auto", "variation": 0, "on_failure": "keep prompt", "timeout": 20} | options
     node = g.add("WanCorePromptExtend", text=text, method=method, **values)
     g.add("PreviewAny", source=node)
     return node
@@ -193,7 +193,7 @@ def test_what_is_missing_is_said_when_it_is_queued(client: Client) -> None:
 @pytest.mark.parametrize("model", ["", "Qwen2.5_3B", "Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct"])
 def test_a_local_model(client: Client, local_models, model: str) -> None:
     g = Graph()
-    extension(g, "dog jumps", "local_qwen", model=model, timeout=100, seed=5)
+    extension(g, "dog jumps", "local_qwen", model=model, timeout=100, variation=5)
     done, prompt = run(client, g)
     assert done.ok, done.error
     assert prompt == SENTENCE.format("white")

@@ -103,9 +103,10 @@ def test_models_are_the_official_ones_where_none_is_named(server) -> None:
     assert [asked.body["model"] for asked in server.asked] == ["qwen-plus", "qwen-vl-max"]
 
 
-def test_an_address_may_have_a_query_and_a_slash(server) -> None:
+@pytest.mark.parametrize("end", ["/?api-version=1#x", "/chat/completions?api-version=1"])
+def test_an_address_may_have_a_query_and_the_methods_own_path(server, end: str) -> None:
     server.faults = [says(ENGLISH)]
-    found = ServerMethod(PROTOCOLS["openai"], Endpoint(server.openai + "/?api-version=1#x", KEY), "m")
+    found = ServerMethod(PROTOCOLS["openai"], Endpoint(server.openai + end, KEY), "m")
     assert PromptExtender().extend(found, "a cat") == Extended(ENGLISH)
     assert server.asked[0].path == "/v1/chat/completions?api-version=1"
 
@@ -166,7 +167,7 @@ def test_what_is_no_prompt_leaves_the_given_one(server, protocol: str, fault: st
     assert result.prompt == "a cat" and result.failed and len(server.asked) == 1
     (note,) = result.notes
     assert note.startswith("The prompt could not be extended: ") and reason in note
-    assert note.endswith(". The prompt is used as it was given.") and "?." not in note
+    assert note.endswith(". The prompt is used as it was given.") and "?." not in note and ".." not in note
 
 
 def test_a_refusal_of_openais(server) -> None:
@@ -237,7 +238,7 @@ def test_faults_leave_the_given_prompt(server, hurried, protocol: str, fault: st
     with caplog.at_level(logging.DEBUG):
         result = extend(server, protocol, seconds=30)
     assert result.prompt == "a cat" and result.failed
-    assert reason in result.notes[0] and len(result.notes[0]) < 600
+    assert reason in result.notes[0] and len(result.notes[0]) < 600 and ".." not in result.notes[0]
     assert not leaks("\n".join([result.notes[0], caplog.text]))
 
 

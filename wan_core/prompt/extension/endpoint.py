@@ -50,9 +50,11 @@ class Endpoint:
             )
 
     def at(self, path: str) -> str:
-        """The URL of a method; a query of the address stays."""
+        """The URL of a method; a query of the address stays, and so does a path that names the method already."""
         parts = self._parts()
-        return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") + path, parts.query, ""))
+        own = parts.path.rstrip("/")
+        whole = own if own.endswith(path) else own + path
+        return urlunsplit((parts.scheme, parts.netloc, whole, parts.query, ""))
 
     @property
     def shown(self) -> str:

@@ -109,7 +109,7 @@ class PromptExtender:
 
     def _failed(self, method: Method, prompt: str, reason: str, on_failure: str) -> Extended:
         self.failures[method.identity] += 1
-        said = f"The prompt could not be extended: {reason}."
+        said = f"The prompt could not be extended: {reason.rstrip('.。 ')}."
         if on_failure == STOP:
             raise WanError(said)
         if not prompt.strip():
