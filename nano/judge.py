@@ -25,7 +25,7 @@ from wan_core.models.vae.vae import VideoVAE
 from wan_core.sampling.starts import known_channels
 from wan_core.train.data import Frame
 from wan_core.train.model import TrainedDiT, load_trained
-from wan_core.train.sample import Sampling, sample
+from wan_core.train.sample import Given, Sampling, sample
 from wan_core.train.vae import psnr, reconstruct
 
 from .captions import caption
@@ -131,13 +131,13 @@ class Judge:
             frame.height // vae.spec.spatial_stride,
             frame.width // vae.spec.spatial_stride,
         )
-        condition: dict[str, object] = {}
+        given = Given([self.text(words) for words in prompts], self.text(""))
         if images is not None and variant.image == "channels":
-            condition = {"inputs": (known_channels([{0: image} for image in images], frame.frames, vae.encode_all),)}
+            known = known_channels([{0: image} for image in images], frame.frames, vae.encode_all)
+            given = replace(given, inputs=(known,))
         elif images is not None:
-            condition = {"first": vae.encode(torch.stack(images)[:, :, None])}
-        texts, empty = [self.text(words) for words in prompts], self.text("")
-        return sample(self.dit(high), self.dit(low), texts, empty, shape, self.how, variant, seed=seed, **condition)
+            given = replace(given, first=vae.encode(torch.stack(images)[:, :, None]))
+        return sample(self.dit(high), self.dit(low), given, shape, self.how, variant, seed=seed)
 
     def reconstruction(self, kind: VAEKind, count: int) -> tuple[list[float], Mapping[str, Rate]]:
         """PSNR of held-out films through a VAE, and what can still be read of them."""

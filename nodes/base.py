@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import comfy.model_management as management
 from comfy_api.latest import io
@@ -39,9 +39,13 @@ class WanNode(io.ComfyNode):
 
     files: ClassVar[tuple[str, ...]] = ()  # inputs that choose a file or folder, which ``check_inputs`` looks for
 
-    @classmethod
-    def check_inputs(cls) -> None:
-        """What a node's own inputs cannot be together. Ranges and choices have been checked before."""
+    if TYPE_CHECKING:  # each node has inputs of its own
+        check_inputs: ClassVar[Callable[..., None]]
+    else:
+
+        @classmethod
+        def check_inputs(cls) -> None:
+            """What a node's own inputs cannot be together. Ranges and choices have been checked before."""
 
     @classmethod
     def validate_inputs(cls, **inputs: object) -> bool:
@@ -82,8 +86,7 @@ def _checked(execute: Callable[..., Any]) -> Callable[..., Any]:
             check(cls, inputs, complete=True)
             return execute(cls, **inputs)
 
-    run.guarded = True
-    return run
+    return _marked(run)
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,8 +97,12 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         with readable_errors():
             return function(*args, **options)
 
-    run.guarded = True
-    return run
+    return _marked(run)
+
+
+def _marked(function: Any) -> Any:
+    function.guarded = True
+    return function
 
 
 def guarded_methods(*names: str) -> Callable[[Class], Class]:

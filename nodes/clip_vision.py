@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -72,7 +73,7 @@ class Seen:
 class WanClipVision:
     """A CLIP vision encoder on a CLIP_VISION socket: ComfyUI's interface over the engine's encoder."""
 
-    def __init__(self, file: ClipFile):
+    def __init__(self, file: ClipFile) -> None:
         self.file = file
 
     def encode_image(self, image: torch.Tensor, crop: bool = True) -> Seen:
@@ -87,7 +88,7 @@ class WanClipVision:
         return Seen(tokens.to(host.storage_device()))
 
 
-def look(clip: object, image: torch.Tensor) -> torch.Tensor:
+def look(clip: Any, image: torch.Tensor) -> torch.Tensor:
     """Pictures [B,H,W,3] in 0..1 -> tokens [B,257,1280], by our CLIP or ComfyUI's, prepared as the official code does.
 
     ComfyUI's would smooth the picture before it is made small; of one that is small already it takes the pixels as they

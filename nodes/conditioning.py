@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -119,7 +119,7 @@ def clip_tokens(seen: object, name: str, model: ModelRecipe) -> torch.Tensor:
         WanError: there are none, or not what the model takes.
     """
     tokens = tokens_of(seen, f"the {name} conditioning")
-    check_features(tokens, model.high.config.feature(ClipTokensConfig))
+    check_features(tokens, cast(ClipTokensConfig, model.high.config.feature(ClipTokensConfig)))
     return tokens
 
 

@@ -51,7 +51,7 @@ class ExpertSwitch(WanNode):
 
     @classmethod
     def check_inputs(cls, mode: str | None, boundary: float | None) -> None:
-        if None not in (mode, boundary):  # None: comes from a link
+        if mode is not None and boundary is not None:  # None: comes from a link
             _switch(mode, boundary)
 
     @classmethod

@@ -8,7 +8,7 @@ import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import comfy.model_management as management
 import folder_paths
@@ -114,7 +114,7 @@ class PromptExtend(WanNode):
         if method in SETTINGS:
             asked.check()
         else:
-            _check_local(asked)
+            _check_local(cast("LocalQwen", asked))
 
     @classmethod
     def fingerprint_inputs(cls, method: str, model: str, **_: object) -> tuple:

@@ -7,6 +7,7 @@ would change the picture and cannot be done here is refused; what is unknown is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from ..wan_core.errors import WanError
 
@@ -46,7 +47,7 @@ def refuse_conditions(extras: Mapping[str, object]) -> None:
         )
 
 
-def refuse_patches(options: Mapping[str, object]) -> None:
+def refuse_patches(options: Mapping[str, Any]) -> None:
     """What nodes want done inside ComfyUI's own network.
 
     Raises:
@@ -107,7 +108,7 @@ def _names(override: object) -> Iterator[str]:
             yield name
 
 
-def _held(cell: object) -> object:
+def _held(cell: Any) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # not yet filled

@@ -45,7 +45,7 @@ FINDING = {
 }  # fmt: skip
 
 
-def findable(node: type) -> type:
+def findable(node: Any) -> Any:
     """The node class, whose schema says all this where the running ComfyUI has words for it, and nothing else anew."""
     define = node.define_schema.__func__
 

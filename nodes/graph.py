@@ -25,7 +25,7 @@ def check_decoders(prompt: Prompt | None, node: str | None, variant: Variant) ->
     Raises:
         WanError: one is of the other kind, damaged, or no VAE; the message names the node that loads it.
     """
-    if not prompt or node not in prompt:
+    if not prompt or node is None or node not in prompt:
         return
     for decoder in _decoders_of(prompt, node):
         loader = _source(prompt, decoder, "vae")
@@ -76,7 +76,7 @@ def _source(prompt: Prompt, node: str, name: str) -> str | None:
 def model_file(prompt: Prompt | None, node: str | None) -> str | None:
     """The file that the MODEL of a node's input ``model`` came from, through nodes that take a MODEL and give one."""
     seen = set()
-    while prompt and node in prompt and node not in seen:
+    while prompt and node is not None and node in prompt and node not in seen:
         seen.add(node)
         inputs = prompt[node].get("inputs", {})
         names = [inputs[key] for key in _MODEL_NAMES if isinstance(inputs.get(key), str)]

@@ -99,8 +99,10 @@ class GuidanceNode(WanNode):
         )
 
     @classmethod
-    def check_inputs(cls, rule: str | None, blocks: str | None, sigma_start: float | None, sigma_end: float | None):
-        if None not in (rule, blocks, sigma_start, sigma_end):
+    def check_inputs(
+        cls, rule: str | None, blocks: str | None, sigma_start: float | None, sigma_end: float | None
+    ) -> None:
+        if rule is not None and None not in (blocks, sigma_start, sigma_end):
             _made(rule, {"blocks": blocks, "sigma_start": sigma_start, "sigma_end": sigma_end})
 
     @classmethod

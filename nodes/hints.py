@@ -56,5 +56,6 @@ _NODES = defaultdict(
 
 def worded(error: WanError) -> str:
     """An error's text, as a node shows it."""
-    more = {"loader": _LOADERS.get(error.details.get("part")), "nodes": _NODES[error.details.get("family")]}
+    part, family = (str(error.details.get(name)) for name in ("part", "family"))
+    more = {"loader": _LOADERS.get(part), "nodes": _NODES[family]}
     return WanError(error.problem, error.hint, **error.details | more).worded(HINTS)

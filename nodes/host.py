@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import comfy.model_management as management
 import folder_paths
@@ -170,7 +170,7 @@ def read_header(read: Callable[[Path], File], folder: str, name: str) -> File:
     if known is None or known[0] != now or known[1] != _looked_at(known[2]):
         found = read(path)
         known = _headers[read, path] = now, _looked_at(found), found
-    return known[2]
+    return cast(File, known[2])
 
 
 _headers: dict[tuple[Callable, Path], tuple[tuple, tuple, object]] = {}
@@ -287,7 +287,7 @@ def show_text(node_id: str | None, text: str) -> None:
     """
     from server import PromptServer
 
-    server = getattr(PromptServer, "instance", None)
+    server: Any = getattr(PromptServer, "instance", None)
     client = getattr(server, "client_id", None)
     if node_id is not None and client is not None:
         server.send_sync(TEXT_EVENT, {"node": shown_as(node_id), "text": safe_text(text)}, client)
@@ -323,7 +323,7 @@ def shown_as(node_id: str) -> str:
 class Chunks:
     """A progress bar over the pieces of several videos, and a place to cancel after each piece."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int) -> None:
         self.bar = ProgressBar(total)
 
     def __call__(self, done: int, total: int) -> None:

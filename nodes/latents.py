@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import node_helpers
 import torch
@@ -303,7 +304,7 @@ def _with_channels(variant: Variant, vae: object, wanted: Wanted) -> tuple[dict,
     return values, {"samples": _empty(shape, wanted.batch)}
 
 
-def _encode(vae: object, given: dict[int, torch.Tensor], frames: int) -> torch.Tensor:
+def _encode(vae: Any, given: dict[int, torch.Tensor], frames: int) -> torch.Tensor:
     """Given frames -> raw latent [1,C,T,h,w], with our VAE or ComfyUI's."""
     chunks = latents.condition_chunks(given, frames)
     if isinstance(vae, WanVAE):

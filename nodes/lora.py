@@ -98,9 +98,9 @@ class Lora(WanNode):
         cls, lora_name: str | None, low_name: str | None, first_step: int | None, last_step: int | None
     ) -> None:
         for name in (lora_name, low_name):
-            if name not in (None, AUTO, NONE):
+            if name is not None and name not in (AUTO, NONE):
                 host.read_header(open_checkpoint, FOLDER, name)
-        if None not in (first_step, last_step) and last_step < first_step:
+        if first_step is not None and last_step is not None and last_step < first_step:
             raise WanError(f"The LoRA's last step, {last_step}, lies before its first step, {first_step}.")
 
     @classmethod

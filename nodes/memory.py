@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class WanWeights(nn.Module):
     """An empty module under whose name ComfyUI's log speaks of the engine's weights."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
 
@@ -34,7 +34,7 @@ class WanWeights(nn.Module):
 class Residency(ModelPatcher):
     """The entry in ComfyUI's list; overrides all that would move or patch weights."""
 
-    def __init__(self, engine: Engine, device: torch.device):
+    def __init__(self, engine: Engine, device: torch.device) -> None:
         super().__init__(WanWeights(device), load_device=device, offload_device=torch.device("cpu"))
         self.engine = engine
         self.incoming = 0  # bytes about to be loaded

@@ -12,7 +12,7 @@ import logging
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from comfy_api.latest import io
@@ -146,7 +146,9 @@ def _classes() -> tuple[type, dict[str, type]]:
         def get_ram_usage(self) -> int:
             return 0
 
-    class OverEngine:
+    mixin: Any = object
+
+    class OverEngine(mixin):
         """Methods, not attributes: a model that holds its own bound method is a circle that only the collector ends."""
 
         state_dict_for_saving = _refuse_weights
@@ -182,7 +184,7 @@ class WanAsNetwork(nn.Module):
 
     dtype = torch.float32  # of what comes in and goes out: the engine computes in the recipe's own
 
-    def __init__(self, recipe: ModelRecipe, engine: Engine, device: torch.device):
+    def __init__(self, recipe: ModelRecipe, engine: Engine, device: torch.device) -> None:
         super().__init__()
         channels = torch.empty(recipe.high.config.dim, recipe.variant.in_channels, 1, 2, 2, device="meta")
         self.patch_embedding = SimpleNamespace(weight=channels)  # ComfyUI reads the number of channels from it
@@ -191,7 +193,7 @@ class WanAsNetwork(nn.Module):
         self._texts: list[Condition] = []
         self._said: set[str] = set()
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:  # still one, for whoever asks whether it is there

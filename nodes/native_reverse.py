@@ -82,7 +82,8 @@ def from_model(patcher: Any, name: str) -> ModelRecipe:
     _check_patches(patcher, name)
     network = patcher.model.diffusion_model
     need_attributes(_NAME, network, _DIMENSIONS, _INSTEAD)
-    config = Architecture(*(getattr(network, dimension) for dimension in _DIMENSIONS), features=_features(network))
+    dimensions: list[Any] = [getattr(network, dimension) for dimension in _DIMENSIONS]
+    config = Architecture(*dimensions, features=_features(network))  # type: ignore[misc]
     dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
     same = (id(patcher.model), patcher.patches_uuid)
     _check_channels(config, name)
@@ -177,9 +178,9 @@ def _check_patches(patcher: Any, name: str) -> None:
 class NativeExpert:
     """A network of ComfyUI's as ``denoise`` calls it; one for each run."""
 
-    def __init__(self, patcher: Any):
+    def __init__(self, patcher: Any) -> None:
         self.patcher = patcher
-        self._options: dict | None = None
+        self._options: Any = None  # dict, once something is loaded
         self._prompts: dict[int, uuid.UUID] = {}
 
     def __call__(

@@ -12,7 +12,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
@@ -116,10 +116,10 @@ def still(x0: torch.Tensor) -> tuple:
 class Screen:
     """The node in the browser of whoever queued the prompt, if a browser it is."""
 
-    def __init__(self, node_id: str | None):
+    def __init__(self, node_id: str | None) -> None:
         from server import PromptServer
 
-        self.server = getattr(PromptServer, "instance", None)
+        self.server: Any = getattr(PromptServer, "instance", None)
         self.node = None if node_id is None or self.server is None else host.shown_as(node_id)
         self.client = getattr(self.server, "client_id", None)
         self.run = time.time_ns() // 1_000_000  # tells a late picture of an earlier run from one of this run
@@ -145,7 +145,7 @@ class Screen:
 class _Picture:
     """Paints on a screen; looks for a tiny decoder when the first picture is due."""
 
-    def __init__(self, screen: Screen, fps: float):
+    def __init__(self, screen: Screen, fps: float) -> None:
         self.screen, self.fps = screen, fps
         self._decoder: TinyDecoder | None = None
         self._looked = False

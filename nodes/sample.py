@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -181,7 +182,8 @@ class Sampler(WanNode):
         sigmas: object = NOT_CONNECTED,
         preset: str | None = CUSTOM,
     ) -> None:
-        values = Settings(0, steps, PerExpert(1, 1), shift, solver, schedule, denoise, start_step, end_step, True)
+        known: Any = (0, steps, PerExpert(1, 1), shift, solver, schedule, denoise, start_step, end_step, True)
+        values = Settings(*known)  # None: comes from a link
         if preset in PRESETS:
             values = values.under(PRESETS[preset])
         _check_settings(values, has_sigmas=sigmas is not NOT_CONNECTED)

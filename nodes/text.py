@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from comfy_api.latest import io
@@ -81,7 +81,7 @@ class WanCLIP:
     use_clip_schedule = False
     apply_hooks_to_conds = None
 
-    def __init__(self, file: TextFile, dtype: str, device: str):
+    def __init__(self, file: TextFile, dtype: str, device: str) -> None:
         self.file = file
         self.dtype = dtype
         self.device = device
@@ -123,7 +123,7 @@ class WanCLIP:
         return [[self.encode_from_tokens(tokens), {"pooled_output": None, **(add_dict or {})}]]
 
     def encode(self, text: str) -> torch.Tensor:
-        return self.encode_from_tokens(self.tokenize(text))
+        return cast(torch.Tensor, self.encode_from_tokens(self.tokenize(text)))
 
     def clone(self) -> WanCLIP:
         other = WanCLIP(self.file, self.dtype, self.device)

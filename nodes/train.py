@@ -10,7 +10,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import comfy.model_management as management
 import folder_paths
@@ -205,11 +205,12 @@ class TrainLora(WanNode):
 
     @classmethod
     def execute(
-        cls, model: ModelRecipe, vae: object, clip: object, clip_vision: object = None, **settings: object
+        cls, model: ModelRecipe, vae: object, clip: object, clip_vision: object = None, **settings: Any
     ) -> io.NodeOutput:
         progress = Progress(host.current_node())
         file, plot = train(model, Encoders(vae, clip, clip_vision), Settings(**settings), progress)
-        shown = ui.PreviewImage(plot, cls=cls).as_dict() | host.text_output(progress.text).as_dict()
+        words = host.text_output(progress.text)
+        shown = ui.PreviewImage(plot, cls=cls).as_dict() | (words.as_dict() if words else {})
         return io.NodeOutput(str(file), plot, ui=shown)
 
 
@@ -217,11 +218,11 @@ class TrainLora(WanNode):
 class Encoders:
     """What is connected beside the model."""
 
-    vae: object
-    clip: object
-    clip_vision: object = None
+    vae: Any
+    clip: Any
+    clip_vision: Any = None
 
-    def files(self, variant: Variant) -> dict[str, Path | None]:
+    def files(self, variant: Variant) -> dict[str, Any]:
         """The files behind them, by the names of ``TrainFiles``.
 
         Raises:
@@ -368,15 +369,15 @@ def choose_expert(model: ModelRecipe, choice: str) -> tuple[DiTFile, str]:
         WanError: it is not clear which, or the file's name says otherwise.
     """
     if model.variant.experts == 1:
-        return model.high, "only"
+        return cast(DiTFile, model.high), "only"
     if model.low is not None:
         if choice == "auto":
             raise WanError(
                 "The model is a pair of experts, and each gets a LoRA of its own: set expert to high or "
                 "low, and train the other in a second run."
             )
-        return (model.high if choice == "high" else model.low), choice
-    name = model.high.checkpoint.path
+        return cast(DiTFile, model.high if choice == "high" else model.low), choice
+    name = model.high.path
     told = noise_level_of(name)
     if choice == "auto" and told is None:
         raise WanError(
@@ -388,7 +389,7 @@ def choose_expert(model: ModelRecipe, choice: str) -> tuple[DiTFile, str]:
             f"{name.name} is the {told}-noise expert by its name, but expert is {choice}: set it to "
             f"{told}, or load the other file."
         )
-    return model.high, told if choice == "auto" else choice
+    return cast(DiTFile, model.high), told if told and choice == "auto" else choice
 
 
 # --- folders
@@ -493,7 +494,7 @@ class Progress:
 
     EVERY = 1.0  # seconds between two texts of how far it is, at least
 
-    def __init__(self, node_id: str | None):
+    def __init__(self, node_id: str | None) -> None:
         self.node_id = node_id
         self.remarks: list[str] = []
         self.line = ""
@@ -525,7 +526,7 @@ def free_models() -> None:
 class Clips:
     """A progress bar over the clips that are encoded."""
 
-    def __init__(self, progress: Progress):
+    def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.bar: ProgressBar | None = None
 
@@ -538,7 +539,7 @@ class Clips:
 class Losses:
     """A progress bar over the steps with the plot of the loss as its picture, and a place to cancel."""
 
-    def __init__(self, request: Request, progress: Progress):
+    def __init__(self, request: Request, progress: Progress) -> None:
         self.folder = request.out
         self.progress = progress
         self.bar: ProgressBar | None = None

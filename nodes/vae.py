@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -89,7 +90,7 @@ class WanVAE:
     output_channels = 3
     not_video = False
 
-    def __init__(self, file: VAEFile, dtype: str):
+    def __init__(self, file: VAEFile, dtype: str) -> None:
         spec = VAES[file.config.kind]
         stride = spec.spatial_stride
         self.file = file
@@ -138,15 +139,14 @@ class WanVAE:
 
     def _encode(self, pixels: torch.Tensor, tiles: Tiles | None) -> torch.Tensor:
         videos = self._videos(pixels, tiles)
-        where = self._place(videos.shape[2:4], tiles, "encode")
-        return retried(
-            lambda tiles: self._encoded(videos, replace(where, tiles=tiles)), *videos.shape[2:4], where.tiles
-        )
+        height, width = videos.shape[2:4]
+        where = self._place((height, width), tiles, "encode")
+        return retried(lambda tiles: self._encoded(videos, replace(where, tiles=tiles)), height, width, where.tiles)
 
     def _encoded(self, videos: torch.Tensor, where: Place) -> torch.Tensor:
-        vae = vae_at(host.engine(), self.file, where, videos.shape[2:4], "encode")
-        frames, tiles = videos.shape[1], where.tiles
-        bar = host.Chunks(len(videos) * latent_frames(frames) * self._tile_count(videos.shape[2:4], tiles))
+        frames, height, width = videos.shape[1:4]
+        vae, tiles = vae_at(host.engine(), self.file, where, (height, width), "encode"), where.tiles
+        bar = host.Chunks(len(videos) * latent_frames(frames) * self._tile_count((height, width), tiles))
         if tiles is None:
             return torch.cat([self._encoded_chunks(vae, pieces(video), frames, bar) for video in videos])
         with host.cancellable(vae):
@@ -204,12 +204,15 @@ class WanVAE:
     def _decode(self, samples: torch.Tensor, tiles: Tiles | None) -> torch.Tensor:
         batch, _, frames, height, width = _video_latent(samples, self.latent_channels).shape
         stride = self.spacial_compression_decode()
-        size = (batch, pixel_frames(frames), height * stride, width * stride, 3)
-        where = self._place(size[2:4], tiles, "decode")
+        height, width = height * stride, width * stride
+        size = (batch, pixel_frames(frames), height, width, 3)
+        where = self._place((height, width), tiles, "decode")
         self._check_decode(size, where)
-        return retried(lambda tiles: self._decoded(samples, size, replace(where, tiles=tiles)), *size[2:4], where.tiles)
+        return retried(
+            lambda tiles: self._decoded(samples, size, replace(where, tiles=tiles)), height, width, where.tiles
+        )
 
-    def _decoded(self, samples: torch.Tensor, size: Sequence[int], where: Place) -> torch.Tensor:
+    def _decoded(self, samples: torch.Tensor, size: tuple[int, int, int, int, int], where: Place) -> torch.Tensor:
         batch, frames, tiles = len(samples), samples.shape[2], where.tiles
         vae = vae_at(host.engine(), self.file, where, size[2:4], "decode")
         video = torch.zeros(size, device=host.storage_device())
@@ -223,7 +226,7 @@ class WanVAE:
                     blend(video[i], decoded_tiles(vae, latent, tiles, bar))
         return video
 
-    def _place(self, size: Sequence[int], tiles: Tiles | None, work: Work) -> Place:
+    def _place(self, size: tuple[int, int], tiles: Tiles | None, work: Work) -> Place:
         """For frames of this height and width: in the tiles that were asked for, else as there is room."""
         device, dtype = self.patcher.load_device, self._compute_dtype()
         if tiles is not None or device.type == "cpu":
@@ -232,7 +235,7 @@ class WanVAE:
         free = host.free_bytes(device) + host.engine().bytes_on(device) - WORKSPACE
         return place(self.file.config, size, device, dtype, room=free, work=work)
 
-    def _tile_count(self, size: Sequence[int], tiles: Tiles | None) -> int:
+    def _tile_count(self, size: tuple[int, int], tiles: Tiles | None) -> int:
         stride = self.spacial_compression_decode()
         return len(cut(size[0] // stride, size[1] // stride, tiles, stride)) if tiles else 1
 
@@ -263,9 +266,9 @@ class WanVAE:
 
 def _tiles(height: int | None, width: int | None, overlap: int | None, unit: int) -> Tiles:
     """What ComfyUI asks for, in multiples of ``unit`` pixels; what it leaves open is 512 pixels and 64 shared ones."""
-    size = [side * unit if side else 512 for side in (height, width)]
+    rows, columns = (side * unit if side else 512 for side in (height, width))
     shared = 64 if overlap is None else overlap * unit
-    return Tiles(*size, min(shared, min(size) // 2))
+    return Tiles(rows, columns, min(shared, min(rows, columns) // 2))
 
 
 def _video_latent(samples: torch.Tensor, channels: int) -> torch.Tensor:
@@ -302,7 +305,7 @@ class VAEEncode(WanNode):
         )
 
     @classmethod
-    def execute(cls, vae: object, image: torch.Tensor) -> io.NodeOutput:
+    def execute(cls, vae: Any, image: torch.Tensor) -> io.NodeOutput:
         image = pictures(image, "image")
         latent_frames(len(image))
         _check_sides(image, vae.spacial_compression_encode())
@@ -356,7 +359,7 @@ class VAEDecode(WanNode):
         )
 
     @classmethod
-    def execute(cls, vae: object, samples: dict, tile_size: int = 0, overlap: int = 64) -> io.NodeOutput:
+    def execute(cls, vae: Any, samples: dict, tile_size: int = 0, overlap: int = 64) -> io.NodeOutput:
         latent = _video_latent(samples["samples"], getattr(vae, "latent_channels", samples["samples"].shape[1]))
         with host.cancellable(getattr(vae, "first_stage_model", None)):
             if tile_size:

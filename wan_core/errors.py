@@ -57,7 +57,7 @@ class WanError(ValueError):
         details: of the hint.
     """
 
-    def __init__(self, problem: str, hint: Hint | None = None, **details: object):
+    def __init__(self, problem: str, hint: Hint | None = None, **details: object) -> None:
         self.problem, self.hint, self.details = problem, hint, details
         super().__init__(self.worded({}))
 

@@ -66,7 +66,7 @@ def upload(pieces: Iterable[Piece], device: torch.device, largest: int, readers:
 class _Ring:
     """Pinned buffers, each free again when its copy is done."""
 
-    def __init__(self, device: torch.device, size: int):
+    def __init__(self, device: torch.device, size: int) -> None:
         self._device = device
         self._buffers = [pinned(size) for _ in range(PIECES)]
         self._copied: dict[int, torch.cuda.Event] = {}

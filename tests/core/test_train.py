@@ -41,7 +41,7 @@ from wan_core.train.objective import (
 from wan_core.train.optim import orthogonal
 from wan_core.train.report import Log, read_log
 from wan_core.train.run import Request, files_in, run
-from wan_core.train.sample import Sampling, sample
+from wan_core.train.sample import Given, Sampling, sample
 
 T2V, I2V, TI2V = (VARIANTS[task] for task in ("t2v-A14B", "i2v-A14B", "ti2v-5B"))
 CONFIG = Architecture(16, 16, dim=128, ffn_dim=64, layers=2, text_dim=32, freq_dim=256, heads=1)
@@ -383,7 +383,7 @@ def test_overfitting_one_clip(tmp_path: Path):
     losses = [float(row["loss"]) for row in read_log(tmp_path / "log.csv")]
     assert losses[0] > 1 and np.mean(losses[-10:]) < 0.05
     how = Sampling(steps=10, shift=3.0, guidance=1.0)
-    made = sample(model, model, [data.texts(0)], data.empty, (16, 2, 4, 4), how, T2V)[0]
+    made = sample(model, model, Given([data.texts(0)], data.empty), (16, 2, 4, 4), how, T2V)[0]
     assert (made - clip).square().mean() < 0.3 * clip.square().mean()
 
 

@@ -8,7 +8,7 @@ import shlex
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import VARIANTS, PerExpert
 from ..errors import WanError
@@ -21,8 +21,11 @@ from .prompt_extension import add_extension_arguments, extended
 from .step_caches import add_cache_arguments, step_cache_from
 
 if TYPE_CHECKING:
+    import torch
+
     from ..pipeline import Request
     from ..recipe import ModelRecipe
+    from ..sampling.denoise import StepReport
 
 log = logging.getLogger(__name__)
 
@@ -193,8 +196,8 @@ def swap(args: argparse.Namespace) -> dict:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def request_from(args: argparse.Namespace) -> Request:
-    """The request that the arguments make."""
+def request_from(args: argparse.Namespace) -> Any:
+    """The ``Request`` that the arguments make; ``completed`` fills in what they leave open."""
     from ..pipeline import Request
 
     prompt = args.prompt if args.prompt is not None else _EXAMPLE_PROMPT.get(args.task, _EXAMPLE_PROMPT["t2v-A14B"])
@@ -230,7 +233,7 @@ def default_name(args: argparse.Namespace) -> Path:
     return Path(f"{args.task}_{width}x{height}_{prompt}_{datetime.now():%Y%m%d_%H%M%S}.{ending}")
 
 
-def text_device(args: argparse.Namespace, device):
+def text_device(args: argparse.Namespace, device: torch.device) -> torch.device:
     import torch
 
     return torch.device("cpu") if args.t5_cpu else device
@@ -273,7 +276,7 @@ def _limit(text: str) -> float | str:
 class Bar:
     """A tqdm bar over steps that tells which expert works, and how many steps a cache left out."""
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int) -> None:
         from tqdm import tqdm
 
         self.bar = tqdm(total=steps, desc="sampling", unit="step")
@@ -282,10 +285,10 @@ class Bar:
     def __enter__(self) -> Bar:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.close()
 
-    def __call__(self, report) -> None:
+    def __call__(self, report: StepReport) -> None:
         self.left_out += not report.computed
         parts = [f"{report.expert}-noise expert"] if report.expert != "only" else []
         if self.left_out:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ..errors import WanError, is_out_of_memory
 from .hints import HINTS
@@ -96,37 +96,38 @@ def _patient_streams() -> Iterator[None]:
 class _Patient:
     """A text stream that never fails."""
 
-    def __init__(self, stream: TextIO | None):
+    def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        self._try(lambda: self.stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding)))
+        fit = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+        self._try(lambda stream: stream.write(fit))
         return len(text)
 
     def flush(self) -> None:
-        self._try(lambda: self.stream.flush())
+        self._try(lambda stream: stream.flush())
 
     def isatty(self) -> bool:
         with suppress(AttributeError, OSError, ValueError):
-            return self.stream.isatty()
+            return self.stream is not None and self.stream.isatty()
         return False
 
-    def _try(self, act: Callable[[], object]) -> None:
+    def _try(self, act: Callable[[TextIO], object]) -> None:
         if self.stream is None:
             return
         try:
-            act()
+            act(self.stream)
         except (OSError, ValueError):  # a closed pipe, a full disk, a closed file
-            self._give_up()
+            self._give_up(self.stream)
 
-    def _give_up(self) -> None:
+    def _give_up(self, stream: TextIO) -> None:
         """Python writes out what is left when it ends, and must not fail then either."""
         with suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
+            os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
         self.stream = None

@@ -201,13 +201,13 @@ def _boundaries(args: argparse.Namespace) -> tuple[float, float] | None:
 class _Bar:
     """tqdm bars over the clips that are made ready and over steps, with the loss."""
 
-    def __init__(self):
-        self.bar = None
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
 
     def __enter__(self) -> _Bar:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end()
 
     def on_clip(self, done: int, total: int) -> None:

@@ -51,7 +51,7 @@ class Checkpoint:
     every recipe, so it holds no file itself: a file is mapped while one of its tensors lives, or inside ``reading``.
     """
 
-    def __init__(self, path: Path, stored: Mapping[str, TensorInfo], metadata: Mapping[str, str]):
+    def __init__(self, path: Path, stored: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
         self.path = path
         self.metadata = dict(metadata)
         self._stored = dict(stored)  # the tensors as they lie in the file, the pieces of packed matrices among them
@@ -184,7 +184,7 @@ class _SafetensorsFile(Mapping[str, torch.Tensor]):
     is larger than the machine's RAM.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path) -> None:
         self.entries = safetensors_header.read_header(file).entries
         self.data = MappedFile(file)
 

@@ -151,7 +151,7 @@ def _original_shape(file: Path, key: str, original: Array, entry: Entry) -> tupl
 class GGUFFile(Mapping[str, torch.Tensor]):
     """A mapping of names to mapped tensors over one GGUF file: plain ones in their shape, blocks as rows of bytes."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path) -> None:
         self.entries = read_header(file).tensors
         self.data = MappedFile(file)
 
@@ -168,7 +168,7 @@ class GGUFFile(Mapping[str, torch.Tensor]):
 
 
 class _Cursor:
-    def __init__(self, data: mmap.mmap, at: int = 0):
+    def __init__(self, data: mmap.mmap, at: int = 0) -> None:
         self.data = data
         self.at = at
 

@@ -11,8 +11,12 @@ from .checkpoint import Checkpoint
 class HeaderRead(Protocol):
     """What reading a header leaves behind."""
 
-    checkpoint: Checkpoint
-    fingerprint: tuple[Any, ...]  # of the files when the header was read
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+
+    @property
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Of the files when the header was read."""
 
 
 def check_unchanged(file: HeaderRead) -> None:

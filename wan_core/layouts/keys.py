@@ -20,7 +20,7 @@ class Renames:
     are the official ones.
     """
 
-    def __init__(self, rows: Iterable[tuple[str, str]]):
+    def __init__(self, rows: Iterable[tuple[str, str]]) -> None:
         self.rows = tuple(rows)
 
     def to_own(self, key: str) -> str | None:
@@ -30,6 +30,13 @@ class Renames:
     def to_theirs(self, key: str) -> str | None:
         """Their name of our key, or None when no row knows it."""
         return _rename(key, self._backward)
+
+    def renamed(self, key: str) -> str:
+        """The same of a key that is known to have a row."""
+        theirs = self.to_theirs(key)
+        if theirs is None:
+            raise KeyError(key)
+        return theirs
 
     @cached_property
     def _forward(self) -> list[tuple[re.Pattern[str], str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,20 +18,50 @@ from ..quant.linear import pack_layers
 from ..quant.scaled import Scaled
 from ..quant.scratch import Scratch
 
+Built = TypeVar("Built", bound=nn.Module)
+Key = Callable[[str], bool]
+
+
+def _none(key: str) -> bool:
+    return False
+
+
+def _all(key: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a model's tensors are held, by our keys.
+
+    Attributes:
+        keep_float32: those that stay float32 whatever the model's dtype is.
+        place: False for those that stay memory-mapped on the CPU in the file's dtype (streamed blocks).
+        packs: matrices that stay in their quantised format; all others are dequantised.
+        make: the format in which such a matrix is packed now if the file has it in none, or in another.
+        spare: matrices that stay mapped if a CPU can use them as they lie in the file: their layers read them at each
+            use.
+    """
+
+    keep_float32: Key = _none
+    place: Key = _all
+    packs: Key = _none
+    make: Callable[[str], Scaled | None] = lambda key: None
+    spare: Key = _none
+
+
+PLAIN = Rules()
+
 
 def load_strict(
-    module: nn.Module,
+    module: Built,
     checkpoint: Checkpoint,
     names: Mapping[str, str],
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    keep_float32: Callable[[str], bool] = lambda key: False,
-    place: Callable[[str], bool] = lambda key: True,
-    packs: Callable[[str], bool] = lambda key: False,
-    make: Callable[[str], Scaled | None] = lambda key: None,
-    spare: Callable[[str], bool] = lambda key: False,
-) -> nn.Module:
+    rules: Rules = PLAIN,
+) -> Built:
     """Fill a module that was made on the meta device.
 
     Args:
@@ -37,12 +69,6 @@ def load_strict(
         names: our key -> the checkpoint's key. Keys of the module that are missing here, and keys here that the module
             does not know, are errors.
         dtype: of floating-point tensors after loading; None keeps the file's.
-        keep_float32: our keys that stay float32 whatever ``dtype`` says.
-        place: False for keys that stay memory-mapped on the CPU in the file's dtype (streamed blocks).
-        packs: our keys of matrices that stay in their quantised format; all others are dequantised.
-        make: the format in which such a matrix is packed now if the file has it in none, or in another.
-        spare: our keys of matrices that stay mapped if a CPU can use them as they lie in the file: their layers read
-            them at each use.
 
     What stays is read into aligned memory of the model's own, also where dtype and device fit already: a mapping would
     kill the process when its file is truncated, and products would depend on where the file happens to have a matrix.
@@ -57,14 +83,14 @@ def load_strict(
     scratch, device, reads = Scratch(), torch.device(device), []
     with checkpoint.reading():
         for key, slot in wanted.items():
-            if packs(key) and (make(key) or _is_packed(checkpoint, names[key])):
-                matrix = _packed(checkpoint, names[key], make(key), device)
-                packed[key] = matrix.to(device) if place(key) or device.type == "cpu" else matrix
+            if rules.packs(key) and (rules.make(key) or _is_packed(checkpoint, names[key])):
+                matrix = _packed(checkpoint, names[key], rules.make(key), device)
+                packed[key] = matrix.to(device) if rules.place(key) or device.type == "cpu" else matrix
                 continue
             tensor = checkpoint.tensor(names[key])
-            target = torch.float32 if keep_float32(key) else dtype
+            target = torch.float32 if rules.keep_float32(key) else dtype
             target = target if target and tensor.is_floating_point() else tensor.dtype
-            if not _stays(module, key, tensor, device, target, streams=not place(key), spare=spare(key)):
+            if not _stays(module, key, tensor, device, target, streams=not rules.place(key), spare=rules.spare(key)):
                 if is_mapped(tensor):
                     reads.append((tensor, room_for(tensor, device, target)))
                     tensor = reads[-1][1]
@@ -109,13 +135,15 @@ def _stays(
 def _lend(module: nn.Module, scratch: Scratch) -> None:
     """The buffer to all layers whose matrices are mapped."""
     for layer in module.modules():
-        if getattr(layer, "may_stay_in_file", False) and hasattr(layer, "scratch") and is_mapped(layer.weight):
-            layer.scratch = scratch
+        lent: Any = layer
+        if getattr(lent, "may_stay_in_file", False) and hasattr(lent, "scratch") and is_mapped(lent.weight):
+            lent.scratch = scratch
 
 
 def _packed(checkpoint: Checkpoint, key: str, make: Scaled | None, device: torch.device | str) -> Packed:
     """A matrix as the file has it, mapped, or packed on the device."""
-    if _is_packed(checkpoint, key) and (make is None or checkpoint.tensors[key].format.name == make.name):
+    stored = checkpoint.tensors[key].format
+    if make is None or stored and stored.name == make.name and _is_packed(checkpoint, key):
         return checkpoint.packed(key)
     return make.pack(fetch(checkpoint.tensor(key), device))
 

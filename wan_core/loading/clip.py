@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 
 from ..dtypes import resolve_dtype
 from ..files.checkpoint import Checkpoint
+from ..files.marks import TensorInfo
 from ..layouts import clip as layout
 from ..layouts.detect import find
 from ..models.clip.vit import ClipConfig, ClipVision
-from .build import load_strict
+from ..quant.base import Packed
+from .build import Rules, load_strict
 from .file import ModelFile, Understood, read_file
 
 ClipFile: TypeAlias = ModelFile[ClipConfig]
@@ -45,8 +47,9 @@ def build_clip(
     dtype = clip_dtype(file, device, dtype)
     with torch.device("meta"):
         encoder = ClipVision(file.config)
-    tensors = _FlatEmbeddings(file.checkpoint)
-    load_strict(encoder, tensors, file.names, device=device, dtype=dtype, keep_float32=lambda key: "norm" in key)
+    tensors = cast(Checkpoint, _FlatEmbeddings(file.checkpoint))  # as far as load_strict asks
+    rules = Rules(keep_float32=lambda key: "norm" in key)
+    load_strict(encoder, tensors, file.names, device=device, dtype=dtype, rules=rules)
     return encoder
 
 
@@ -80,7 +83,7 @@ def load_clip_vision(
 class _FlatEmbeddings:
     """A checkpoint whose class and position embeddings have no leading dimensions of 1, as one dialect writes them."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self.path = checkpoint.path
         self.tensors = {key: self._flat(info) for key, info in checkpoint.tensors.items()}
@@ -91,11 +94,11 @@ class _FlatEmbeddings:
     def reading(self) -> AbstractContextManager[None]:
         return self._checkpoint.reading()
 
-    def packed(self, key: str):
+    def packed(self, key: str) -> Packed:
         return self._checkpoint.packed(key)
 
     @staticmethod
-    def _flat(info):
+    def _flat(info: TensorInfo) -> TensorInfo:
         from dataclasses import replace
 
         shape = tuple(info.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -18,7 +19,7 @@ from ..layouts.architecture import check_runs
 from ..layouts.detect import find
 from ..models.dit.attention import find_backend
 from ..models.dit.dit import WanDiT, keeps_float32
-from .build import load_strict
+from .build import Rules, load_strict
 from .file import ModelFile, Understood, read_file
 
 log = logging.getLogger(__name__)
@@ -88,18 +89,10 @@ def fill_dit(
     with torch.device("meta"):
         model = WanDiT(file.config)
     swap = stream(model.blocks, dtype) if stream else None
-    load_strict(
-        model,
-        file.checkpoint,
-        file.names,
-        device=device,
-        dtype=dtype,
-        keep_float32=keeps_float32,
-        place=swap.places if swap else lambda key: True,
-        packs=keys.packs,
-        make=lambda key: precision.weights,
-        spare=lambda key: swap is not None and not key.startswith("blocks."),
-    )
+    rules = Rules(keep_float32=keeps_float32, packs=keys.packs, make=lambda key: precision.weights)
+    if swap:
+        rules = replace(rules, place=swap.places, spare=lambda key: not key.startswith("blocks."))
+    load_strict(model, file.checkpoint, file.names, device=device, dtype=dtype, rules=rules)
     model.attend = backend.run
     model.swap = swap.adopt() if swap else None
     return model

@@ -53,8 +53,9 @@ def step_cache(
     if policy == "teacache":
         name = tea_model or teacache.name_for(variant, high.path.name)
         rule = teacache.polynomial(name) if name else None
-        held = isinstance(high, ExternalModel)
-        embed = None if held or rule is None or low is not None else embedding(high, rule.signal)
+        embed = None
+        if rule is not None and low is None and not isinstance(high, ExternalModel):
+            embed = embedding(high, rule.signal)
         usual = amount if amount is not None or rule is None else rule.usual[0]
         return StepCache(policy, _amount(policy, usual), dense, most, tea=rule, embed=embed, source=_tea_source(name))
     return StepCache(policy, _amount(policy, amount), dense, most)

@@ -21,7 +21,7 @@ from ..layouts.gguf_tokenizer import spiece_inside
 from ..models.text.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, places_beside, tokenizer_file
 from ..models.text.tokenizer_check import problem_of
 from ..models.text.umt5 import Umt5Encoder
-from .build import load_strict
+from .build import Rules, load_strict
 from .file import ModelFile, Understood, read_file
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class TextEncoder:
     The tokenizer is read from its source when it is first needed.
     """
 
-    def __init__(self, encoder: Umt5Encoder, tokenizer: Tokenizer | bytes | str | Path):
+    def __init__(self, encoder: Umt5Encoder, tokenizer: Tokenizer | bytes | str | Path) -> None:
         self.encoder = encoder
         self._source = tokenizer
 
@@ -130,16 +130,13 @@ def build_text_encoder(
     precision = precision_of(dtype)
     with torch.device("meta"):
         encoder = Umt5Encoder(file.config)
-    load_strict(
-        encoder,
-        file.checkpoint,
-        file.names,
-        device=device,
-        dtype=precision.on(device, file.checkpoint.dtype),
+    rules = Rules(
         place=lambda key: _is_small(key) or (resident and device.type != "cpu" and key != layout.TABLE),
         packs=layout.packs,
         make=lambda key: precision.weights if layout.is_matrix(key) else None,
     )
+    dtype = precision.on(device, file.checkpoint.dtype)
+    load_strict(encoder, file.checkpoint, file.names, device=device, dtype=dtype, rules=rules)
     return TextEncoder(encoder, file.tokenizer)
 
 
@@ -185,7 +182,7 @@ def _tokenizer_source(
     if named is not None:
         return _checked(named if isinstance(named, bytes) else tokenizer_file(named), checkpoint, rows), ()
     inside = spiece_inside(checkpoint)
-    problem = inside and problem_of(inside, rows)
+    problem = problem_of(inside, rows) if inside else None
     if inside and not problem:
         return inside, ()
     try:
@@ -194,8 +191,9 @@ def _tokenizer_source(
         raise WanError(f"The tokenizer inside {checkpoint.path} {problem}. {error}") if problem else error from None
     places = places_beside(checkpoint.path.absolute())
     checkpoint.beside = tuple(places[: places.index(found) + 1])
-    passed = [(file, problem_of(file, rows)) for file in checkpoint.beside[:-1] if file.is_file()]
-    passed = [("The tokenizer inside it", problem)] * bool(problem) + passed
+    passed = [(f"{file}", problem_of(file, rows)) for file in checkpoint.beside[:-1] if file.is_file()]
+    if inside:
+        passed.insert(0, ("The tokenizer inside it", problem))
     return found, tuple(f"{checkpoint.path.name}: {what} {why}; {found} is used." for what, why in passed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,7 +19,7 @@ from ..models.vae.wan22 import Wan22VAE
 from .build import load_strict
 from .file import ModelFile, Understood, read_file
 
-VAE_CLASSES: dict[VAEKind, type[VideoVAE]] = {"wan2.1": Wan21VAE, "wan2.2": Wan22VAE}
+VAE_CLASSES: dict[VAEKind, Callable[[VAEConfig], VideoVAE]] = {"wan2.1": Wan21VAE, "wan2.2": Wan22VAE}
 
 
 VAEFile: TypeAlias = ModelFile[VAEConfig]

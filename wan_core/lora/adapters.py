@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class Adapter(nn.Module):
     scaled: bool = True  # whether an alpha scales it
     products: tuple[tuple[str, str], ...] = ()  # roles of matrices that are multiplied, where a file has them
 
-    def __init__(self, parts: Mapping[str, Tensor], *, scale: float = 1.0, alpha: float | None = None):
+    def __init__(self, parts: Mapping[str, Tensor], *, scale: float = 1.0, alpha: float | None = None) -> None:
         super().__init__()
         for role, part in parts.items():
             self.register_buffer(role, part)
@@ -48,6 +49,10 @@ class Adapter(nn.Module):
     @property
     def additive(self) -> bool:
         return self.adds(self._buffers)
+
+    def add_(self, y: Tensor, x: Tensor, strength: float) -> None:
+        """Where it is additive: to what a layer makes of x [..., columns], y [..., rows]."""
+        raise NotImplementedError
 
     @classmethod
     def stored_dtype(cls, dtype: torch.dtype) -> torch.dtype:
@@ -112,14 +117,17 @@ class Adapter(nn.Module):
             wanted, length = self._part("magnitude", weight.device).view(-1, 1)[rows], total.norm(dim=1, keepdim=True)
             return total * (wanted / length)
         wanted, eps = self._part("dora", weight.device), torch.finfo(torch.float32).eps
-        if self.dora.shape[0] == 1:
+        if len(self._tensor("dora")) == 1:
             channels = total.view(len(total), wanted.numel(), -1)
             length = channels.norm(dim=(0, 2), keepdim=True)
             return (channels * (wanted.view(1, -1, 1) / (length + eps))).view(total.shape)
         return total * (wanted.view(-1, 1)[rows] / (weight.norm(dim=1, keepdim=True) + eps))
 
     def _part(self, role: str, device: torch.device, rows: slice = slice(None)) -> Tensor:
-        return fetch(self._buffers[role][rows], device, torch.float32)
+        return fetch(self._tensor(role)[rows], device, torch.float32)
+
+    def _tensor(self, role: str) -> Tensor:
+        return cast(Tensor, self._buffers[role])
 
 
 class LowRank(Adapter):
@@ -158,8 +166,8 @@ class LowRank(Adapter):
 
     def add_(self, y: Tensor, x: Tensor, strength: float) -> None:
         """To what a layer makes of x [..., columns], y [..., rows]; with tensors of their dtype and device."""
-        low = F.linear(x, self.down.flatten(1)).flatten(0, -2)
-        y.view(-1, y.shape[-1]).addmm_(low, self.up.flatten(1).T, alpha=strength * self.scale)
+        low = F.linear(x, self._tensor("down").flatten(1)).flatten(0, -2)
+        y.view(-1, y.shape[-1]).addmm_(low, self._tensor("up").flatten(1).T, alpha=strength * self.scale)
 
 
 def kernel_of(core: tuple[int, ...]) -> int:

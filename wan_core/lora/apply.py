@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ from ..quant.scratch import Scratch
 from .adapters import Adapter
 from .files import LoraFile, Part
 from .kinds import merge_into
+
+Passenger: TypeAlias = tuple[nn.Module, str, Tensor, torch.dtype]  # module, name, tensor, wanted dtype
 
 
 class PatchedLinear(nn.Module):
@@ -53,9 +56,10 @@ class PatchedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]"""
+        adapters = cast(Sequence[Adapter], self.adapters)
         active = [
             (adapter, self.strengths[place])
-            for adapter, place in zip(self.adapters, self.places, strict=True)
+            for adapter, place in zip(adapters, self.places, strict=True)
             if self.strengths[place]
         ]
         if not all(adapter.additive for adapter, _ in active):
@@ -93,7 +97,7 @@ class Adaptation:
         revision: changes whenever the model answers differently from before.
     """
 
-    def __init__(self, model: WanDiT, file: DiTFile):
+    def __init__(self, model: WanDiT, file: DiTFile) -> None:
         self._model = weakref.ref(model)
         self.file = file
         self.revision = 0
@@ -105,7 +109,7 @@ class Adaptation:
 
     @property
     def model(self) -> WanDiT:
-        return self._model()
+        return cast(WanDiT, self._model())
 
     def set(self, loras: Sequence[LoraFile], strengths: Sequence[float], *, merge: bool = False) -> None:
         """Have the model answer with these LoRAs, in this order; what is so already is left alone.
@@ -144,7 +148,8 @@ class Adaptation:
 
     @torch.no_grad()
     def _build(self) -> None:
-        scratch, apart, beside = Scratch(), [], {}
+        scratch, apart = Scratch(), []
+        beside: dict[int, list[Passenger]] = {}
         for key, parts in _by_weight(self._loras).items():
             if not self._stays_beside(key, parts):
                 adapters = tuple((part.read(lora.checkpoint), place) for place, lora, part in parts)
@@ -169,7 +174,7 @@ class Adaptation:
         return not self._merge and all(part.kind.adds(part.keys) for _, _, part in parts)
 
     def _patch(self, path: str, parts: Sequence[tuple[int, LoraFile, Part]], scratch: Scratch) -> PatchedLinear:
-        base = self.model.get_submodule(path)
+        base = cast("nn.Linear | QuantLinear", self.model.get_submodule(path))
         adapters = [part.read(lora.checkpoint) for _, lora, part in parts]
         patched = PatchedLinear(base, adapters, [place for place, _, _ in parts], self._strengths, scratch)
         _replace(self.model, path, patched)
@@ -180,12 +185,12 @@ class Adaptation:
         """Added updates are in the dtype of the computation; merged ones are cast when they are merged."""
         return self.model.dtype if adapter.additive else tensor.dtype
 
-    def _cargo(self, patched: PatchedLinear) -> Iterator[tuple[nn.Module, str, Tensor, torch.dtype]]:
-        for adapter in patched.adapters:
+    def _cargo(self, patched: PatchedLinear) -> Iterator[Passenger]:
+        for adapter in cast(Sequence[Adapter], patched.adapters):
             for role, tensor in adapter.named_buffers():
                 yield adapter, role, tensor, self._wanted_dtype(adapter, tensor)
 
-    def _passengers(self, patched: PatchedLinear) -> Iterator[tuple[nn.Module, str, Tensor, torch.dtype]]:
+    def _passengers(self, patched: PatchedLinear) -> Iterator[Passenger]:
         """What travels; on a CPU, what is merged is read from its file some rows at a time as it is."""
         on_cpu = self.model.device.type == "cpu"
         return (one for one in self._cargo(patched) if not on_cpu or one[0].additive)
@@ -220,7 +225,7 @@ class Adaptation:
 
     def _undo(self) -> None:
         for path in self._patched:
-            _replace(self.model, path, self.model.get_submodule(path).base)
+            _replace(self.model, path, cast(PatchedLinear, self.model.get_submodule(path)).base)
         if self.model.swap:
             self.model.swap.carry({}, [], [])
         for merged in self._merged:
@@ -247,7 +252,7 @@ def adaptation_of(model: WanDiT, file: DiTFile) -> Adaptation:
     """The one that a model has; it begins with no LoRAs."""
     if model.adaptation is None:
         model.adaptation = Adaptation(model, file)
-    return model.adaptation
+    return cast(Adaptation, model.adaptation)
 
 
 def _meaning(lora: LoraFile) -> tuple:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from ..config import PerExpert
 from ..errors import Hint, WanError
 from ..external import only_own
 from ..layouts.noise_level import noise_level_of
+from ..loading.dit import DiTFile
 from ..recipe import Loras, LoraUse, ModelRecipe, Network
 from .expert_pairs import find_twin, has_other_epoch, level_of
 from .files import LoraFile, read_lora
@@ -34,7 +36,7 @@ def place(file: Path, low: Path | str | None) -> Placed:
             twin on the other, one that names its noise level goes there alone, any other goes on both.
     """
     if low != AUTO:
-        return Placed(file, low, "as chosen")
+        return Placed(file, None if low is None else Path(low), "as chosen")
     level, twin = level_of(file), find_twin(file)
     if twin:
         high, low = (twin, file) if level == "low" else (file, twin)
@@ -94,7 +96,7 @@ def with_lora(
 
 def _read(path: Path, model: Network, level: str, placed: Placed) -> LoraFile:
     try:
-        return read_lora(path, model, level)
+        return read_lora(path, cast(DiTFile, model), level)
     except WanError as error:
         if path != placed.found:
             raise
@@ -116,7 +118,7 @@ def _sides(
             "high": (recipe.high, placed.high, strength.high, "high"),
             "low": (recipe.low, placed.low, strength.low, "low"),
         }
-    own = recipe.high.checkpoint.path
+    own = recipe.high.path
     if recipe.variant.experts == 2 and (noise_level_of(own) or level_of(own)) == "low":
         return {"only": (recipe.high, placed.low or placed.high, strength.low, "low")}
     return {"only": (recipe.high, placed.high or placed.low, strength.high, "high")}

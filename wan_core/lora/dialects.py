@@ -81,10 +81,12 @@ def sort_keys(keys: Iterable[str], weights: Collection[str]) -> Sorted:
     for key in keys:
         path, role = _split(key)
         module = _find(path, modules) if role else None
-        target = module and _target(module, role, weights)
-        roles = found.targets.setdefault(target, {}) if target else {}
-        role = _OF_BIAS.get(role, _OF_MODULATION.get(role, role))
-        if target is None or role in roles:
+        target = _target(module, role, weights) if module and role else None
+        if target is None or role is None:
+            found.unknown.append(key)
+            continue
+        roles, role = found.targets.setdefault(target, {}), _OF_BIAS.get(role, _OF_MODULATION.get(role, role))
+        if role in roles:
             found.unknown.append(key)
         else:
             roles[role] = key

@@ -105,7 +105,8 @@ def read_lora(path: str | Path, model: DiTFile, expert: str | None = None) -> Lo
     checkpoint = open_checkpoint(path)
     keys = keys_of_expert(checkpoint.tensors, expert)
     found, scales = sort_keys(keys, model.names), Scales(checkpoint)
-    unmatched, misfits, parts = list(found.unknown), [], {}
+    unmatched, misfits = list(found.unknown), list[str]()
+    parts: dict[str, tuple[Part, ...]] = {}
     for own, roles in found.targets.items():
         fit = _fit(checkpoint, own, roles, _shape(model, own))
         misfits += fit.misfits
@@ -135,7 +136,7 @@ def _fit(checkpoint: Checkpoint, own: str, roles: Mapping[str, str], weight: tup
     Raises:
         WanError: the tensors of one contradict each other.
     """
-    parts, misfits, used = [], [], set()
+    parts, misfits, used = list[Part](), list[str](), set[str]()
     shapes = {role: checkpoint.tensors[key].shape for role, key in roles.items()}
     for kind, needed in kinds_of(shapes):
         used |= needed
@@ -221,10 +222,8 @@ _WIDTHS = {1536: "Wan2.1 1.3B", 3072: "TI2V-5B", 5120: "A14B or Wan2.1 14B"}
 
 
 def _made_for(own: str, sizes: list[tuple[int, int | None]]) -> str:
-    width = _WIDTHS.get(
-        sizes[0][1] if own.endswith(("q.weight", "k.weight", "v.weight", "ffn.0.weight")) else sizes[0][0]
-    )
-    return f" ({width})" if width else ""
+    side = sizes[0][1] if own.endswith(("q.weight", "k.weight", "v.weight", "ffn.0.weight")) else sizes[0][0]
+    return f" ({_WIDTHS[side]})" if side in _WIDTHS else ""
 
 
 def _described(config: Architecture) -> str:

@@ -170,7 +170,7 @@ class Generalised(Adapter):
         )
 
     def delta(self, weight: Tensor, rows: slice) -> Tensor:
-        shapes = {role: tuple(self._buffers[role].shape) for role in ("a1", "a2", "b1", "b2")}
+        shapes = {role: tuple(self._tensor(role).shape) for role in ("a1", "a2", "b1", "b2")}
         left, right, first, second = ("a2", "a1", "b2", "b1") if self._is_old(shapes) else ("a1", "a2", "b1", "b2")
         one, two = (self._part(role, weight.device).flatten(1) for role in (left, right))
         channels = weight.view(len(weight), len(one), -1)

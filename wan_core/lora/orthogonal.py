@@ -43,7 +43,7 @@ class _Rotating(Adapter):
     beside = frozenset({"alpha"})
     scaled = False
 
-    def __init__(self, parts: Mapping[str, Tensor], *, scale: float = 1.0, alpha: float | None = None):
+    def __init__(self, parts: Mapping[str, Tensor], *, scale: float = 1.0, alpha: float | None = None) -> None:
         numbers = {role: part.to(torch.float32) for role, part in parts.items()}
         super().__init__(numbers | {"oft_blocks": rotations(parts["oft_blocks"], alpha)})
 
@@ -72,10 +72,10 @@ class Orthogonal(_Rotating):
         return one == other and super().coherent(shapes, weight)
 
     def rows_together(self, rows: int) -> int:
-        return self.oft_blocks.shape[1]
+        return self._tensor("oft_blocks").shape[1]
 
     def _turned(self, weight: Tensor, rows: slice, strength: float) -> Tensor:
-        side = self.oft_blocks.shape[1]
+        side = self._tensor("oft_blocks").shape[1]
         turns = self._part("oft_blocks", weight.device, slice(rows.start // side, rows.stop // side))
         grouped = weight.view(len(turns), side, -1)
         return grouped.lerp(turns.transpose(1, 2) @ grouped, strength).view(weight.shape)

@@ -8,7 +8,7 @@ take long are compiled.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 _PLAIN = re.compile(r"\^?(?:[\w-]|\.|\\\.)+\$?")
 _PIECE = re.compile(
@@ -23,7 +23,7 @@ _COST_OF_ALL = _COST**3
 class Patterns(Mapping):
     """Pattern -> number, without those that are no names and too dear to try."""
 
-    def __init__(self, numbers: Mapping[str, float] | None = None):
+    def __init__(self, numbers: Mapping[str, float] | None = None) -> None:
         self._numbers: dict[str, float] = {}
         self._names: dict[str, int] = {}  # a plain name -> its place among the patterns
         self._expressions: list[tuple[int, re.Pattern]] = []
@@ -54,7 +54,7 @@ class Patterns(Mapping):
     def __getitem__(self, pattern: str) -> float:
         return self._numbers[pattern]
 
-    def __iter__(self) -> Iterable[str]:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._numbers)
 
     def __len__(self) -> int:

@@ -45,8 +45,10 @@ class Said:
 
     def scale(self, names: Sequence[str], rank: int | None) -> tuple[float, int | None] | None:
         """The scale of a module that goes by these names, and the rank that is stated for it."""
-        alpha, stated = self.alphas.find(names, self.alpha), self.ranks.find(names, self.rank)
-        rank = rank if rank is not None or self.kind != "LOKR" else stated and int(stated)
+        alpha, number = self.alphas.find(names, self.alpha), self.ranks.find(names, self.rank)
+        stated = None if number is None else int(number)
+        if rank is None and self.kind == "LOKR":
+            rank = stated
         if alpha is None or not rank:
             return None
         if alpha == 0 and self.source == _KOHYA:  # there it means the rank
@@ -57,7 +59,7 @@ class Said:
 class Scales:
     """The scales of a file's modules, and what is to be told about them."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self.notes: list[str] = []
         self._said = _read(checkpoint, self.notes)
         self._used: Counter[tuple[str, float]] = Counter()
@@ -72,14 +74,14 @@ class Scales:
             names: its module's in the file's own and in other spellings.
         """
         said = _component(self._said, key)
-        found = said and said.scale(names, rank)
-        if found is None:
+        found = said.scale(names, rank) if said else None
+        if said is None or found is None:
             self._unsaid += 1
             return 1.0
         scale, stated = found
         self._used[said.source, scale] += 1
         if rank is not None and stated is not None and stated != rank:
-            self._other_rank[said.source, int(stated), rank] += 1
+            self._other_rank[said.source, stated, rank] += 1
         return scale
 
     def report(self) -> list[str]:
@@ -126,11 +128,9 @@ def _read(checkpoint: Checkpoint, notes: list[str]) -> dict[str, Said]:
     """Model -> what is said of it, from the first place that says anything; "" where models are not told apart."""
     metadata = checkpoint.metadata
     for entry in _JSON_ENTRIES:
-        if entry in metadata and (said := _from_json(metadata[entry], f"header's {entry}", notes)):
-            return said
-    if said := _plain(metadata, notes):
-        return {"": said}
-    if said := _kohya(checkpoint, notes):
+        if entry in metadata and (found := _from_json(metadata[entry], f"header's {entry}", notes)):
+            return found
+    if said := _plain(metadata, notes) or _kohya(checkpoint, notes):
         return {"": said}
     file = config_beside(checkpoint.path)
     return _from_file(file, checkpoint, notes) if file else {}
@@ -200,7 +200,7 @@ def _peft(entries: Mapping[str, object], source: str, notes: list[str]) -> Said 
     )
 
 
-def _plain(metadata: Mapping[str, object], notes: list[str]) -> Said | None:
+def _plain(metadata: Mapping[str, str], notes: list[str]) -> Said | None:
     """Entries that are named as in PEFT's settings; alpha alone may be anything, beside a rank it is a LoRA's."""
     if not any(name in metadata for name in ("lora_alpha", "network_alpha", "alpha_pattern")) and not (
         "alpha" in metadata and any(name in metadata for name in _RANKS)
@@ -250,7 +250,7 @@ def _rank(entries: Mapping[str, object], source: str, notes: list[str]) -> int |
 def _number(value: object) -> float | None:
     """A finite number that float32 holds too, or None."""
     try:
-        number = None if isinstance(value, bool) else float(value)
+        number = None if isinstance(value, bool) else float(value)  # type: ignore[arg-type]  # whatever it is
     except (TypeError, ValueError, OverflowError):
         return None
     return number if number is not None and abs(number) < 3e38 else None

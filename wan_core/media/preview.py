@@ -97,7 +97,7 @@ class Painter:
         paint: [C,T,h,w] and what was offered with it, called in the thread.
     """
 
-    def __init__(self, paint: Callable[[Tensor, object], None]):
+    def __init__(self, paint: Callable[[Tensor, object], None]) -> None:
         self.paint = paint
         self._offer: _Offer | None = None
         self._closed = False
@@ -200,7 +200,7 @@ class Pace:
     seconds: dict[str, list[float]] = field(default_factory=dict)  # of each expert's steps, by call
     calls: Sequence[int] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.calls = self.calls or [self._passes(expert) for expert in self.experts]
         self._began = self._ended = self.clock()
         self._working = False

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +146,7 @@ class _Video:
 class _FrameWriter:
     """A video file that is open for frames; the picture's size is known with the first of them."""
 
-    def __init__(self, kind: _Video, file: Path, fps: Fraction):
+    def __init__(self, kind: _Video, file: Path, fps: Fraction) -> None:
         import av
 
         self.container = av.open(str(file), mode="w", format=kind.container)
@@ -161,7 +161,7 @@ class _FrameWriter:
     def __enter__(self) -> _FrameWriter:
         return self
 
-    def __exit__(self, kind: type | None, *_) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
             try:
                 self.container.mux(self.stream.encode())
@@ -227,7 +227,7 @@ class _Animation:
 class _AnimationWriter:
     """Frames are kept until the end: Pillow writes them together."""
 
-    def __init__(self, kind: _Animation, file: Path, fps: Fraction):
+    def __init__(self, kind: _Animation, file: Path, fps: Fraction) -> None:
         self.kind, self.file, self.fps = kind, file, fps
         self.frames: list[Image] = []
 
@@ -240,7 +240,7 @@ class _AnimationWriter:
         prepare = _with_palette if self.kind.format == "GIF" else (lambda picture: picture)
         self.frames += [prepare(Image.fromarray(frame)) for frame in frames.numpy()]
 
-    def __exit__(self, kind: type | None, *_) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
             first, *rest = self.frames
             first.save(
@@ -307,7 +307,7 @@ class _Pictures:
         return names
 
 
-def marked(form: str) -> dict[str, object]:
+def marked(form: str) -> dict[str, Any]:
     """Pillow's option that puts our mark into a file."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo

@@ -6,7 +6,7 @@ import ctypes
 import sys
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import psutil
 import torch
@@ -24,11 +24,12 @@ def _accelerator() -> torch.device | None:
         return torch.device("cuda")
     if not hasattr(torch, "accelerator") or not torch.accelerator.is_available():
         return None
-    return torch.device(torch.accelerator.current_accelerator().type)
+    found = torch.accelerator.current_accelerator()
+    return torch.device(found.type) if found else None
 
 
-def backend_of(device: torch.device) -> ModuleType | None:
-    """PyTorch's module for a kind of device, such as ``torch.xpu``."""
+def backend_of(device: torch.device) -> Any:
+    """PyTorch's module for a kind of device, such as ``torch.xpu``; None where there is none."""
     return getattr(torch, device.type, None)
 
 
@@ -94,8 +95,9 @@ def available_bytes(device: torch.device) -> int:
 def empty_cache() -> None:
     """Give the allocators' reserves back to the device and to the system."""
     found = _accelerator()
-    if hasattr(found and backend_of(found), "empty_cache"):
-        backend_of(found).empty_cache()
+    module: Any = backend_of(found) if found else None
+    if hasattr(module, "empty_cache"):
+        module.empty_cache()
     if trim := getattr(_c_library(), "malloc_trim", None):  # glibc keeps what was freed below its top
         trim(0)
 

@@ -33,6 +33,7 @@ from .stream.ring import STAGES, check_count, spread
 from .stream.transfer import BACKENDS
 
 if TYPE_CHECKING:
+    from ..loading.dit import DiTFile
     from ..recipe import ModelRecipe
 
 AUTO = "auto"
@@ -41,9 +42,14 @@ _CACHED_LATENTS = 5  # of a step cache: two differences, two samples, an answer
 
 
 class DiTHeader(Protocol):
-    checkpoint: Checkpoint
-    names: dict[str, str]
-    config: Architecture
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+
+    @property
+    def names(self) -> dict[str, str]: ...
+
+    @property
+    def config(self) -> Architecture: ...
 
 
 @dataclass(frozen=True)
@@ -353,7 +359,7 @@ def _layout(
     return lay
 
 
-def dit_budget(file: DiTHeader, recipe: ModelRecipe, device: torch.device | str) -> Budget:
+def dit_budget(file: DiTFile, recipe: ModelRecipe, device: torch.device | str) -> Budget:
     """One expert with as many blocks streaming as the recipe says, without what it computes with."""
     device, swapped = torch.device(device), recipe.swap_blocks
     weights = weights_of(file, recipe.dtype, device, loras=recipe.loras_of(file), streaming=swapped > 0)

@@ -15,7 +15,7 @@ _OF_AVAILABLE = 0.5  # how much of the memory that is free may be filled with it
 class ReadAhead:
     """One file set at a time, in a thread; what has been read once is not read again."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._files: tuple[Path, ...] = ()
         self._stop = threading.Event()
         self.thread: threading.Thread | None = None

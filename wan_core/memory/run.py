@@ -76,7 +76,7 @@ def _no_way_out(said: str) -> str:
 class _Reached:
     """The state after the last finished step, from which a run can go on; passes each report on."""
 
-    def __init__(self, state: RunState, callbacks: Callbacks):
+    def __init__(self, state: RunState, callbacks: Callbacks) -> None:
         self.state, self.on_step = state, callbacks.on_step
 
     def __call__(self, report: StepReport) -> None:

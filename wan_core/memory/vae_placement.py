@@ -39,7 +39,7 @@ class Place:
 
 def place(
     config: VAEConfig,
-    size: Sequence[int],
+    size: tuple[int, int],
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -57,7 +57,7 @@ def place(
     return Place(torch.device("cpu"), None, dtype)
 
 
-def vae_at(engine: Engine, file: VAEFile, where: Place, size: Sequence[int], work: Work) -> VideoVAE:
+def vae_at(engine: Engine, file: VAEFile, where: Place, size: tuple[int, int], work: Work) -> VideoVAE:
     """The VAE in its place, with room for what it computes with for frames of this height and width."""
     if where.device.type == "cpu":
         return engine.vae(file, where.device, where.dtype)

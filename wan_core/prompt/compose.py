@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
+from typing import Any
 
 from ..errors import WanError
 from .vocabulary import GROUPS, Group, Term
@@ -121,7 +122,7 @@ def _whole(wording: str) -> str:
     return rf"(?<!\w){re.escape(wording)}(?!\w)" if wording.isascii() else re.escape(wording)
 
 
-def _lookup(table: Mapping, name: str, kind: str):
+def _lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:
     if name not in table:
         near = get_close_matches(name, table, n=3, cutoff=0.5)
         hint = f"Did you mean {_either(near)}?" if near else f"Expected one of: {', '.join(table)}."

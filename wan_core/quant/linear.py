@@ -28,7 +28,7 @@ class QuantLinear(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, packed: Packed, bias: Tensor | None, scratch: Scratch):
+    def __init__(self, packed: Packed, bias: Tensor | None, scratch: Scratch) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape
         self.format = packed.format
@@ -62,7 +62,7 @@ class QuantEmbedding(nn.Module):
 
     data: Tensor
 
-    def __init__(self, packed: Packed):
+    def __init__(self, packed: Packed) -> None:
         super().__init__()
         self.format = packed.format
         for name, part in packed.parts.items():

@@ -18,13 +18,13 @@ class Scratch(threading.local):
     Fresh memory for each matrix would cost several times the cast itself, for the system clears every page.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.buffer: Tensor | None = None
 
     def __deepcopy__(self, memo: dict) -> Scratch:
         return Scratch()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
         return Scratch, ()
 
     def space(self, shape: Sequence[int], like: Tensor) -> Tensor:

@@ -87,8 +87,8 @@ class Error:
 
 def _give_back() -> None:
     """Return freed memory to the system: glibc keeps it between small blocks, and would come to hold a whole model."""
-    if hasattr(_LIBC, "malloc_trim"):
-        _LIBC.malloc_trim(0)
+    if trim := getattr(_LIBC, "malloc_trim", None):
+        trim(0)
 
 
 def _sum_of_squares(x: Tensor) -> float:
@@ -145,7 +145,7 @@ def convert(
 class _Job:
     """One conversion: what will be written under which names, and then the writing."""
 
-    def __init__(self, checkpoint: Checkpoint, to: str, on_tensor: OnTensor):
+    def __init__(self, checkpoint: Checkpoint, to: str, on_tensor: OnTensor) -> None:
         self.checkpoint = checkpoint
         self.fingerprint = checkpoint.fingerprint
         self.to, self.target = to, TARGETS[to]
@@ -208,30 +208,29 @@ class _Job:
         return dialects[vae.diffusers_dialect(vae.read_config(self.shapes).kind) if self.part == "vae" else "diffusers"]
 
     def _plan(self, own: str) -> list[Planned]:
-        name, source = self.renames.to_theirs(own), _Source(self.checkpoint, self.names[own])
+        name, source = self.renames.renamed(own), _Source(self.checkpoint, self.names[own])
         error = self.errors[name] = Error()
         if self._is_quantised(own):
-            if self.target.scaled and self._fits(name, source):
-                self.marks[name.removesuffix(".weight")] = _mark(self.target.scaled)
-                return _SCALED[type(self.target.scaled)](source, name, error)
-            if self.target.blocks in DECODERS:
-                if source.shape[-1] % block_type(self.target.blocks).weights == 0:
-                    return [_blocks(source, name, self.target.blocks, error)]
+            scaled, blocks = self.target.scaled, self.target.blocks
+            if scaled and self._fits(name, source, scaled):
+                self.marks[name.removesuffix(".weight")] = _mark(scaled)
+                return _SCALED[type(scaled)](source, name, error)
+            if blocks and blocks in DECODERS:
+                if source.shape[-1] % block_type(blocks).weights == 0:
+                    return [_blocks(source, name, blocks, error)]
                 self.report.notes.append(
-                    f"{name} has rows of {source.shape[-1]}, which {self.target.blocks} cannot "
-                    "cut into blocks; it is F16."
+                    f"{name} has rows of {source.shape[-1]}, which {blocks} cannot cut into blocks; it is F16."
                 )
                 return [_cast(source, name, torch.float16, error)]
         return [_cast(source, name, self._dtype(own, source), error)]
 
-    def _fits(self, name: str, source: _Source) -> bool:
+    def _fits(self, name: str, source: _Source, scaled: Scaled | BlockScaled) -> bool:
         """Whether the sides of a matrix are whole blocks: other programs expect those of its rows too."""
-        block = getattr(self.target.scaled, "block", 1)
+        block = getattr(scaled, "block", 1)
         if all(side % block == 0 for side in source.shape):
             return True
         self.report.notes.append(
-            f"{name} is {list(source.shape)}, which {self.target.scaled.name} cannot cut into "
-            f"blocks of {block}; it stays as it is."
+            f"{name} is {list(source.shape)}, which {scaled.name} cannot cut into blocks of {block}; it stays as it is."
         )
         return False
 
@@ -242,25 +241,25 @@ class _Job:
 
     def _dtype(self, own: str, source: _Source) -> torch.dtype:
         if self.target.blocks:
-            return self._gguf_dtype(own, source)
+            return self._gguf_dtype(own, source, self.target.blocks)
         return self.target.dtype or source.plain_dtype
 
-    def _gguf_dtype(self, own: str, source: _Source) -> torch.dtype:
+    def _gguf_dtype(self, own: str, source: _Source, blocks: str) -> torch.dtype:
         """GGUF readers want small and sensitive tensors in F32 and know F16 better than BF16."""
         if len(source.shape) != 2 or "norm" in own or own.startswith(("head.", "time_embedding.", "patch_")):
             return torch.float32
         if own == text.TABLE:
             return torch.float16
         if self._is_quantised(own):
-            return {"F16": torch.float16, "BF16": torch.bfloat16}[self.target.blocks]
+            return {"F16": torch.float16, "BF16": torch.bfloat16}[blocks]
         return torch.float32 if "pos_embedding" in own else source.plain_dtype
 
     def _done(self, one: Planned) -> None:
         error = self.errors.get(one.name)
-        changed = error is not None and error.squares > 0
-        if changed:
-            self.report.errors[one.name] = error.relative
-        self.on_tensor(one.name, error.relative if changed else None)
+        changed = error.relative if error and error.squares > 0 else None
+        if changed is not None:
+            self.report.errors[one.name] = changed
+        self.on_tensor(one.name, changed)
         _give_back()
 
     def _write_gguf(self, path: Path) -> None:
@@ -438,7 +437,7 @@ def _in_blocks(
     whole: list[Tensor] = []
 
     def data() -> Iterator[Tensor]:
-        if kind.whole:
+        if isinstance(kind, NVFP4):
             whole.append(kind.factor(max(rows.float().abs().amax() for rows in source.pieces())))
         for rows in source.pieces():
             parts = kind.pack(rows, *whole)

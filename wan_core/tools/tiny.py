@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -191,7 +192,7 @@ def _diffusers(models: TinyModels, folder: Path) -> None:
     _save(text, folder / "text_encoder" / "model.safetensors")
     _save_json(folder / "text_encoder" / "config.json", text_keys.huggingface_config(models.text))
     write_tokenizer_folder(folder / "tokenizer", models.spiece)
-    if models.clip:
+    if models.clip and models.clip_config:
         _save(models.clip, folder / "image_encoder" / "model.safetensors")
         _save_json(folder / "image_encoder" / "config.json", clip_keys.huggingface_config(models.clip_config))
         _save_json(folder / "image_processor" / "preprocessor_config.json", _image_processor(models.clip_config))
@@ -203,7 +204,9 @@ _CLIP_WIDTH = 1280  # of the official image embedding, which knows no other
 LAYOUTS = {"official": _official, "comfyui": _comfyui, "diffusers": _diffusers}
 
 
-def _random_weights(kind: type[nn.Module], config, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def _random_weights(
+    kind: Callable[[Any], nn.Module], config: object, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         shapes = {key: slot.shape for key, slot in kind(config).state_dict().items()}
     return {key: _random_weight(key, shape, generator) for key, shape in shapes.items()}
@@ -226,7 +229,7 @@ def _random_weight(key: str, shape: torch.Size, generator: torch.Generator) -> t
 def _random_clip(config: ClipConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """A CLIP vision model with all that a real file has: also the parts that are not used."""
     own = _random_weights(ClipVision, replace(config, layers=config.layers + 1), generator)
-    weights = {clip_keys.DIALECTS["huggingface"].to_theirs(key): tensor for key, tensor in own.items()}
+    weights = {clip_keys.DIALECTS["huggingface"].renamed(key): tensor for key, tensor in own.items()}
     for end in ("weight", "bias"):
         weights[f"vision_model.post_layernorm.{end}"] = torch.full((config.dim,), float(end == "weight"))
     return weights | {"visual_projection.weight": torch.zeros(8, config.dim)}
@@ -269,7 +272,7 @@ def _save_json(file: Path, content: dict) -> None:
 
 
 def _renamed(weights: Mapping[str, torch.Tensor], dialect: Renames = IDENTITY) -> dict[str, torch.Tensor]:
-    return {dialect.to_theirs(key): tensor for key, tensor in weights.items()}
+    return {dialect.renamed(key): tensor for key, tensor in weights.items()}
 
 
 def _pieces(spiece: bytes) -> int:
@@ -310,7 +313,9 @@ def _scheduler_config(variant: Variant) -> dict:
 
 def _model_index(variant: Variant) -> dict:
     from_image = variant.image == "channels"
-    encoder = {"image_encoder": [None, None], "image_processor": [None, None]} if from_image else {}
+    encoder: dict[str, list[str | None]] = {}
+    if from_image:
+        encoder = {"image_encoder": [None, None], "image_processor": [None, None]}
     if variant.clip:
         encoder = {
             "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],

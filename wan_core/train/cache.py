@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,7 +56,7 @@ class Entry:
 class Cache:
     """A folder of safetensors files named by the content they were made from."""
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32):
+    def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
         self.folder, self.dtype = folder, dtype
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -129,7 +130,7 @@ class Latents:
             for part, make in makers.items():
                 if wanted := [pair for pair in some if self._lacks(pair[0], part)]:
                     for (clip, _), made in zip(wanted, make(*zip(*wanted, strict=True)), strict=True):
-                        self.cache.get(self._key(clip, part), lambda made=made, part=part: {part: made})
+                        self.cache.get(self._key(clip, part), partial(dict, {part: made}))
 
     def _makers(self) -> dict[str, Maker]:
         """The parts of an entry, and how those of some clips are made from their videos."""
@@ -162,7 +163,7 @@ class Latents:
     def _see(self, clips: Sequence[Clip], videos: Sequence[Tensor]) -> Tensor:
         """CLIP tokens [N, 257 or 514, 1280] of the same pictures that the condition's frames are."""
         if self._clip is None:
-            self._clip = self._load_clip()
+            self._clip = cast(Callable, self._load_clip)()
         shown = self._shown(clips, videos)
         places = [clip_places(self.variant, known) for known in shown]
         seen = [torch.stack([known[place] for place in some]) for known, some in zip(shown, places, strict=True)]
@@ -183,7 +184,7 @@ class Latents:
         if self._vae is None:
             self._vae = self._load()
         device = next(self._vae.parameters()).device
-        batch = videos if isinstance(videos, Tensor) else torch.stack(videos)
+        batch = videos if isinstance(videos, Tensor) else torch.stack(list(videos))
         return self._vae.encode(batch.to(device), self.on_chunk)
 
 

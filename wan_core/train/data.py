@@ -189,7 +189,8 @@ def _picture(file: Path, frame: Frame) -> Tensor:
 def _key(clip: Path, images: Mapping[int, Path], frame: Frame) -> str:
     """Of the content and what it is for, not of names or dates: a moved data set needs no new latents."""
     digest = hashlib.sha256(repr(frame).encode())
-    for place, file in {None: clip, **images}.items():
+    files: list[tuple[int | None, Path]] = [(None, clip), *images.items()]
+    for place, file in files:
         if place is not None:
             digest.update(f"{place}:".encode())
         if file.is_file():

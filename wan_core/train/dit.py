@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -141,9 +142,9 @@ class DiTTask:
             subjects = [torch.zeros_like(e.latent[:1]) if e.subject is None else e.subject for e in entries]
             made = with_subject(made, torch.stack(subjects), self.recipe.emphasis)
         if self.recipe.variant.image == "channels":
-            made = with_channels(made, torch.stack([entry.concat for entry in entries]))
+            made = with_channels(made, torch.stack([cast(Tensor, entry.concat) for entry in entries]))
         if self.recipe.variant.clip:
-            made = with_clip(made, torch.stack([entry.clip for entry in entries]))
+            made = with_clip(made, torch.stack([cast(Tensor, entry.clip) for entry in entries]))
         if self.recipe.variant.image == "frame":
             given = torch.rand(len(latent), generator=generator) >= self.recipe.image_dropout
             made = with_clean_first_frame(made, latent, given & (latent.shape[2] > 1))
@@ -166,7 +167,7 @@ class DiTTask:
             "noise_from": f"{self.recipe.noise.low}",
             "noise_to": f"{self.recipe.noise.high}",
         }
-        weights = None if self.adapted else gathered(self.model.state_dict(), keep=first)
+        weights = {} if self.adapted else gathered(self.model.state_dict(), keep=first)
         if not first:
             return
         file.parent.mkdir(parents=True, exist_ok=True)

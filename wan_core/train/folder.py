@@ -16,7 +16,13 @@ from ..media.video import made_here
 STATE, LOG, PLOT = "state.pt", "log.csv", "loss.png"
 SAMPLES = "sample_[0-9]*.png"
 _COLUMNS = b"step,loss,learning_rate,gradient,seconds"
-_PARTS = {"step": int, "weights": dict, "optimiser": dict, "average": (dict, type(None)), "describes": dict}
+_PARTS: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "weights": dict,
+    "optimiser": dict,
+    "average": (dict, type(None)),
+    "describes": dict,
+}
 
 
 def read_state(file: Path, *, mmap: bool = False) -> dict:

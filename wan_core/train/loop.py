@@ -54,7 +54,7 @@ class Plan:
     save_seconds: float = 120.0
     sample_every: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.steps < 1 or self.accumulate < 1:
             raise WanError(f"{self.steps} steps of {self.accumulate} batches: at least 1 of each is needed.")
         if not 0 <= self.ema < 1:

@@ -29,7 +29,7 @@ PREFIX = "diffusion_model."
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and its low-rank update, which begins at zero."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scale = alpha / rank

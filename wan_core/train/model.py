@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from ..errors import WanError
 from ..loading.build import load_strict
 from ..loading.dit import DiTFile
 from ..models.dit.dit import TextStates, WanDiT
+from ..models.dit.layers import PerSegment
 from .precision import full_precision
 
 
@@ -25,10 +27,10 @@ class TrainedDiT(WanDiT):
     Under autocast the residual stream, the embedding of time and the head stay float32.
     """
 
-    def __init__(self, config: Architecture):
+    def __init__(self, config: Architecture) -> None:
         super().__init__(config)
         inner = self.head.forward
-        self.head.forward = lambda *args: _in_float32(self, inner, *args)
+        self.head.forward = partial(_in_float32, self, inner)  # type: ignore[method-assign]
 
     def text_states(self, context: Tensor | Sequence[Tensor], *, keep: bool = True, inputs: tuple = ()) -> TextStates:
         """Text [B, 512, D] as always, or a list of prompts [n, D] without their padding."""
@@ -39,7 +41,13 @@ class TrainedDiT(WanDiT):
         return BriefText(states.embedded, self.config.layers, bias.to(self.device), states.branches)
 
     def forward(
-        self, x: Tensor, t: Tensor, context: Tensor | Sequence[Tensor] | TextStates, *, inputs: tuple = (), **options
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | Sequence[Tensor] | TextStates,
+        *,
+        inputs: tuple = (),
+        **options: Any,
     ) -> Tensor:
         text = context if isinstance(context, TextStates) else self.text_states(context, keep=False, inputs=inputs)
         self.attend = text.attend if isinstance(text, BriefText) else _attend
@@ -48,11 +56,14 @@ class TrainedDiT(WanDiT):
     def _embed_patches(self, x: Tensor) -> Tensor:
         return _in_float32(self, super()._embed_patches, x)
 
-    def _embed_time(self, t: Tensor, grid: tuple[int, int, int]):
+    def _embed_time(self, t: Tensor, grid: tuple[int, int, int]) -> tuple[PerSegment, PerSegment]:
         return _in_float32(self, super()._embed_time, t, grid)
 
 
-def _in_float32(model: WanDiT, function, *args):
+Made = TypeVar("Made")
+
+
+def _in_float32(model: WanDiT, function: Callable[..., Made], *args: Any) -> Made:
     with full_precision(model.device):
         return function(*args)
 
@@ -112,7 +123,7 @@ def checkpoint_blocks(model: WanDiT, *, offload: bool = False) -> None:
         block.forward = partial(_checkpointed, block.forward, offload)
 
 
-def _checkpointed(forward, offload: bool, *args):
+def _checkpointed(forward: Callable[..., Tensor], offload: bool, *args: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(*args)
     if offload:

@@ -29,7 +29,7 @@ class NoiseRange:
     high: float
     shift: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 1:
             raise WanError(
                 f"Timestep boundaries {self.low} to {self.high}: expected fractions with 0 <= minimum < maximum <= 1."
@@ -52,7 +52,8 @@ class NoiseRange:
 
 def expert_range(variant: Variant, expert: str, shift: float | None = None) -> NoiseRange:
     """The official part of an expert: "high" from the boundary up, "low" below it, "only" everything."""
-    bounds = {"high": (variant.boundary, 1.0), "low": (0.0, variant.boundary), "only": (0.0, 1.0)}
+    boundary = variant.boundary or 0.0
+    bounds = {"high": (boundary, 1.0), "low": (0.0, boundary), "only": (0.0, 1.0)}
     low, high = bounds[expert]
     return NoiseRange(low, high, variant.shift if shift is None else shift)
 

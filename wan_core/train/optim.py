@@ -27,35 +27,37 @@ class Muon(torch.optim.Optimizer):
     ``lr`` is on Adam's scale: an orthogonal step is sized like an Adam step (Liu et al. 2025, arXiv 2502.16982).
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad, group)
 
-    def _update(self, parameter: Tensor, group: dict) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict) -> None:
         direction = self._matrix if is_matrix(parameter) else self._adam
         parameter.mul_(1 - group["lr"] * group["weight_decay"] * (parameter.ndim > 1))
-        parameter.sub_(direction(parameter, group), alpha=group["lr"])
+        parameter.sub_(direction(parameter, gradient, group), alpha=group["lr"])
 
-    def _matrix(self, parameter: Tensor, group: dict) -> Tensor:
+    def _matrix(self, parameter: Tensor, gradient: Tensor, group: dict) -> Tensor:
         state = self.state[parameter]
         momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-        momentum.lerp_(parameter.grad, 1 - group["momentum"])
-        ahead = parameter.grad.lerp(momentum, group["momentum"]).flatten(1)
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        ahead = gradient.lerp(momentum, group["momentum"]).flatten(1)
         return orthogonal(ahead).mul_(0.2 * math.sqrt(max(ahead.shape))).view_as(parameter)
 
-    def _adam(self, parameter: Tensor, group: dict) -> Tensor:
+    def _adam(self, parameter: Tensor, gradient: Tensor, group: dict) -> Tensor:
         state = self.state[parameter]
         first = state.setdefault("first", torch.zeros_like(parameter))
         second = state.setdefault("second", torch.zeros_like(parameter))
         count = state["count"] = state.get("count", 0) + 1
-        first.lerp_(parameter.grad, 0.1)
-        second.lerp_(parameter.grad.square(), 0.05)
+        first.lerp_(gradient, 0.1)
+        second.lerp_(gradient.square(), 0.05)
         return (first / (1 - 0.9**count)) / ((second / (1 - 0.95**count)).sqrt_().add_(1e-8))
 
 

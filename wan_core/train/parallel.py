@@ -128,8 +128,8 @@ class Losses:
         alone: whether nobody else must hear of the gradients.
     """
 
-    def __init__(self, loss: Loss, parameters: Iterable[nn.Parameter], *, alone: bool):
-        self._call = loss if alone else _parallel(_Module(loss, parameters))
+    def __init__(self, loss: Loss, parameters: Iterable[nn.Parameter], *, alone: bool) -> None:
+        self._call: Loss | DistributedDataParallel = loss if alone else _parallel(_Module(loss, parameters))
 
     def backward(
         self, batch: int, generator: torch.Generator, *, of: int, last: bool
@@ -139,9 +139,9 @@ class Losses:
         Args:
             last: whether it is the last of the step, with which processes hear of each other.
         """
-        waits = not last and isinstance(self._call, DistributedDataParallel)
-        with self._call.no_sync() if waits else nullcontext():
-            loss, figures = self._call(batch, generator)
+        call = self._call
+        with nullcontext() if last or not isinstance(call, DistributedDataParallel) else call.no_sync():
+            loss, figures = call(batch, generator)
             (loss / of).backward()
         return loss.item(), figures
 
@@ -150,7 +150,7 @@ class _Module(nn.Module):
     """A loss as a module, which DDP asks for its parameters; the model itself is not its child, whose frozen weights
     and buffers need no copying."""
 
-    def __init__(self, loss: Loss, parameters: Iterable[nn.Parameter]):
+    def __init__(self, loss: Loss, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
         self.loss = loss
         self.trained = nn.ParameterList(parameters)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Log:
     """A CSV file with one row a step; rows after the step that a run goes on from are dropped."""
 
-    def __init__(self, file: Path, resumed_at: int):
+    def __init__(self, file: Path, resumed_at: int) -> None:
         self.file = file
         kept = [row for row in read_log(file) if int(row["step"]) <= resumed_at]
         self.fields = list(kept[0]) if kept else []

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -112,7 +113,7 @@ class Request:
     root: Path | None = None
     fsdp: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in (*_LEAST, "learning_rate", "ema", "caption_dropout", "alpha", "shift"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
@@ -156,7 +157,7 @@ def files_in(folder: Path | None, task: str, expert: str, **own: Path | None) ->
     needed = (dit, "vae", "text_encoder", *(("clip",) if variant.clip else ()))
     wanted = [part for part in needed if own.get("dit" if part == dit else part) is None]
     if not wanted:
-        return TrainFiles(**own)
+        return TrainFiles(**cast(dict[str, Path], own))
     if folder is None:
         raise WanError("Where are the weights?", Hint.CLIP_WEIGHTS if variant.clip else Hint.WEIGHTS)
     parts = find_parts(folder, variant, wanted)
@@ -168,7 +169,7 @@ def files_in(folder: Path | None, task: str, expert: str, **own: Path | None) ->
         "tokenizer": tokenizer,
         "clip": parts.clip,
     }
-    return TrainFiles(**found | own)
+    return TrainFiles(**cast(dict[str, Path], found | own))
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,7 @@ def check_files(files: TrainFiles, variant: Variant) -> DiTFile:
             f"{comfyui.CLIP_VISION} or {CLIP_CHECKPOINT}.",
             Hint.CLIP,
         )
-    check_compatible(variant, base, vae, text, read_clip(files.clip) if variant.clip else None)
+    check_compatible(variant, base, vae, text, read_clip(files.clip) if variant.clip and files.clip else None)
     return base
 
 
@@ -357,8 +358,8 @@ def prepare(
         file_key(files.vae),
         variant,
         hooks.check,
-        clip=lambda: load_clip_vision(files.clip, device=device),
-        clip_key=file_key(files.clip) if variant.clip else "",
+        clip=lambda: load_clip_vision(cast(Path, files.clip), device=device),
+        clip_key=file_key(files.clip) if variant.clip and files.clip else "",
     )
     texts = Texts(
         Cache(folder / "texts"),

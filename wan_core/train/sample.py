@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,6 +36,23 @@ class Sampling:
 
 
 @dataclass(frozen=True, eq=False)
+class Given:
+    """What the models are told and shown for a batch of clips.
+
+    Attributes:
+        texts: prompts [n, D], without padding.
+        empty: the prompt that guidance leads away from.
+        inputs: I2V: mask and condition latent, and CLIP tokens, of the whole batch.
+        first: TI2V: clean first latent frames [B, C, 1, h, w].
+    """
+
+    texts: Sequence[Tensor]
+    empty: Tensor
+    inputs: tuple = ()
+    first: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class _Model:
     """A model as the sampler calls it; texts are lists of prompts without padding."""
 
@@ -51,29 +69,28 @@ class _Model:
 def sample(
     high: TrainedDiT,
     low: TrainedDiT,
-    texts: Sequence[Tensor],
-    empty: Tensor,
+    given: Given,
     shape: tuple[int, int, int, int],
     how: Sampling,
     variant: Variant,
     *,
     seed: int = 0,
-    inputs: tuple = (),
-    first: Tensor | None = None,
 ) -> Tensor:
-    """Latents [B, C, T, h, w] for prompts [n, D].
+    """Latents [B, C, T, h, w], one for each of the given prompts.
 
     Args:
         high, low: the experts; the same model twice is a dense one.
         shape: [C, T, h, w] of one latent.
-        inputs: I2V: mask and condition latent, and CLIP tokens, of the whole batch.
-        first: TI2V: clean first latent frames [B, C, 1, h, w].
     """
+    texts, first = given.texts, given.first
     start = noise(seed, (len(texts), *shape)).to(high.device)
     known = None if first is None else clean_frames(first.to(start.device), shape)
     experts = _experts(high, low, how, variant)
     timetable = schedule("simple", how.steps, how.shift)
-    positive, negative = Condition(list(texts), inputs), Condition([empty] * len(texts), inputs)
+    # TrainedDiT takes prompts of several lengths.
+    positive, negative = (
+        Condition(cast(Tensor, some), given.inputs) for some in (list(texts), [given.empty] * len(texts))
+    )
     return denoise(start, experts, Run(timetable, how.solver, positive, negative, known)).x
 
 
@@ -122,15 +139,5 @@ class Grids:
 
     def _draw(self, wish: Wish) -> Tensor:
         first = None if wish.first is None else wish.first[None]
-        return sample(
-            self.model,
-            self.model,
-            [wish.text],
-            self.empty,
-            self.shape,
-            self.how,
-            self.variant,
-            seed=self.seed,
-            inputs=wish.inputs,
-            first=first,
-        )
+        given = Given([wish.text], self.empty, wish.inputs, first)
+        return sample(self.model, self.model, given, self.shape, self.how, self.variant, seed=self.seed)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +160,7 @@ def new_vae(config: VAEConfig, seed: int) -> VideoVAE:
                 _start_convolution(module, generator)
         for name, module in vae.named_modules():
             if isinstance(module, ResidualBlock):
-                module.residual["6"].weight.mul_(0.0)
+                cast(CausalConv3d, module.residual["6"]).weight.mul_(0.0)
             if isinstance(module, AttentionBlock):
                 module.proj.weight.mul_(0.0)
             if name.endswith("resample.1"):
@@ -174,7 +175,8 @@ def _start_convolution(conv: nn.Conv2d | nn.Conv3d, generator: torch.Generator) 
     taps = math.prod(conv.kernel_size[-2:])
     scale = (conv.in_channels * taps) ** -0.5
     conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator) * scale)
-    conv.bias.zero_()
+    if conv.bias is not None:
+        conv.bias.zero_()
     if isinstance(conv, CausalConv3d):
         conv.weight[:, :, :-1] = 0
 
@@ -213,11 +215,12 @@ def calibrate(vae: VideoVAE, videos: Sequence[Tensor]) -> None:
     scale = wanted_std / raw.std(dim=1).clamp(min=1e-4)
     shift = wanted_mean - scale * raw.mean(dim=1)
     channels = vae.config.channels
+    out, back = cast(Tensor, vae.conv1.bias), cast(Tensor, vae.conv2.bias)
     vae.conv1.weight[:channels] *= scale.view(-1, 1, 1, 1, 1)
-    vae.conv1.bias[:channels] = vae.conv1.bias[:channels] * scale + shift
-    vae.conv1.bias[channels:] += 2 * scale.log()
+    out[:channels] = out[:channels] * scale + shift
+    out[channels:] += 2 * scale.log()
     vae.conv2.weight /= scale.view(1, -1, 1, 1, 1)
-    vae.conv2.bias -= vae.conv2.weight.flatten(1) @ shift
+    back -= vae.conv2.weight.flatten(1) @ shift
 
 
 @torch.no_grad()

@@ -104,7 +104,8 @@ def _target_dtype(
 class TransferBackend(Protocol):
     """The memory that blocks pass through, and how one place waits for another. Calls but ``stage`` return at once."""
 
-    slots: Sequence[torch.Tensor]
+    @property
+    def slots(self) -> Sequence[torch.Tensor]: ...
 
     def stage(self, index: int) -> torch.Tensor:
         """A staging buffer, once nothing reads from it any more."""

@@ -44,7 +44,7 @@ class ClipConfig:
 class ClipVision(nn.Module):
     """Pictures to tokens."""
 
-    def __init__(self, config: ClipConfig):
+    def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.config = config
         dim = config.dim
@@ -80,7 +80,7 @@ def prepare(images: Tensor, size: int) -> Tensor:
 class Norm(nn.LayerNorm):
     """Layer norm, computed in float32."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float) -> None:
         super().__init__(dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Norm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ClipConfig):
+    def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.heads, dim = config.heads, config.dim
         if config.fused:
@@ -105,7 +105,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ClipConfig):
+    def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.norm1 = Norm(config.dim, config.eps)
         self.attn = Attention(config)

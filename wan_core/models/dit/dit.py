@@ -268,7 +268,7 @@ class WanDiT(nn.Module):
             feature_of(feature).attach(self, feature)
         self.attend: Attend = sdpa
         self.swap: Any = None  # memory/stream/swap.py's, further up
-        self.adaptation = None
+        self.adaptation: Any = None  # lora/apply.py's, further up
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,6 +20,7 @@ from ...errors import WanError
 from .tokenizer_check import problem_of
 
 if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer as FastTokenizer
 
 FAST_FILE = "tokenizer.json"
@@ -38,7 +39,7 @@ class Tokenizer:
         source: where the vocabulary came from, for messages.
     """
 
-    def __init__(self, pieces: Callable[[str], list[int]], *, size: int, eos: int, source: str):
+    def __init__(self, pieces: Callable[[str], list[int]], *, size: int, eos: int, source: str) -> None:
         self.pieces = pieces
         self.size = size
         self.eos = eos
@@ -219,7 +220,7 @@ def _from_spiece(model: bytes, source: str) -> Tokenizer:
     )
 
 
-def _processor(model: bytes, source: str):
+def _processor(model: bytes, source: str) -> SentencePieceProcessor:
     from sentencepiece import SentencePieceProcessor
 
     try:

@@ -106,8 +106,8 @@ def _pieces_of(source: bytes | Path) -> Pieces:
 def _pieces_of_json(description: dict) -> Pieces:
     vocabulary = description["model"]["vocab"]
     if isinstance(vocabulary, dict):  # other kinds than umT5's have it so
-        names = {i: piece for piece, i in vocabulary.items()}
-        return Pieces(len(vocabulary), names.get, vocabulary.__contains__)
+        by_number = {i: piece for piece, i in vocabulary.items()}
+        return Pieces(len(vocabulary), by_number.get, vocabulary.__contains__)
     names = [piece for piece, _ in vocabulary]
     known = set(names)
     return Pieces(len(names), lambda i: names[i] if i < len(names) else None, known.__contains__)

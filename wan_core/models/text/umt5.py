@@ -40,7 +40,7 @@ class Linear(nn.Module):
 
     may_stay_in_file = True
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
 
@@ -54,7 +54,7 @@ class Embedding(nn.Module):
     may_stay_in_file = True
     packed_kind = QuantEmbedding  # what stands here when the table is in a quantised format
 
-    def __init__(self, rows: int, dim: int):
+    def __init__(self, rows: int, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, dim))
 
@@ -65,7 +65,7 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm in float32, rounded to the weight's dtype before the weight is applied."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
         self.eps = eps
@@ -75,13 +75,18 @@ class RMSNorm(nn.Module):
         return self.weight * (x * scale).to(self.weight.dtype)
 
 
+class _Table(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+
 class RelativeBias(nn.Module):
     """One learnt number per head and bucket of distance."""
 
-    def __init__(self, buckets: int, heads: int):
+    def __init__(self, buckets: int, heads: int) -> None:
         super().__init__()
-        self.embedding = nn.Module()
-        self.embedding.weight = nn.Parameter(torch.empty(buckets, heads))
+        self.embedding = _Table(buckets, heads)
 
     def forward(self, buckets: Tensor) -> Tensor:
         """[L, L] bucket numbers -> [heads, L, L]."""
@@ -91,7 +96,7 @@ class RelativeBias(nn.Module):
 class Attention(nn.Module):
     """Self-attention within each prompt of a packed batch; T5 does not scale the scores."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.q = Linear(config.dim, config.attention_dim)
@@ -121,7 +126,7 @@ class GELU(nn.Module):
 class FeedForward(nn.Module):
     """GELU(tanh)-gated feed-forward layer."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.gate = nn.Sequential(Linear(config.dim, config.ffn_dim), GELU())
         self.fc1 = Linear(config.dim, config.ffn_dim)
@@ -133,7 +138,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.dim, config.eps)
         self.attn = Attention(config)
@@ -154,7 +159,7 @@ class Umt5Encoder(nn.Module):
     attend each within itself. The official encoder masks the padding instead, which gives the same numbers.
     """
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
         self.token_embedding = Embedding(config.vocabulary, config.dim)

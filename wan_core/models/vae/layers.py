@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class FrameCache:
     ``first`` is true during the first chunk of the video, which the resamplers treat apart.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.first = True
         self._frames: dict[nn.Module, torch.Tensor] = {}
 
@@ -51,10 +52,11 @@ class CausalConv3d(nn.Conv3d):
     before writes into, so that nothing is concatenated or padded.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]):
-        super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:
+        self.border = (0, kernel[1] // 2, kernel[2] // 2)
+        super().__init__(in_channels, out_channels, kernel, padding=self.border)
 
-    def forward(self, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:  # type: ignore[override]
         window = self.open_window(x, cache)
         window[:, :, -x.shape[2] :] = x
         self.remember(window, cache)
@@ -82,15 +84,15 @@ class CausalConv3d(nn.Conv3d):
     def convolve(self, window: torch.Tensor) -> torch.Tensor:
         """[B, C, 2 + T, H, W] -> [B, C', T, H, W]; a window of one frame meets the kernel's last slice alone."""
         if window.shape[2] > 1:
-            return conv3d(_cheaper_layout(window, self.weight), self.weight, self.bias, padding=self.padding)
+            return conv3d(_cheaper_layout(window, self.weight), self.weight, self.bias, padding=self.border)
         frame, weight = window[:, :, 0], self.weight[:, :, -1]
-        return F.conv2d(_cheaper_layout(frame, weight), weight, self.bias, padding=self.padding[1:])[:, :, None]
+        return F.conv2d(_cheaper_layout(frame, weight), weight, self.bias, padding=self.border[1:])[:, :, None]
 
 
 def conv3d(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     *,
     padding: tuple[int, int, int] = (0, 0, 0),
     stride: tuple[int, int, int] = (1, 1, 1),
@@ -104,14 +106,14 @@ def conv3d(
 def _by_cudnn(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     padding: tuple[int, int, int],
     stride: tuple[int, int, int],
 ) -> torch.Tensor:
     product = torch.cudnn_convolution(
         x, weight, padding, stride, (1, 1, 1), 1, benchmark=False, deterministic=False, allow_tf32=True
     )
-    return product.add_(bias.view(1, -1, 1, 1, 1))
+    return product if bias is None else product.add_(bias.view(1, -1, 1, 1, 1))
 
 
 @lru_cache(maxsize=1)
@@ -133,7 +135,7 @@ def _cheaper_layout(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class PointConv3d(nn.Conv3d):
     """A 1x1x1 convolution: with channels innermost in memory, one matrix product."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -143,7 +145,7 @@ class PointConv3d(nn.Conv3d):
 class RMSNorm(nn.Module):
     """Scales the channels of each pixel to root mean square one, then by gamma."""
 
-    def __init__(self, channels: int, dims: int):
+    def __init__(self, channels: int, dims: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * dims))
 
@@ -177,7 +179,7 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
 class ResidualBlock(nn.Module):
     """Norm, SiLU, convolution, twice, beside a shortcut."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.residual = nn.ModuleDict(
             {
@@ -190,7 +192,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = PointConv3d(in_channels, out_channels) if in_channels != out_channels else None
 
     def forward(self, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
-        norm1, conv1, norm2, conv2 = self.residual.values()
+        norm1, conv1, norm2, conv2 = cast("Sequence[Any]", self.residual.values())
         h = norm_silu(norm1, conv1, x, cache)
         h = conv1.convolve(h)
         h = norm_silu(norm2, conv2, h, cache)
@@ -205,7 +207,7 @@ def residual_blocks(in_channels: int, out_channels: int, count: int) -> list[nn.
 class AttentionBlock(nn.Module):
     """Self-attention with one head among the pixels of each frame."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = RMSNorm(channels, 2)
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
@@ -234,60 +236,64 @@ def _batch_as_frames(x: torch.Tensor, batch: int) -> torch.Tensor:
 class Downsample(nn.Module):
     """Halves height and width and, if ``temporal``, the frames after the first of the video."""
 
-    def __init__(self, channels: int, temporal: bool):
+    def __init__(self, channels: int, temporal: bool) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2)})
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
-        conv = self.resample["1"]
+        conv = cast(nn.Conv2d, self.resample["1"])
         padded = F.pad(_frames_as_batch(x), (0, 1, 0, 1))
         small = _batch_as_frames(conv(_cheaper_layout(padded, conv.weight)), x.shape[0])
-        return small if self.time_conv is None else self._halve_frames(small, cache)
+        return small if self.time_conv is None else self._halve_frames(self.time_conv, small, cache)
 
-    def _halve_frames(self, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
+    def _halve_frames(self, conv: nn.Conv3d, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
         """The video's first frame stays; every later pair is convolved with the frame before it."""
         past = cache.take(self)
         cache.keep(self, x[:, :, -1:])
         if past is not None:
-            return self._halved(torch.cat([past, x], 2))
-        return x if x.shape[2] == 1 else torch.cat([x[:, :, :1], self._halved(x)], 2)
+            return _halved(conv, torch.cat([past, x], 2))
+        return x if x.shape[2] == 1 else torch.cat([x[:, :, :1], _halved(conv, x)], 2)
 
-    def _halved(self, x: torch.Tensor) -> torch.Tensor:
-        return conv3d(x, self.time_conv.weight, self.time_conv.bias, stride=self.time_conv.stride)
+
+def _halved(conv: nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
+    return conv3d(x, conv.weight, conv.bias, stride=(2, 1, 1))
 
 
 class Upsample(nn.Module):
     """Doubles height and width and, if ``temporal``, the frames after the first of the video."""
 
-    def __init__(self, in_channels: int, out_channels: int, temporal: bool):
+    def __init__(self, in_channels: int, out_channels: int, temporal: bool) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": nn.Conv2d(in_channels, out_channels, 3, padding=1)})
         self.time_conv = CausalConv3d(in_channels, 2 * in_channels, (3, 1, 1)) if temporal else None
 
     def forward(self, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
         if self.time_conv is not None:
-            x = self._double_frames(x, cache)
-        conv = self.resample["1"]
+            x = self._double_frames(self.time_conv, x, cache)
+        conv = cast(nn.Conv2d, self.resample["1"])
         large = F.interpolate(_frames_as_batch(x), scale_factor=2.0, mode="nearest-exact")
         return _batch_as_frames(conv(_cheaper_layout(large, conv.weight)), x.shape[0])
 
-    def _double_frames(self, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
+    def _double_frames(self, conv: CausalConv3d, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
         """The video's first frame stays and is not seen by the convolution of the later ones."""
         if cache.first:
             first, x = x[:, :, :1], x[:, :, 1:]
-            return first if x.shape[2] == 0 else torch.cat([first, self._pairs(x, cache)], 2)
-        return self._pairs(x, cache)
+            return first if x.shape[2] == 0 else torch.cat([first, _pairs(conv, x, cache)], 2)
+        return _pairs(conv, x, cache)
 
-    def _pairs(self, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
-        pairs = _channels_last(self.time_conv(x, cache)).unflatten(-1, (2, -1))  # b t h w (2 c)
-        return pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)
+
+def _pairs(conv: CausalConv3d, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
+    pairs = _channels_last(conv(x, cache)).unflatten(-1, (2, -1))  # b t h w (2 c)
+    return pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)
 
 
 class Encoder(nn.Module):
     """Pixels to the distribution of the latent; ``downsamples`` holds what differs between the two autoencoders."""
 
-    def __init__(self, in_channels: int, widths: Sequence[int], out_channels: int, downsamples: Sequence[nn.Module]):
+    def __init__(
+        self, in_channels: int, widths: Sequence[int], out_channels: int, downsamples: Sequence[nn.Module]
+    ) -> None:
         super().__init__()
         self.conv1 = CausalConv3d(in_channels, widths[0], (3, 3, 3))
         self.downsamples = nn.ModuleList(downsamples)
@@ -304,7 +310,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent to pixels; ``upsamples`` holds what differs between the two autoencoders."""
 
-    def __init__(self, in_channels: int, widths: Sequence[int], out_channels: int, upsamples: Sequence[nn.Module]):
+    def __init__(
+        self, in_channels: int, widths: Sequence[int], out_channels: int, upsamples: Sequence[nn.Module]
+    ) -> None:
         super().__init__()
         self.conv1 = CausalConv3d(in_channels, widths[0], (3, 3, 3))
         self.middle = _middle(widths[0])
@@ -327,6 +335,6 @@ def _head(width: int, out_channels: int) -> nn.ModuleDict:
 
 
 def _run_head(head: nn.ModuleDict, x: torch.Tensor, cache: FrameCache) -> torch.Tensor:
-    norm, conv = head.values()
+    norm, conv = cast("Sequence[Any]", head.values())
     x = norm_silu(norm, conv, x, cache)
     return conv.convolve(x)

@@ -36,7 +36,7 @@ class TinyDecoder(nn.Module):
     space as ``frames`` says.
     """
 
-    def __init__(self, config: TinyConfig):
+    def __init__(self, config: TinyConfig) -> None:
         super().__init__()
         self.config = config
         self.enter = _conv(config.channels, config.widths[0])
@@ -61,7 +61,7 @@ class TinyDecoder(nn.Module):
 
 
 class _Stage(nn.Module):
-    def __init__(self, width: int, after: int, grow: int):
+    def __init__(self, width: int, after: int, grow: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(_MemoryBlock(width) for _ in range(_BLOCKS))
         self.grow = nn.Conv2d(width, width * grow, 1, bias=False)
@@ -79,7 +79,7 @@ class _Stage(nn.Module):
 class _MemoryBlock(nn.Module):
     """A residual block that also sees what it was given for the frame before; nothing before the first."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.convs = nn.ModuleList([_conv(2 * width, width), _conv(width, width), _conv(width, width)])
 

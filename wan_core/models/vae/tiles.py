@@ -38,7 +38,7 @@ class Tiles:
     overlap: int = 64
     ramp: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(self.height, self.width) < 2 * self.overlap or self.overlap < 0:
             raise WanError(
                 f"Tiles of {self.width}x{self.height} with an overlap of {self.overlap}: an overlap can be "
@@ -63,7 +63,8 @@ class Tile:
     pixel_weight: Tensor  # [H, W]
 
     def pixels(self, stride: int) -> tuple[slice, slice]:
-        return tuple(slice(part.start * stride, part.stop * stride) for part in (self.rows, self.columns))
+        rows, columns = (slice(part.start * stride, part.stop * stride) for part in (self.rows, self.columns))
+        return rows, columns
 
 
 def cut(height: int, width: int, tiles: Tiles, stride: int) -> list[Tile]:
@@ -136,7 +137,7 @@ def decoded_tiles(
     """
     vae._check_latent(latent)
     frames, stride = latent.shape[2], vae.spec.spatial_stride
-    grid = cut(*latent.shape[3:], tiles, stride)
+    grid = cut(latent.shape[3], latent.shape[4], tiles, stride)
     report = _Report(on_chunk, len(grid) * frames)
     for tile in grid:
         weight = tile.pixel_weight.to(latent.device)

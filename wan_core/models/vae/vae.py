@@ -70,7 +70,7 @@ class VideoVAE(nn.Module):
 
     fold: int  # side of the square of pixels that are folded into channels before the first layer
 
-    def __init__(self, config: VAEConfig, encoder: Encoder, decoder: Decoder):
+    def __init__(self, config: VAEConfig, encoder: Encoder, decoder: Decoder) -> None:
         super().__init__()
         self.config = config
         self.encoder = encoder

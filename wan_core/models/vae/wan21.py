@@ -14,7 +14,7 @@ class Wan21VAE(VideoVAE):
 
     fold = 1
 
-    def __init__(self, config: VAEConfig):
+    def __init__(self, config: VAEConfig) -> None:
         encoder_widths = [config.encoder_dim * m for m in (1, *config.multipliers)]
         decoder_widths = [config.decoder_dim * m for m in (config.multipliers[-1], *reversed(config.multipliers))]
         super().__init__(

@@ -23,7 +23,7 @@ class Wan22VAE(VideoVAE):
 
     fold = FOLD
 
-    def __init__(self, config: VAEConfig):
+    def __init__(self, config: VAEConfig) -> None:
         encoder_widths = [config.encoder_dim * m for m in (1, *config.multipliers)]
         decoder_widths = [config.decoder_dim * m for m in (config.multipliers[-1], *reversed(config.multipliers))]
         downsamples = _levels(DownLevel, encoder_widths, config.blocks, TEMPORAL)
@@ -45,7 +45,7 @@ def _levels(level: type[nn.Module], widths: list[int], blocks: int, temporal: tu
 class DownLevel(nn.Module):
     """Residual blocks and a downsampler (``temporal`` None: none) beside averaged pixels."""
 
-    def __init__(self, in_channels: int, out_channels: int, temporal: bool | None, blocks: int):
+    def __init__(self, in_channels: int, out_channels: int, temporal: bool | None, blocks: int) -> None:
         super().__init__()
         self.factor = _factor(temporal)
         self.out_channels = out_channels
@@ -64,7 +64,7 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """Residual blocks and an upsampler beside spread channels (``temporal`` None: neither)."""
 
-    def __init__(self, in_channels: int, out_channels: int, temporal: bool | None, blocks: int):
+    def __init__(self, in_channels: int, out_channels: int, temporal: bool | None, blocks: int) -> None:
         super().__init__()
         self.factor = _factor(temporal)
         layers = residual_blocks(in_channels, out_channels, blocks)
@@ -138,4 +138,5 @@ def _leading(count: int, factor: Block) -> Block:
         part = size if count >= size else 1
         count //= part
         kept.append(part)
-    return tuple(kept)
+    frames, rows, columns = kept
+    return frames, rows, columns
