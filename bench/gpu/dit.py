@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from .. import peers
 from ..peers import COMFYUI, DIFFUSERS, PREPARED
 from .card import Card, relative
 from .pieces import without_kernels
-from .shapes import Size, sizes
+from .shapes import A14B_480P, A14B_720P, Size, sizes
 
 PLAIN = "ours, without kernels"
 LAYERS = 8
@@ -25,7 +26,25 @@ def rows(card: Card) -> dict:
         size = size.shortened(2 if card.quick else LAYERS)
         found |= compete(card, size)
         card.clear()
-    return found
+    return found | growth(found)
+
+
+def growth(found: dict) -> dict:
+    """Cost by tokens, of one model at two sizes: the exponents of time and of operations."""
+    made = {size.name: size.shortened(LAYERS) for size in (A14B_720P, A14B_480P)}
+    pair = [(size, found.get(row_of(size, PREPARED))) for size in made.values()]
+    if not all(row for _, row in pair):
+        return {}
+    (large, slow), (small, fast) = pair
+    tokens = math.log(large.tokens / small.tokens)
+    exponents = [math.log(a / b) / tokens for a, b in (
+        (slow["seconds"], fast["seconds"]), (large.block_flops(), small.block_flops()))]  # fmt: skip
+    said = "from {} to {} tokens seconds grow as tokens^{:.2f}, operations as tokens^{:.2f}"
+    return {"cost": said.format(small.tokens, large.tokens, *exponents)}
+
+
+def row_of(size: Size, name: str) -> str:
+    return f"{size.name}, {size.tokens} tokens, {size.config.layers} layers, {name}"
 
 
 def compete(card: Card, size: Size) -> dict:
@@ -43,7 +62,7 @@ def compete(card: Card, size: Size) -> dict:
     times = card.interleaved({name: (lambda call=call: call(*inputs)) for name, call in calls.items()}, 3)
     flops = size.block_flops() * size.config.layers
     return {
-        f"{size.name}, {size.tokens} tokens, {size.config.layers} layers, {name}": {
+        row_of(size, name): {
             "seconds": seconds,
             "tflops": flops / seconds / 1e12,
             "ours_over_it": times[PREPARED] / seconds,

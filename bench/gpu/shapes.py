@@ -43,11 +43,10 @@ class Size:
         return 12.0 * n * d * d + 4.0 * n * d * f + 4.0 * n * n * d + 4.0 * n * 512 * d
 
 
+A14B_720P = Size("A14B 720p", A14B, (21, 90, 160))
+A14B_480P = Size("A14B 480p", A14B, (21, 60, 104))
+TI2V_704P = Size("TI2V-5B 704p", TI2V, (31, 44, 80))
+
+
 def sizes(card: Card) -> list[Size]:
-    if card.quick:
-        return [Size("tiny", TINY, (3, 8, 8))]
-    return [
-        Size("A14B 720p", A14B, (21, 90, 160)),
-        Size("A14B 480p", A14B, (21, 60, 104)),
-        Size("TI2V-5B 704p", TI2V, (31, 44, 80)),
-    ]
+    return [Size("tiny", TINY, (3, 8, 8))] if card.quick else [A14B_720P, A14B_480P, TI2V_704P]
