@@ -2,6 +2,7 @@ import { app } from '../../scripts/app.js'
 import { listAsText } from './combos.js'
 import { watchExpertSwitch } from './expert_switch.js'
 import { extensionSettings } from './extension_settings.js'
+import { watchGuidance } from './guidance.js'
 import { openPresets, presetsOf } from './menus.js'
 import { addPreview, watchPreviews } from './preview.js'
 import { watchPreset } from './sampler_preset.js'
@@ -31,6 +32,7 @@ app.registerExtension({
     }
     if (node.comfyClass === 'WanCoreSampler') watchPreset(node)
     if (node.comfyClass === 'WanCoreStepCache') watchStepCache(node)
+    if (node.comfyClass === 'WanCoreGuidance') watchGuidance(node)
   },
 
   afterConfigureGraph() {

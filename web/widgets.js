@@ -49,3 +49,25 @@ export function onConfigured(node, listener) {
     listener()
   }
 }
+
+/**
+ * Greys the widgets that the chosen entry of a menu does not read; those that no entry names are left alone.
+ * @param {GraphNode} node
+ * @param {string} menu
+ * @param {Record<string, string[]>} reads entry -> the widgets it reads
+ */
+export function greyUnread(node, menu, reads) {
+  const chosen = findWidget(node, menu)
+  if (!chosen) return
+  const show = () => {
+    const read = reads[String(chosen.value)] ?? []
+    for (const name of new Set(Object.values(reads).flat())) {
+      const widget = findWidget(node, name)
+      if (widget) widget.disabled = !read.includes(name)
+    }
+    node.setDirtyCanvas(true, true)
+  }
+  onChange(chosen, show)
+  onConfigured(node, show)
+  show()
+}

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from wan_core.sampling.guidance_rules import RULES, settings_of
+
 ROOT = Path(__file__).resolve().parents[2]
 T2V = ROOT / "workflows/wan22_t2v_a14b.json"
 SIZE = {"width": 64, "height": 64, "frames": 5}
@@ -104,8 +106,20 @@ def test_the_step_cache_greys_what_its_policy_does_not_read(app) -> None:
     assert greyed(app) == {"threshold", "tea_model"}
 
 
-def greyed(app) -> set[str]:
-    widgets = "app.graph.findNodesByType('WanCoreStepCache')[0].widgets"
+def test_guidance_greys_what_its_rule_does_not_read(app) -> None:
+    """As the rules' own settings are; a rule without any greys them all."""
+    app.drop(T2V)
+    app.page.evaluate(_INSERT_CACHE.replace("WanCoreStepCache", "WanCoreGuidance"))
+    inputs = {rule.name: {name: name for name in settings_of(rule)} for rule in RULES.values()}
+    inputs["nag"] = {name: f"nag_{name}" for name in inputs["nag"]}
+    every = {name for own in inputs.values() for name in own.values()}
+    for rule in [*RULES, "cfg_zero_star"]:
+        choose(app, "WanCoreGuidance", "rule", rule)
+        assert greyed(app, "WanCoreGuidance") == every - set(inputs[rule].values()), rule
+
+
+def greyed(app, kind: str = "WanCoreStepCache") -> set[str]:
+    widgets = f"app.graph.findNodesByType('{kind}')[0].widgets"
     return set(app.page.evaluate(f"{widgets}.filter(({{disabled}}) => disabled).map(({{name}}) => name)"))
 
 

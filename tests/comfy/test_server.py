@@ -14,7 +14,7 @@ NODE_IDS = (
     "WanCoreLoadModel", "WanCoreExpertSwitch", "WanCoreBlockSwap", "WanCoreLoadTextEncoder", "WanCoreLoadVAE",
     "WanCoreAestheticPrompt", "WanCoreEmptyLatent", "WanCoreImageToVideo", "WanCoreVAEEncode", "WanCoreVAEDecode",
     "WanCoreSampler", "WanCoreTrainLora", "WanCoreToModel", "WanCoreLora", "WanCoreFromModel",
-    "WanCorePromptExtend",
+    "WanCorePromptExtend", "WanCoreStepCache", "WanCoreGuidance",
 )  # fmt: skip
 
 

@@ -446,6 +446,7 @@ def test_nag_needs_one_negative_prompt(negative):
         (lambda: Guidance((NormalisedAttention(),)).check_network(30, own=False), "another program holds"),
         (lambda: sampled(Interval(0.02, 0.01)), "acts at noise levels from 0.02 to 0.01.*lie at 1.000, 0.98"),
         (lambda: sampled(ZeroStar(STEPS)), "only 12"),
+        (lambda: sampled(ZeroStar(1), solver="lcm"), "noises anew at each: set zero_steps to 0"),
         (lambda: sampled(APG, experts=Experts.dense(Toy(), 1.0)), "The guidance is 1.*apg needs two prompts"),
     ],
 )

@@ -300,8 +300,13 @@ def _cached(run: Run, experts: Experts) -> CachedSteps | None:
 def _check_guidance(run: Run, experts: Experts) -> None:
     """
     Raises:
-        WanError: see ``Guidance.check`` and ``check_sides``.
+        WanError: see ``Guidance.check`` and ``check_sides``; or steps that rest under a solver that noises anew.
     """
+    if run.solver in RENOISES and run.guidance.rests(0):
+        raise WanError(
+            f"cfg_zero_star leaves the first steps as they are, but the solver {run.solver} noises anew at each: set "
+            "zero_steps to 0, or choose another solver."
+        )
     scales = {expert.name: expert.guidance for expert in (experts.high, experts.low)}
     run.guidance.check(run.schedule, experts.names(run.schedule), scales, run.start, run.last)
     run.guidance.check_sides(run.positive, run.negative, run.schedule.sigmas[run.start : run.last].tolist())
