@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from comfy_server import Client, Server
@@ -47,6 +49,20 @@ def test_steps_are_left_out_and_said(client: Client, server: Server, policy: str
     assert latents["dense"].shape == latents[policy].shape and latents[policy].isfinite().all()
     if policy == "every":
         assert not torch.equal(latents["dense"], latents[policy])
+
+
+def test_teacache_keeps_what_it_foretold(client: Client) -> None:
+    """On the 5B model, for which a polynomial is published: the sampler's figure before the run and after it."""
+    g = Graph()
+    m = wan.model(g, "ti2v")
+    node = cached(g, m, policy="teacache", threshold=0.2, dense=0.1)
+    wan.save_latent(g, wan.sample(g, node, wan.prompts(g), wan.empty(g, m), steps=20), "step_cache_tea_5b")
+    run = client.run(g.nodes)
+    assert run.ok, run.error
+    said = "\n".join(text["text"] for text in run.of("wan_core.text"))
+    before = re.search(r"the polynomial of Wan2\.2-TI2V-5B: (\d+) of 20 steps will be computed", said)
+    after = re.search(r"Step cache teacache: (\d+) of 20 steps were computed", said)
+    assert before and after and before[1] == after[1], said
 
 
 def test_few_steps_are_refused_before_anything_is_loaded(client: Client, server: Server) -> None:

@@ -21,6 +21,7 @@ from wan_core import kernels
 from wan_core.config import VARIANTS, Architecture, PerExpert, VAEConfig
 from wan_core.errors import WanError
 from wan_core.loading.dit import read_dit
+from wan_core.loading.step_caches import step_cache
 from wan_core.memory.build import build_dit
 from wan_core.memory.engine import Engine
 from wan_core.memory.plan import plan
@@ -31,6 +32,7 @@ from wan_core.models.vae.wan21 import Wan21VAE
 from wan_core.models.vae.wan22 import Wan22VAE
 from wan_core.pipeline import Request, generate, read_models
 from wan_core.recipe import ModelRecipe
+from wan_core.sampling.presets import PRESETS
 from wan_core.tools.convert import convert
 from wan_core.tools.tiny import TinySizes, _random_weights, write_tiny
 
@@ -87,6 +89,22 @@ def test_a_run_gives_what_it_gives_on_the_cpu(task: str, tmp_path: Path):
     assert relative(ours.latent, expected.latent) < 1e-3  # measured: below 1e-4, with CLIP's tokens 3e-4
     videos = [torch.cat(list(result.video()), dim=1) for result in results]
     assert (videos[1] - videos[0]).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("way", ["rCM-T2V-4step", "rCM-T2V-4step-ODE", "FastWan-1.3B-3step", "every", "magnitude"])
+def test_few_steps_and_left_out_ones_as_on_the_cpu(way: str, tmp_path: Path):
+    """Fresh noise is the CPU's on every device; what a step cache leaves out is the same."""
+    write_tiny(tmp_path, "t2v-A14B", layout="diffusers", sizes=SIZES)
+    models = read_models(tmp_path, "t2v-A14B", dtype="float32")
+    request = Request("a cat", "blurred", size=(96, 64), frames=9, steps=12, seed=7)
+    if preset := PRESETS.get(way):
+        settings = {"steps": preset.steps, "shift": preset.shift, "guidance": preset.guidance}
+        request = replace(request, solver=preset.solver, schedule=preset.schedule, **settings)
+    else:
+        cache = step_cache(way, models.dit.variant, models.dit.high, models.dit.low)
+        models = replace(models, dit=replace(models.dit, step_cache=cache))
+    latents = [generate(models, request, Engine(), device=device).latent for device in (CPU, CUDA)]
+    assert relative(latents[1], latents[0]) < 5e-3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "fp8_e4m3fn", "int8"])

@@ -2,8 +2,8 @@
 
 A polynomial turns the relative change of what a timestep is embedded as into the change of the answer. That embedding
 sees neither the sample nor the prompt: which steps are left out follows from the timesteps and the model's weights.
-The polynomials were fitted by TeaCache's authors to the Wan2.1 models, and by LightX2V to TI2V-5B; of models with two
-experts none is published.
+Where frames have timesteps of their own, those of the frames that are denoised count. The polynomials were fitted by
+TeaCache's authors to the Wan2.1 models, and by LightX2V to TI2V-5B; of models with two experts none is published.
 """
 
 from __future__ import annotations
