@@ -32,6 +32,16 @@ from wan_core.models.vae.wan21 import Wan21VAE
 from wan_core.models.vae.wan22 import Wan22VAE
 from wan_core.pipeline import Request, generate, read_models
 from wan_core.recipe import ModelRecipe
+from wan_core.sampling.guidance_rules import (
+    Guidance,
+    Interval,
+    Merge,
+    NormalisedAttention,
+    Projected,
+    SkipLayers,
+    Tangential,
+    ZeroStar,
+)
 from wan_core.sampling.presets import PRESETS
 from wan_core.tools.convert import convert
 from wan_core.tools.tiny import TinySizes, _random_weights, write_tiny
@@ -115,6 +125,33 @@ def test_swapped_equals_resident_to_the_last_bit(stored: Path, dtype: str, prefe
     for blocks in (1, 3, 6):
         dit = build_dit(file, device=CUDA, dtype=dtype, swap_blocks=blocks, prefetch=prefetch)
         assert all(torch.equal(dit(*args), resident) for _ in range(4)), blocks
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+def test_skipped_blocks_leave_the_others_their_turn(stored: Path, prefetch: int):
+    """Of those that stream, in calls that skip them and calls that do not."""
+    file, args = read_dit(stored), inputs()
+    resident = build_dit(file, device=CUDA, dtype="bfloat16")
+    dit = build_dit(file, device=CUDA, dtype="bfloat16", swap_blocks=6, prefetch=prefetch)
+    for skip in ((), (1,), (), (0, 5), (2, 3), ()):
+        assert torch.equal(dit(*args, skip=skip), resident(*args, skip=skip)), skip
+
+
+RULES = {
+    "answers": Guidance((ZeroStar(1), Projected())),
+    "network": Guidance((SkipLayers(1.0, 0.0, (1,)), NormalisedAttention(), Tangential())),
+    "merged": Guidance((Merge(), Interval(1.0, 0.5))),
+}
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_guidance_rules_lead_where_they_lead_on_the_cpu(rules: str, tmp_path: Path):
+    write_tiny(tmp_path / "model", "t2v-A14B", layout="diffusers", sizes=SIZES)
+    request = Request("a cat", "blurred", size=(96, 64), frames=9, steps=4, seed=7)
+    models = read_models(tmp_path / "model", "t2v-A14B", dtype="float32")
+    models = replace(models, dit=replace(models.dit, guidance=RULES[rules]))
+    expected, ours = (generate(models, request, Engine(), device=device).latent for device in (CPU, CUDA))
+    assert relative(ours, expected) < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["fp8_scaled", "int8", "mxfp8", "nvfp4", "gguf:Q8_0", "gguf:Q4_0"])

@@ -57,13 +57,12 @@ def counted_by_hand(
     given = part if batch > 1 and tokens > TOKENS_AT_ONCE else 0  # a part of several videos is gathered first
     text = 2 * batch * context_tokens(config) * dim * item
     branches = context_tokens(config) > TEXT_LENGTH  # which are heard beside the text, a part of the tokens at a time
-    islands = 8 if dtype == torch.float32 else 16  # float32 copies where a text is heard against another
     copy = 0 if tokens > TOKENS_AT_ONCE else x  # a short video's answer is a copy of its own
     moments = (
         6 * x if whole else 4 * x + part + given,  # tokens; queries, keys, values; (a part of) what is seen
         4 * x + bool(wide) * piece(ROTATED_AT_ONCE, 2 * wide + item),  # rotating the keys
         (3 * x + 2 * part if branches else 4 * x) + text,  # tokens, the same normed, queries, what is heard
-        against * (3 * x + 2 * part + text + piece(TEXT_LENGTH, 2 * item) + piece(SLICE, islands)),  # of two texts
+        against * (3 * x + 2 * part + text + piece(TEXT_LENGTH, 2 * item) + piece(SLICE, item)),  # of two texts
         2 * x + piece(TOKENS_AT_ONCE, item, config.ffn_dim) + part + given,  # feed-forward
         2 * x + copy + piece(SLICE, 3 * wide),  # adding with a gate
         2 * x + bool(wide) * piece(SLICE, 2 * wide),  # norm

@@ -28,18 +28,27 @@ class Nag:
     alpha: float
 
     def steered(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-        """Two answers of attention [B, L, heads, head_dim] -> the guided one; in inference it overwrites the first."""
+        """Two answers of attention [B, L, heads, head_dim] -> the guided one; in inference it overwrites the first.
+
+        The elements are rounded to their own dtype after each of three passes, each computed in float32; the norms are
+        float32.
+        """
         if torch.is_grad_enabled():
-            return self._steered(positive.float(), negative.float()).to(positive.dtype)
+            moved, share = self._moved(positive, negative)
+            return torch.addcmul(positive * (1 - self.alpha), moved, share.to(positive.dtype))
         for part, other in zip(positive.split(SLICE, dim=1), negative.split(SLICE, dim=1), strict=True):
-            part.copy_(self._steered(part.float(), other.float()))
+            self._steer_(part, other)
         return positive
 
-    def _steered(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    def _steer_(self, positive: torch.Tensor, negative: torch.Tensor) -> None:
+        moved, share = self._moved(positive, negative)
+        positive.mul_(1 - self.alpha).addcmul_(moved, share)
+
+    def _moved(self, positive: torch.Tensor, negative: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is mixed in, and how much of it, [B, L, 1, 1]: less where it has become too large."""
         moved = torch.lerp(negative, positive, self.scale)
         growth = _size(moved) / _size(positive).clamp(min=1e-12)
-        moved = moved * (self.tau / growth.clamp(min=1e-12)).clamp(max=1)
-        return torch.lerp(positive, moved, self.alpha)
+        return moved, self.alpha * (self.tau / growth.clamp(min=1e-12)).clamp(max=1)
 
 
 class Opposite(NamedTuple):
@@ -51,5 +60,5 @@ class Opposite(NamedTuple):
 
 
 def _size(x: torch.Tensor) -> torch.Tensor:
-    """L1 norm of each token, over heads and their width."""
-    return torch.linalg.vector_norm(x, ord=1, dim=(-2, -1), keepdim=True)
+    """L1 norm of each token, over heads and their width, float32."""
+    return torch.linalg.vector_norm(x, ord=1, dim=(-2, -1), keepdim=True, dtype=torch.float32)
