@@ -92,6 +92,8 @@ def test_a_seed_means_the_same_fresh_noise(checkpoint: Path, tmp_path: Path):
     ("flags", "message"),
     [
         (["--preset", "LightX2V"], "Unknown preset 'LightX2V'"),
+        (["--preset", ""], "Unknown preset ''"),
+        (["--preset", "LightX2V-4step", "--sample_solver", ""], "Unknown solver ''"),
         (["--preset", "FastWan-5B-3step", "--sample_guide_scale", "5"], "distilled models"),
         (["--preset", "LightX2V-4step", "--step_cache", "easy"], "only 4"),
         (["--preset", "rCM-T2V-4step", "--sample_steps", "9"], "1 to 4 steps, found 9"),
