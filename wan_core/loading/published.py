@@ -39,9 +39,8 @@ _CLIP_WIDTH, _TWO_PICTURES = 1280, 514
 
 def architecture_of(variant: Variant) -> Architecture:
     """The published dimensions of a variant."""
-    depth, features = _DEPTHS[variant.dim], ()
-    if variant.clip:
-        features = (ClipTokensConfig(_CLIP_WIDTH, _TWO_PICTURES if variant.clip == 2 else 0),)
+    depth = _DEPTHS[variant.dim]
+    pictures = ClipTokensConfig(_CLIP_WIDTH, _TWO_PICTURES if variant.clip == 2 else 0)
     return Architecture(
         variant.in_channels,
         VAES[variant.vae].channels,
@@ -51,7 +50,7 @@ def architecture_of(variant: Variant) -> Architecture:
         text_dim=TEXT_CONFIG.dim,
         freq_dim=256,
         heads=variant.dim // 128,
-        features=features,
+        features=(pictures,) if variant.clip else (),
     )
 
 
