@@ -17,11 +17,12 @@ import torch
 from .config import VAES, VARIANTS, PerExpert, Variant
 from .dtypes import resolve_dtype
 from .errors import WanError, is_out_of_memory
-from .layouts.folder import find_parts
+from .layouts.folder import parts_from
 from .layouts.variants import choose
 from .loading.clip import ClipFile, read_clip
 from .loading.compatible import check_compatible
 from .loading.dit import read_dit
+from .loading.published import published_dit, published_text_encoder, published_vae
 from .loading.text import TextFile, read_text_encoder
 from .loading.vae import VAEFile, read_vae
 from .lookup import look_up
@@ -88,8 +89,11 @@ class Request:
     seed: int = -1
     vae_tile: int | None = None
 
-    def completed(self, variant: Variant) -> Request:
+    def completed(self, variant: Variant, *, planned: bool = False) -> Request:
         """With every open choice made, and checked before anything is loaded.
+
+        Args:
+            planned: whether it will not run yet, so that the pictures may still be missing.
 
         Raises:
             WanError: a number, solver or schedule that cannot be; an image that is missing, not wanted, or cannot be
@@ -109,7 +113,8 @@ class Request:
         look_up(SOLVERS, done.solver, "solver")
         check_distilled(done.timetable(), done.solver, done.guidance, pair=variant.experts == 2)
         latents.latent_frames(done.frames)
-        check_pictures(variant, done.pictures)
+        if done.pictures or not planned:
+            check_pictures(variant, done.pictures)
         latents.latent_shape(variant, *video_size(done, variant), done.frames)
         return done
 
@@ -146,17 +151,25 @@ class Result:
     video: Callable[[], Iterator[torch.Tensor]]
 
 
-def read_models(folder: str | Path, task: str, *, dtype: str = "auto", attention: str = "auto") -> Models:
+def read_models(
+    folder: str | Path | None,
+    task: str,
+    *,
+    dtype: str = "auto",
+    attention: str = "auto",
+    own: Mapping[str, Path] | None = None,
+) -> Models:
     """Find and understand a checkpoint's parts; no weight is read.
 
     Args:
         folder: as downloaded: the official layout, ComfyUI's (``diffusion_models/`` ...) or diffusers'.
+        own: files in place of the folder's, by the names of ``Parts``; with all of them there need be no folder.
 
     Raises:
         WanError: a part is missing, damaged, or belongs to another variant.
     """
     variant = VARIANTS[task]
-    parts = find_parts(folder, variant)
+    parts = parts_from(folder, variant, own or {})
     high = _recipe(parts.high, variant, dtype, attention)
     dit = pair(high, _recipe(parts.low, variant, dtype, attention), Switch()) if parts.low else high
     vae = read_vae(parts.vae)
@@ -165,6 +178,33 @@ def read_models(folder: str | Path, task: str, *, dtype: str = "auto", attention
     clip = read_clip(parts.clip) if parts.clip else None
     check_compatible(variant, high.high, vae, text, clip)
     return Models(dit, vae, text, clip)
+
+
+def planned_models(
+    task: str, *, dtype: str = "auto", attention: str = "auto", own: Mapping[str, Path] | None = None
+) -> Models:
+    """Models to plan with, and not to run: what no file is given for is as published, in its official format.
+
+    Raises:
+        WanError: a file that is damaged, or belongs to another variant.
+    """
+    variant, own = VARIANTS[task], own or {}
+
+    def expert(part: str, level: str) -> ModelRecipe:
+        if part in own:
+            return _recipe(own[part], variant, dtype, attention)
+        return ModelRecipe(published_dit(variant, level), dtype=dtype, attention=attention, variant=variant)
+
+    if variant.experts == 2:
+        dit = pair(expert("high", "high"), expert("low", "low"), Switch())
+    else:
+        dit = expert("high", "only")
+    vae = read_vae(own["vae"]) if "vae" in own else published_vae(variant)
+    text = published_text_encoder()
+    if "text_encoder" in own:
+        text = read_text_encoder(own["text_encoder"], own.get("tokenizer"))
+    check_compatible(variant, dit.high, vae, text, None)
+    return Models(dit, vae, text)
 
 
 def generate(

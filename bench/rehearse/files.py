@@ -12,16 +12,16 @@ from PIL import Image
 from safetensors import safe_open
 
 from bench.sparse import shapes_of, write_sparse
-from wan_core.config import VARIANTS, Architecture, TextConfig, VAEConfig
+from wan_core.config import VARIANTS
 from wan_core.files.gguf import MAGIC, type_numbers
 from wan_core.layouts import text as text_keys
 from wan_core.loading.clip import ClipFile, read_clip
 from wan_core.loading.dit import DiTFile, read_dit
+from wan_core.loading.published import TEXT_CONFIG, VAE_CONFIGS, architecture_of
 from wan_core.loading.text import TextFile, read_text_encoder
 from wan_core.loading.vae import VAE_CLASSES, VAEFile, read_vae
 from wan_core.models.clip.vit import ClipConfig, ClipVision
 from wan_core.models.dit.dit import WanDiT
-from wan_core.models.dit.features.clip_tokens import ClipTokensConfig
 from wan_core.models.text.tokenizer import load_tokenizer
 from wan_core.models.text.umt5 import Umt5Encoder
 from wan_core.models.vae.taehv import TinyConfig, TinyDecoder, published_key
@@ -30,18 +30,7 @@ from wan_core.quant.gguf import DECODERS, block_type
 ROOT = Path(__file__).resolve().parents[2]
 _ALIGNMENT = 32  # bytes, of tensors in a GGUF file
 
-_WIDE = Architecture(16, 16, 5120, 13824, layers=40, text_dim=4096, freq_dim=256, heads=40)
-_SEES = replace(_WIDE, in_channels=36)
-ARCHITECTURES = {
-    "t2v-A14B": _WIDE,
-    "i2v-A14B": _SEES,
-    "ti2v-5B": Architecture(48, 48, 3072, 14336, layers=30, text_dim=4096, freq_dim=256, heads=24),
-    "t2v-1.3B": Architecture(16, 16, 1536, 8960, layers=30, text_dim=4096, freq_dim=256, heads=12),
-    "i2v-14B": replace(_SEES, features=(ClipTokensConfig(1280),)),
-    "flf2v-14B": replace(_SEES, features=(ClipTokensConfig(1280, 514),)),
-}
-VAES = {"wan2.1": VAEConfig("wan2.1", 16, 96, 96), "wan2.2": VAEConfig("wan2.2", 48, 160, 256)}
-_TEXT = TextConfig(256384, 4096, 4096, 10240, heads=64, layers=24)
+ARCHITECTURES = {task: architecture_of(VARIANTS[task]) for task in VARIANTS}
 _CLIP = ClipConfig(1280, 5120, 16, layers=3, patch=14, positions=257, fused=True)  # of 32 layers
 _TAEHV = {16: TinyConfig(16, (256, 128, 64, 64), (1, 2, 2), 1), 48: TinyConfig(48, (256, 128, 64, 64), (1, 2, 2), 2)}
 
@@ -63,11 +52,11 @@ class Shelf:
 
     def vae(self, task: str) -> VAEFile:
         kind = VARIANTS[task].vae
-        shapes = shapes_of(lambda: VAE_CLASSES[kind](VAES[kind]))
+        shapes = shapes_of(lambda: VAE_CLASSES[kind](VAE_CONFIGS[kind]))
         return read_vae(self._made(f"{kind}.safetensors", lambda file: write_sparse(file, shapes, torch.float32)))
 
     def text(self, layers: int) -> TextFile:
-        shapes = shapes_of(lambda: Umt5Encoder(replace(_TEXT, layers=layers)))
+        shapes = shapes_of(lambda: Umt5Encoder(replace(TEXT_CONFIG, layers=layers)))
         file = self._made(f"umt5_{layers}.safetensors", lambda file: write_sparse(file, shapes))
         with safe_open(ROOT / "nano/text_encoders/nano_umt5.safetensors", "pt") as nano:
             spiece = bytes(nano.get_tensor(text_keys.SPIECE_MODEL).tolist())

@@ -13,6 +13,7 @@ from ..config import VARIANTS
 from ..errors import WanError
 from . import generate
 from .loras import with_loras
+from .weights import models_from
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +36,13 @@ def run(args: argparse.Namespace) -> None:
     from ..loading.step_caches import curve_file
     from ..memory.devices import resolve_device
     from ..memory.engine import Engine
-    from ..pipeline import check_run, read_models
+    from ..pipeline import check_run
     from ..tools.calibrate import calibrate, check_free, save
 
     device, variant = resolve_device(args.device), VARIANTS[args.task]
     resolve_dtype(args.dtype, device)
     request = generate.request_from(args).completed(variant)
-    models = read_models(args.ckpt_dir, args.task, dtype=args.dtype, attention=args.attention)
+    models = models_from(args)
     models = replace(models, dit=replace(with_loras(models.dit, args.lora), **generate.swap(args)))
     check_free([curve_file(file.path) for file in models.dit.files], overwrite=args.overwrite)
     check_run(models, request, Engine(), device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from .output import Output
 from .presets import chosen_sampling, preset_notes
 from .prompt_extension import add_extension_arguments, extended
 from .step_caches import add_cache_arguments, step_cache_from
+from .weights import add_weight_arguments, given_files, models_from, where_the_vae_is
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ _EXAMPLE_PROMPT = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--task", choices=list(VARIANTS), default="t2v-A14B", help="the model to run")
-    add("--ckpt_dir", type=path, required=True, help="folder of the checkpoint, as downloaded")
+    add_weight_arguments(parser)
     add(
         "--size",
         type=size,
@@ -101,7 +101,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="encode and decode in tiles of so many pixels a side (default: only where --vram_limit asks for it)",
     )
-    add("--plan", action="store_true", help="say what the run needs of the device, and end")
+    add(
+        "--plan",
+        action="store_true",
+        help="say what the run needs of the device, and end; without --ckpt_dir for the models as published",
+    )
     add(
         "--convert_model_dtype",
         action="store_true",
@@ -144,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
     from ..media import geometry as latents
     from ..memory.devices import resolve_device
     from ..memory.engine import Engine
-    from ..pipeline import check_run, generate, needs, read_models, video_size
+    from ..pipeline import check_run, generate, needs, video_size
     from ..recipe import told_of_guidance
 
     output = Output(args.save_file or default_name(args), args.save_tensors, args.overwrite, _inputs(args))
@@ -152,8 +156,8 @@ def run(args: argparse.Namespace) -> None:
         output.check()
     device, variant = resolve_device(args.device), VARIANTS[args.task]
     resolve_dtype(args.dtype, device)
-    request = request_from(args).completed(variant)
-    models = read_models(args.ckpt_dir, args.task, dtype=args.dtype, attention=args.attention)
+    request = request_from(args).completed(variant, planned=args.plan)
+    models = models_from(args, plan=args.plan)
     options = {"step_cache": step_cache_from(args, models.dit), "guidance": guidance_of(args)} | swap(args)
     models = replace(models, dit=replace(with_loras(models.dit, args.lora), **options))
     if args.plan:
@@ -182,12 +186,12 @@ def run(args: argparse.Namespace) -> None:
     )
     with Bar(request.steps) as bar:
         result = generate(models, request, engine, device=device, text_device=text_device(args, device), on_step=bar)
-    output.save(result.latent, result.video(), variant.fps, notes, f"--ckpt_dir {shlex.quote(str(args.ckpt_dir))}")
+    output.save(result.latent, result.video(), variant.fps, notes, where_the_vae_is(args))
 
 
 def _inputs(args: argparse.Namespace) -> list[Path]:
     loras = [file for option in args.lora for file in (option.file, option.low) if file]
-    return [file for file in (args.image, args.end_image, *loras) if file]
+    return [file for file in (args.image, args.end_image, *loras, *given_files(args)) if file]
 
 
 def swap(args: argparse.Namespace) -> dict:

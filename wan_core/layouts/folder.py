@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..config import (
     CLIP_CHECKPOINT,
@@ -69,6 +70,25 @@ def find_parts(folder: str | Path, variant: Variant, wanted: Collection[str] = W
         f"{variant.display_name}. Found {_listing(folder)}.",
         Hint.OTHER_TASK,
     )
+
+
+def parts_from(folder: str | Path | None, variant: Variant, own: Mapping[str, Path]) -> Parts:
+    """The parts of a variant's model: files of their own, by the names of ``Parts``, and the rest from a folder.
+
+    Raises:
+        WanError: a part is neither given nor in the folder, or there is no folder to look in.
+    """
+    experts = ("high", "low") if variant.experts == 2 else ("high",)
+    needed = (*experts, "vae", "text_encoder", *(("clip",) if variant.clip else ()))
+    wanted = [part for part in needed if part not in own]
+    found: dict[str, Any] = {"low": None, "tokenizer": None, "clip": None}
+    if wanted:
+        if folder is None:
+            raise WanError("Where are the weights?", Hint.CLIP_WEIGHTS if variant.clip else Hint.WEIGHTS)
+        found = dict(vars(find_parts(folder, variant, wanted)))
+        if "text_encoder" in own:
+            found["tokenizer"] = None  # the folder's is its own text encoder's
+    return Parts(**found | dict(own))
 
 
 def _official(folder: Path, variant: Variant) -> Parts:
