@@ -12,6 +12,7 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from ..models.clip.vit import ClipVision
 from ..models.dit.attention import BACKENDS, Attend
 from ..models.dit.dit import TextStates, WanDiT
 from ..models.dit.inputs import with_channels
+from ..models.dit.probe import NotFinite, watched
 from ..models.vae.vae import VideoVAE
 from ..recipe import ModelRecipe, Network
 from ..sampling.experts import Expert, Experts, Model
@@ -342,6 +344,7 @@ class LazyDiT:
         self._loras, self._step = recipe.loras_of(file), 0
         self._revision = 0  # of the weights that the text states belong to
         self._attention: str | None = None  # instead of the recipe's
+        self._watched = False  # whether a call ends where numbers stop being finite
         self._owner: weakref.ref[WanDiT] | None = None  # weak, so that the engine can release it during the run
         self._texts: dict[int, TextStates] = {}  # by the condition's key
 
@@ -374,7 +377,19 @@ class LazyDiT:
         text = self._text(dit, condition, len(x))
         if (against := condition.against) is not None:
             text = text.against(self._text(dit, against.condition, len(x)), against.nag)
-        return dit(x, t, text, on_block=on_block, skip=condition.skip).to(torch.float32)
+        with watched(dit) if self._watched else nullcontext():
+            return dit(x, t, text, on_block=on_block, skip=condition.skip).to(torch.float32)
+
+    def first_not_finite(self, ask: Callable[[], object]) -> str | None:
+        """The first part whose answer is not finite while ``ask`` calls this model; None if there is none."""
+        self._watched = True
+        try:
+            ask()
+        except NotFinite as found:
+            return found.where
+        finally:
+            self._watched = False
+        return None
 
     def be_exact(self) -> str | None:
         """From now on attention is PyTorch's own, which rounds nothing more; the name of what it was, None if it was.
