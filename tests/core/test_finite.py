@@ -228,7 +228,7 @@ def test_attention_is_named_by_what_holds_it():
 
 @pytest.fixture
 def unsound(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``unsound(block=2, call=1)``: the attention 'flash2' can be chosen, and answers with an infinity in this block, from
+    """``unsound(block=2, call=1)``: the attention 'flash2' can be chosen, and answers with infinity in this block from
     this call of the model on; both are counted from 0."""
 
     def arrange(*, block: int, call: int) -> None:

@@ -92,7 +92,8 @@ def _traced(
 
         def block() -> torch.Tensor:
             x = torch.empty(batch, tokens, config.dim, dtype=dtype)
-            return dit.blocks[0](x, six, table, text, 0, dit.attend)
+            sources = text.of_block(0, dit.blocks[0].cross_attn)
+            return dit.blocks[0](x, six, table, sources, dit.attend)
 
         def head() -> torch.Tensor:
             x = torch.empty(batch, tokens, config.dim, dtype=dtype)

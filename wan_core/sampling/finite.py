@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class Verdict:
 
     def __init__(self, calls: Sequence[Call]):
         self._calls = tuple(calls)
-        self._reached: torch.cuda.Event | None = None
+        self._reached: Any = None  # an event, where the device works by itself
         self._finite = torch.ones(0, dtype=torch.bool)
         if not calls:
             return
@@ -46,12 +47,12 @@ class Verdict:
             return
         self._finite = pinned(len(calls)).view(torch.bool)
         self._finite.copy_(flags, non_blocking=True)
-        self._reached = torch.cuda.Event()
+        self._reached = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._reached.record(torch.cuda.current_stream(flags.device))
 
     def is_known(self) -> bool:
         """Whether nobody needs to wait for it."""
-        return self._reached is None or self._reached.query()
+        return self._reached is None or bool(self._reached.query())
 
     def failed(self) -> Call | None:
         """The first call whose answer is not finite; waits for the device to come so far."""
