@@ -338,6 +338,7 @@ def _layout(
         fused=_is_fused(device),
         whole_attention=takes_whole(recipe.attention),
         against=rules.nag is not None,
+        compiled=recipe.compile,
     )
 
     def lay(swapped: int, prefetch: int) -> Plan:

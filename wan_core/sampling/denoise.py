@@ -215,12 +215,14 @@ class Callbacks:
         on_block: called by the model at each block.
         on_plan: called with each layout in memory, before its weights are loaded.
         on_note: called with what the user should know.
+        on_progress: called with what is under way and takes long, such as compiling.
     """
 
     on_step: Callable[[StepReport], None] | None = None
     on_block: OnBlock | None = None
     on_plan: Callable[[Any], None] | None = None
     on_note: Callable[[str], None] = log.warning
+    on_progress: Callable[[str], None] = log.info
 
 
 SILENT = Callbacks()

@@ -30,6 +30,7 @@ from .layers import (
     linear_gelu,
     modulate,
     modulated_norm,
+    out_of_place,
     sinusoid,
 )
 from .nag import Nag, Opposite
@@ -42,7 +43,7 @@ TOKENS_AT_ONCE = 8192  # of a long video, where a whole second copy of the token
 
 def over(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """``layer(x)`` for x [B, L, ...]; of a long x in inference, written over x some tokens at a time."""
-    if torch.is_grad_enabled() or x.shape[1] <= TOKENS_AT_ONCE:
+    if out_of_place() or x.shape[1] <= TOKENS_AT_ONCE:
         return layer(x)
     for part in x.split(TOKENS_AT_ONCE, dim=1):
         part.copy_(layer(part))
@@ -126,7 +127,7 @@ class SelfAttention(nn.Module):
         return q, k, split_heads(over(self.v, x), self.heads)
 
     def _rotated(self, norm: RMSNorm, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
+        if out_of_place():
             return rotate(split_heads(norm(x), self.heads), rope)
         return norm.apply_rotated_(x, rope, self.heads)
 
@@ -147,7 +148,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: torch.Tensor, sources: tuple[Source, ...], attend: Attend) -> torch.Tensor:
         """Tokens [B, L, dim] -> the sum of what they hear of each source."""
         q = self.q(x)
-        q = split_heads(self.norm_q(q) if torch.is_grad_enabled() else self.norm_q.apply_(q), self.heads)
+        q = split_heads(self.norm_q(q) if out_of_place() else self.norm_q.apply_(q), self.heads)
         first, *others = sources
         if not others and first.opposite is None:
             heard = attend(q, first.keys, first.values, kind=first.kind)
@@ -164,7 +165,7 @@ def _sum_of(q: torch.Tensor, sources: tuple[Source, ...], attend: Attend) -> tor
         answer = opposite.nag.steered(answer, attend(q, opposite.keys, opposite.values, kind=first.kind))
     for source in others:
         more = attend(q, source.keys, source.values, kind=source.kind)
-        answer = answer + more if torch.is_grad_enabled() else answer.add_(more)
+        answer = answer + more if out_of_place() else answer.add_(more)
     return answer
 
 
@@ -188,7 +189,7 @@ class FeedForward(nn.Sequential):
         super().__init__(Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), Linear(ffn_dim, dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
+        if out_of_place():
             return super().forward(x)
         return over(lambda part: self[2](linear_gelu(self[0], part)), x)
 
@@ -206,7 +207,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, timed: PerSegment, rope: torch.Tensor, sources: tuple[Source, ...], attend: Attend
     ) -> torch.Tensor:
-        """Tokens [B, L, dim] -> the same; overwrites x when no gradients are wanted.
+        """Tokens [B, L, dim] -> the same; overwrites x unless ``out_of_place``.
 
         Args:
             timed: the six modulations of the timestep.
@@ -223,7 +224,7 @@ class Block(nn.Module):
         x = add_gated(x, self.self_attn.o(seen), attention)
         del seen
         heard = self.cross_attn(self.norm3(x), sources, attend)
-        x = x + heard if torch.is_grad_enabled() else x.add_(heard)
+        x = x + heard if out_of_place() else x.add_(heard)
         del heard
         return add_gated(x, self.ffn(modulated_norm(x, feed_forward, self.eps)), feed_forward)
 

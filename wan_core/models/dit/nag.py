@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .layers import SLICE
+from .layers import SLICE, out_of_place
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Nag:
 
     def steered(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         """Two answers of attention [B, L, heads, head_dim] -> the guided one; in inference it overwrites the first."""
-        if torch.is_grad_enabled():
+        if out_of_place():
             return self._steered(positive.float(), negative.float()).to(positive.dtype)
         for part, other in zip(positive.split(SLICE, dim=1), negative.split(SLICE, dim=1), strict=True):
             part.copy_(self._steered(part.float(), other.float()))

@@ -69,7 +69,7 @@ def _rotations(positions: int, pairs: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys [B, L, heads, head_dim]; computed in float32, returned in x's dtype."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if is_narrow(x.device):
+    if is_narrow(x.device) or torch.compiler.is_compiling():  # compilers leave complex numbers as they are
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
     else:
