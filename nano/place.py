@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_core.models.dit.rope import rope_table
+from wan_core.models.dit.runner import BlockRunner, Given
 from wan_core.train.dit import Data, DiTTask, Recipe
 from wan_core.train.model import TrainedDiT
 from wan_core.train.precision import autocast, resolve_precision
@@ -92,11 +92,8 @@ class PlaceTask:
         with autocast(self.precision, model.device):
             text = model.text_states([self.empty] * len(x), keep=False)
             timed = model._embed_time(t, grid)[1]
-            rope = rope_table(grid, model.config.dim // model.config.heads, model.device)
-            tokens = model._embed_patches(x)
-            for index in range(_DEPTH):
-                tokens = model.blocks[index](tokens, timed, rope, text, index, text.attend)
-        return tokens
+            given = Given(timed, model.rope.of(grid, model.device), text, text.attend)
+            return BlockRunner().run(model.blocks[:_DEPTH], model._embed_patches(x), given)
 
 
 class PlacedTask(DiTTask):

@@ -61,6 +61,15 @@ class LoadModel(WanNode):
                     tooltip="Which official model the file is, where several have the same layers: auto goes by the "
                     "file's and its folder's name, and says what it assumed.",
                 ),
+                io.Boolean.Input(
+                    "compile",
+                    default=False,
+                    optional=True,
+                    tooltip="Compiles the transformer's blocks (torch.compile; on a GPU it needs Triton). The first "
+                    "step of a new video size takes longer, up to some minutes. On cards that run the pack's own "
+                    "kernels, compiling was found no faster; it is for others. It takes more memory, and leaves out "
+                    "quantised weights.",
+                ),
             ],
             outputs=[WanModel.Output(display_name="model")],
         )
@@ -72,11 +81,15 @@ class LoadModel(WanNode):
             _chosen(host.read_header(read_dit, FOLDER, model_name), variant)
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, dtype: str, attention: str, variant: str = AUTO) -> tuple:
+    def fingerprint_inputs(
+        cls, model_name: str, dtype: str, attention: str, variant: str = AUTO, compile: bool = False
+    ) -> tuple:
         return host.fingerprint(FOLDER, model_name, read_dit)
 
     @classmethod
-    def execute(cls, model_name: str, dtype: str, attention: str, variant: str = AUTO) -> io.NodeOutput:
+    def execute(
+        cls, model_name: str, dtype: str, attention: str, variant: str = AUTO, compile: bool = False
+    ) -> io.NodeOutput:
         file: DiTFile = host.read_header(read_dit, FOLDER, model_name)
         compute = resolve_dtype(dtype, host.device(), file.checkpoint.dtype)
         attention, followed = host.attention_asked(attention, compute)
@@ -84,7 +97,9 @@ class LoadModel(WanNode):
         note = quantised_note(file, dtype, host.device())
         chosen = _chosen(file, variant)
         notes = tuple(filter(None, (*file.notes, note, chosen.assumed, followed)))
-        model = ModelRecipe(file, dtype=dtype, attention=attention, notes=notes, variant=chosen.variant)
+        model = ModelRecipe(
+            file, dtype=dtype, attention=attention, notes=notes, variant=chosen.variant, compile=compile
+        )
         return io.NodeOutput(model, ui=host.told("\n".join(model.notes)))
 
 

@@ -367,7 +367,7 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
             device,
             start,
             run,
-            Callbacks(shown, shown.block, notes.planned, notes.warned),
+            Callbacks(shown, shown.block, notes.planned, notes.warned, notes.hinted),
         )
     sampled = raws.stored(x, plan, settings.end, kind)
     return latent | {"samples": sampled.to(host.storage_device())}

@@ -76,6 +76,8 @@ class ModelRecipe:
 
     ``merge_loras``: into the weights once, where those lie on the device unpacked; else LoRAs are added as layers run.
 
+    ``compile``: blocks by ``torch.compile``, where they can be.
+
     ``step_cache``: which steps are extrapolated instead of computed; None computes all.
 
     ``guidance``: rules for what is done with both prompts; how much of it is the sampler's.
@@ -97,6 +99,7 @@ class ModelRecipe:
     step_cache: StepCache | None = None
     guidance: Guidance = PLAIN
     variant: Variant = _BY_ITS_FILE
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.variant is None:

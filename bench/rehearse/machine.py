@@ -156,7 +156,7 @@ class Machine(TorchDispatchMode):
             return _a_number(given[0].dtype)
         if function is _TO_COPY and _asks_for(kwargs, "cpu"):
             self.tally.downloaded(given[0])
-            return _zeros_like(given[0], kwargs.get("dtype"))
+            return _read_back(given[0], kwargs.get("dtype"))
         if function is _TO_COPY and not isinstance(args[0], FakeTensor):
             return self._upload(args[0], kwargs.get("dtype") or args[0].dtype)
         if function is _COPY_ and isinstance(args[1], FakeTensor) != isinstance(args[0], FakeTensor):
@@ -205,8 +205,10 @@ class Machine(TorchDispatchMode):
         torch.broadcast_shapes(place.shape, source.shape)
         if isinstance(place, FakeTensor):
             self.tally.uploaded(source, pinned=self._is_pinned(source))
-        else:
-            self.tally.downloaded(source)
+            return place
+        self.tally.downloaded(source, waits=not (non_blocking and self._is_pinned(place)))
+        with unset_fake_temporarily():
+            place.fill_(_a_number(source.dtype))
         return place
 
     def _is_pinned(self, tensor: Tensor) -> bool:
@@ -285,9 +287,10 @@ def _a_number(dtype: torch.dtype) -> bool | int | float:
     return 1.0 if dtype.is_floating_point else 1
 
 
-def _zeros_like(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _read_back(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A copy on the host: zeros, but yes to a question."""
     with unset_fake_temporarily():
-        made = torch.zeros(tensor.shape, dtype=dtype or tensor.dtype)
+        made = torch.full(tensor.shape, tensor.dtype == torch.bool, dtype=dtype or tensor.dtype)
         return made.as_strided(tensor.shape, _kept_stride(tensor))
 
 
@@ -357,14 +360,17 @@ class _Stream:
 class _Event:
     def __init__(self, tally: Tally):
         self._tally = tally
+        self._recorded = 0
 
-    def record(self, stream: object = None) -> None: ...
+    def record(self, stream: object = None) -> None:
+        self._recorded = self._tally.launched
 
     def query(self) -> bool:
-        return True
+        """Never, before it is waited for: the slowest of devices."""
+        return False
 
     def synchronize(self) -> None:
-        self._tally.synchronised("waits for an event")
+        self._tally.synchronised("waits for an event", behind=self._tally.launched > self._recorded)
 
 
 def _patches(machine: Machine) -> Iterator[mock._patch]:

@@ -33,7 +33,7 @@ from .machine import Machine
 from .tally import Counts
 
 GB = 1e9
-STEPS = 3  # of a run: the last is the second of its expert, when all is loaded
+STEPS = 4  # of a run: the last is the third of its expert, when all is loaded
 SIZES = {"720p": (1280, 720), "480p": (832, 480), "704p": (1280, 704)}
 
 
@@ -118,7 +118,8 @@ class Watched:
 
     def row(self, run: Run) -> dict:
         """The figures of a run."""
-        last, x = self.steps[-1], run.tokens * ARCHITECTURES[run.task].dim * 2
+        x = run.tokens * ARCHITECTURES[run.task].dim * 2
+        step = self.steps[-2]  # between the reports of the last but two and the last but one: the last is computed
         planned, peak = self.plan.total, self.peak - self.beside
         return {
             "tokens": run.tokens,
@@ -127,10 +128,12 @@ class Watched:
             "block_between_gb": self.block.between / GB,
             "block_between_x": self.block.between / x,
             "block_tflop": self.block.operations / 1e12,
-            "waits": sum(last.waits.values()),
-            "waits_where": dict(last.waits),
-            "uploads": last.uploads,
-            "pageable_mb": last.pageable / 1e6,
+            "waits": sum(step.waits.values()),
+            "waits_where": dict(step.waits),
+            "waits_behind": dict(step.behind),
+            "waits_at_the_end": dict(self.steps[-1].waits),
+            "uploads": step.uploads,
+            "pageable_mb": step.pageable / 1e6,
             "peak_gb": peak / GB,
             "planned_gb": planned / GB,
             "over_plan_percent": 100 * (peak - planned) / (planned + self.missing),

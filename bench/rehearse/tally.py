@@ -34,7 +34,8 @@ class Counts:
         read, written: bytes of the tensors that they take and make; what a kernel reads twice counts once.
         between: of these bytes, those of kernels that are no product, convolution or attention.
         operations: floating-point operations of products, convolutions and attention.
-        waits: host synchronisations by what waited and where.
+        waits: host synchronisations by what waited and where, after which the device has nothing to do.
+        behind: those that wait for less than all that was launched: the device works on.
         pageable, pinned: bytes copied to the device from ordinary and from pinned memory.
         down: bytes copied to the host.
     """
@@ -45,6 +46,7 @@ class Counts:
     between: int = 0
     operations: int = 0
     waits: Counter = field(default_factory=Counter)
+    behind: Counter = field(default_factory=Counter)
     uploads: int = 0
     pageable: int = 0
     pinned: int = 0
@@ -104,6 +106,7 @@ class Tally:
 
     def __init__(self, total: int):
         self.live = LiveMemory(total)
+        self.launched = 0  # kernels since the beginning
         self._counts: list[Counts] = []
         self._thread = threading.get_ident()
 
@@ -121,6 +124,7 @@ class Tally:
         for one in made:
             self.made(one)
         if cost.name and threading.get_ident() == self._thread:
+            self.launched += 1
             for counts in self._counts:
                 counts.add(cost)
 
@@ -128,12 +132,12 @@ class Tally:
         if tensor.fake_device.type not in ("cpu", "meta"):
             self.live.hold(tensor.untyped_storage())
 
-    def synchronised(self, why: str) -> None:
-        """The host waits for the device; in the thread that computes."""
+    def synchronised(self, why: str, *, behind: bool = False) -> None:
+        """The host waits for the device, or for what it did before the rest; in the thread that computes."""
         if threading.get_ident() == self._thread:
             where = _where()
             for counts in self._counts:
-                counts.waits[f"{why}: {where}"] += 1
+                (counts.behind if behind else counts.waits)[f"{why}: {where}"] += 1
 
     def uploaded(self, source: Tensor, *, pinned: bool) -> None:
         for counts in self._counts:
@@ -143,8 +147,9 @@ class Tally:
             else:
                 counts.pageable += source.nbytes
 
-    def downloaded(self, source: Tensor) -> None:
-        self.synchronised("copies to the host")
+    def downloaded(self, source: Tensor, *, waits: bool = True) -> None:
+        if waits:
+            self.synchronised("copies to the host")
         for counts in self._counts:
             counts.down += source.nbytes
 

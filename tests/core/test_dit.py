@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import pkgutil
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -305,3 +309,32 @@ def test_a_backend_that_prepares_all_keys_is_asked_once_for_self_attention(monke
         ours = model(x, t, text)
     assert torch.allclose(ours, expected, atol=1e-6)
     assert seen == [(32, 32)] * model.config.layers
+
+
+def test_rotation_tables_are_the_models_own_and_go_with_it():
+    """The last two shapes' are kept, each made once."""
+    model, text = make(T2V), torch.randn(1, 9, 96)
+    first = None
+    for height in (4, 6, 4, 8):
+        model(torch.randn(1, 16, 1, height, 4), torch.tensor([5.0]), text)
+        first = first or weakref.ref(model.rope.of((1, 2, 2), model.device))
+    assert model.rope.of((1, 2, 2), model.device) is first() and len(model.rope._made) == 2
+    del model
+    gc.collect()
+    assert first() is None
+
+
+def test_nothing_that_holds_tensors_outlives_its_owner():
+    """No function of the pack keeps tensors for later calls: those that keep something are listed here."""
+    keep = {"_importable", "available", "_read", "_problem_of_file", "_passes_cudnn_by", "_wordings", "block_type",
+            "type_numbers", "curves_of", "decode_bytes", "_stream", "_wide_font"}  # fmt: skip
+    package = importlib.import_module("wan_core")
+    for found in pkgutil.walk_packages(package.__path__, "wan_core."):
+        if found.name in ("wan_core.__main__", "wan_core.kernels.rows"):
+            continue
+        module = importlib.import_module(found.name)
+        for name, value in vars(module).items():
+            if hasattr(value, "cache_clear") and value.__module__ == found.name:
+                assert name in keep, f"{found.name}.{name}"
+            held = value if isinstance(value, (list, tuple, set)) else value.values() if isinstance(value, dict) else ()
+            assert not any(isinstance(one, Tensor) for one in (value, *held)), f"{found.name}.{name}"

@@ -154,7 +154,7 @@ def test_the_plan_knows_batches_calls_and_prompts():
     )
     two = plan(recipe(A14B, **streams), (2, *shape[1:]), "cuda:0", prompts=1)
     assert merged.moved == plain.moved / 2  # one pass over the blocks
-    assert merged.needs.working == pytest.approx(two.needs.working, rel=0.02)
+    assert merged.needs.working == pytest.approx(two.needs.working, rel=0.03)
     alone = [
         plan(recipe(A14B, guidance=Guidance(rules)), shape, "cuda:0", prompts=1).needs.working
         for rules in ((), (NormalisedAttention(),))

@@ -61,13 +61,13 @@ def counted_by_hand(
     moments = (
         6 * x if whole else 4 * x + part + given,  # tokens; queries, keys, values; (a part of) what is seen
         4 * x + bool(wide) * piece(ROTATED_AT_ONCE, 2 * wide + item),  # rotating the keys
-        (3 * x + 2 * part if branches else 4 * x) + text,  # tokens, the same normed, queries, what is heard
-        against * (3 * x + 2 * part + text + piece(TEXT_LENGTH, 2 * item) + piece(SLICE, item)),  # of two texts
+        3 * x + 2 * part if branches else 4 * x,  # tokens, the same normed, queries, what is heard
+        against * (3 * x + 2 * part + piece(SLICE, item)),  # of two texts
         2 * x + piece(TOKENS_AT_ONCE, item, config.ffn_dim) + part + given,  # feed-forward
         2 * x + copy + piece(SLICE, 3 * wide),  # adding with a gate
         2 * x + bool(wide) * piece(SLICE, 2 * wide),  # norm
     )
-    return max(moments) + tokens * config.dim // config.heads // 2 * 8  # cosine and sine
+    return max(moments) + (1 + against) * text + tokens * config.dim // config.heads // 2 * 8  # cosine and sine
 
 
 SIZES = [(1, 75600), (1, 32760), (1, 27280), (2, 27280), (1, 6000), (1, 1560)]

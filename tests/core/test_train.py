@@ -29,7 +29,7 @@ from wan_core.train.data import Frame, read_folder
 from wan_core.train.dit import Data, DiTTask, Recipe
 from wan_core.train.loop import Plan, _average, train
 from wan_core.train.lora import AdaptedLinear, add_lora, merge_lora
-from wan_core.train.model import TrainedDiT, checkpoint_blocks, load_trained, new_dit
+from wan_core.train.model import CheckpointedRunner, TrainedDiT, load_trained, new_dit
 from wan_core.train.objective import (
     NoiseRange,
     expert_range,
@@ -173,7 +173,7 @@ def test_checkpointed_blocks_give_the_same_gradients():
     for offload in (None, False, True):
         model = random_dit()
         if offload is not None:
-            checkpoint_blocks(model, offload=offload)
+            model.runner = CheckpointedRunner(offload=offload)
         task = DiTTask(model, random_data(), Recipe(T2V, NoiseRange(0, 1, 5.0), batch=2, precision="fp32"))
         task.loss(0, torch.Generator().manual_seed(0))[0].backward()
         grads.append([parameter.grad for parameter in model.parameters()])

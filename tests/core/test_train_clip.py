@@ -31,7 +31,7 @@ from wan_core.train.cache import Cache, Entry, Latents, batches_of
 from wan_core.train.data import Clip, Frame, read_folder
 from wan_core.train.dit import Data, DiTTask, Recipe
 from wan_core.train.lora import add_lora, lora_tensors, merge_lora
-from wan_core.train.model import TrainedDiT, checkpoint_blocks, new_dit
+from wan_core.train.model import CheckpointedRunner, TrainedDiT, new_dit
 from wan_core.train.objective import NoiseRange
 from wan_core.train.report import read_log
 from wan_core.train.run import Hooks, Request, _noise, files_in, run
@@ -105,7 +105,7 @@ def test_checkpointed_blocks_give_the_same_gradients(rank: int):
         model = random_dit(CONFIGS["flf2v-14B"])
         adapted = add_lora(model, rank, ["all"]) if rank else None
         if offload is not None:
-            checkpoint_blocks(model, offload=offload)
+            model.runner = CheckpointedRunner(offload=offload)
         for layer in (adapted or {}).values():
             torch.nn.init.normal_(layer.lora_B, std=0.05, generator=torch.Generator().manual_seed(0))
         task = a_task("flf2v-14B", model, adapted=adapted)

@@ -120,6 +120,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto, sdpa, or what is installed of sage, sage3, kitchen, flash2, flash3, flash4",
     )
     add(
+        "--compile",
+        action="store_true",
+        help="compile the transformer's blocks (torch.compile): the first step takes longer, the others may be faster; "
+        "takes more memory",
+    )
+    add(
         "--save_file",
         type=path,
         metavar="FILE",
@@ -158,8 +164,8 @@ def run(args: argparse.Namespace) -> None:
     resolve_dtype(args.dtype, device)
     request = request_from(args).completed(variant, planned=args.plan)
     models = models_from(args, plan=args.plan)
-    options = {"step_cache": step_cache_from(args, models.dit), "guidance": guidance_of(args)} | swap(args)
-    models = replace(models, dit=replace(with_loras(models.dit, args.lora), **options))
+    options = {"step_cache": step_cache_from(args, models.dit), "guidance": guidance_of(args), "compile": args.compile}
+    models = replace(models, dit=replace(with_loras(models.dit, args.lora), **options, **swap(args)))
     if args.plan:
         print(needs(models, request, device, text_device(args, device)))
         return

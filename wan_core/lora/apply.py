@@ -54,20 +54,24 @@ class PatchedLinear(nn.Module):
         self.adapters = nn.ModuleList(adapters)
         self.places, self.strengths, self.scratch = tuple(places), strengths, scratch
 
+    @property
+    def compiles(self) -> bool:
+        """Whether all that is active is added to the answer."""
+        return all(adapter.additive for adapter, _ in self._active())
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]"""
-        adapters = cast(Sequence[Adapter], self.adapters)
-        active = [
-            (adapter, self.strengths[place])
-            for adapter, place in zip(adapters, self.places, strict=True)
-            if self.strengths[place]
-        ]
+        active = self._active()
         if not all(adapter.additive for adapter, _ in active):
             return F.linear(x, self._merged(active, like=x), self.base.bias)
         y = self.base(x)
         for adapter, strength in active:
             adapter.add_(y, x, strength)
         return y
+
+    def _active(self) -> list[tuple[Adapter, float]]:
+        placed = zip(cast(Sequence[Adapter], self.adapters), self.places, strict=True)
+        return [(adapter, self.strengths[place]) for adapter, place in placed if self.strengths[place]]
 
     def _merged(self, active: Sequence[tuple[Adapter, float]], like: Tensor) -> Tensor:
         base = self.base

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -358,7 +357,6 @@ def preview_rgb(latent: Tensor) -> Tensor:
     return rgb.add(1).div(2).clamp(0, 1).mul(255).to("cpu", torch.uint8)
 
 
-@lru_cache
 def _preview_map(channels: int) -> tuple[Tensor, Tensor]:
     colours = _PREVIEWS[channels]
     return torch.tensor([row.weights for row in colours]), torch.tensor([row.bias for row in colours])

@@ -10,14 +10,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
 from .. import kernels
 from ..config import TEMPORAL_STRIDE, TEXT_LENGTH, Architecture, VAEConfig
 from ..models.dit.attention import WHOLE
-from ..models.dit.dit import TextStates, WanDiT, keeps_float32, unpatchify
+from ..models.dit.dit import CrossAttention, TextStates, WanDiT, keeps_float32, unpatchify
 from ..models.dit.features import feature_of
 from ..models.dit.layers import PerSegment
 from ..models.dit.nag import Nag
@@ -40,6 +40,7 @@ def dit_activations(
     fused: bool = False,
     whole_attention: bool = False,
     against: bool = False,
+    compiled: bool = False,
 ) -> int:
     """The peak of a call: inside a block, or where its tokens become a velocity; with the rotation table.
 
@@ -48,8 +49,10 @@ def dit_activations(
         whole_attention: self-attention answers for all tokens at once (``takes_whole``); what its kernels take for
             themselves, such as queries and keys in int8, is counted as one copy of the tokens.
         against: a text is heard against another one (``models.dit.nag``).
+        compiled: blocks write over nothing and take nothing apart; a compiler, which joins steps, takes no more.
     """
-    trace = partial(_traced, config, dtype=dtype, fused=fused, whole_attention=whole_attention, against=against)
+    how = {"fused": fused, "whole_attention": whole_attention, "against": against, "compiled": compiled}
+    trace = partial(_traced, config, dtype=dtype, **how)
 
     def of_videos(count: int) -> int:
         return _further(lambda length: trace(count, length), tokens, _MOST_TOKENS)
@@ -75,9 +78,10 @@ def _traced(
     fused: bool,
     whole_attention: bool,
     against: bool = False,
+    compiled: bool = False,
 ) -> int:
     with torch.device("meta"), kernels.assumed(fused):
-        dit = WanDiT(replace(config, layers=1))
+        dit = WanDiT(replace(config, layers=1)).requires_grad_(False)
         for name, parameter in dit.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if keeps_float32(name) else dtype)
         dit.attend = _whole if whole_attention else _in_parts
@@ -92,7 +96,10 @@ def _traced(
 
         def block() -> torch.Tensor:
             x = torch.empty(batch, tokens, config.dim, dtype=dtype)
-            return dit.blocks[0](x, six, table, text, 0, dit.attend)
+            attention = cast(CrossAttention, dit.blocks[0].cross_attn)
+            sources = text.of_block(0, attention)
+            with torch.set_grad_enabled(compiled):  # nothing wants gradients: only the formulas are theirs
+                return dit.blocks[0](x, six, table, sources, dit.attend)
 
         def head() -> torch.Tensor:
             x = torch.empty(batch, tokens, config.dim, dtype=dtype)

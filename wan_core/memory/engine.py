@@ -12,6 +12,7 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,8 +34,11 @@ from ..models.clip.vit import ClipVision
 from ..models.dit.attention import BACKENDS, Attend
 from ..models.dit.dit import TextStates, WanDiT
 from ..models.dit.inputs import with_channels
+from ..models.dit.probe import NotFinite, watched
+from ..models.dit.runner import BlockRunner, CompiledRunner
 from ..models.vae.vae import VideoVAE
 from ..recipe import ModelRecipe, Network
+from ..sampling.denoise import SILENT, Callbacks
 from ..sampling.experts import Expert, Experts, Model
 from ..sampling.guidance import Condition
 from .activations import clip_activations, text_activations
@@ -223,12 +227,14 @@ class Engine:
         if _dit_key(file, recipe, device) not in self._loaded:
             self._ahead.begin(file.checkpoint.files)
 
-    def experts(self, recipe: ModelRecipe, guidance: PerExpert, device: torch.device | str) -> Experts:
+    def experts(
+        self, recipe: ModelRecipe, guidance: PerExpert, device: torch.device | str, callbacks: Callbacks = SILENT
+    ) -> Experts:
         """A recipe's experts as ``denoise`` calls them; nothing is loaded before the first call."""
-        high = self._network(recipe.high, recipe, torch.device(device))
+        high = self._network(recipe.high, recipe, torch.device(device), callbacks)
         if recipe.low is None:
             return Experts.dense(high, guidance.low)
-        low = self._network(recipe.low, recipe, torch.device(device))
+        low = self._network(recipe.low, recipe, torch.device(device), callbacks)
         return Experts(
             high=Expert(high, guidance.high, "high"),
             low=Expert(low, guidance.low, "low"),
@@ -236,8 +242,10 @@ class Engine:
             switch=recipe.switch,
         )
 
-    def _network(self, file: Network, recipe: ModelRecipe, device: torch.device) -> Model:
-        return file.connect(device) if isinstance(file, ExternalModel) else LazyDiT(self, file, recipe, device)
+    def _network(self, file: Network, recipe: ModelRecipe, device: torch.device, callbacks: Callbacks) -> Model:
+        if isinstance(file, ExternalModel):
+            return file.connect(device)
+        return LazyDiT(self, file, recipe, device, callbacks)
 
     def text_encoder(
         self, file: TextFile, device: torch.device | str, dtype: str | torch.dtype | None, *, resident: bool = True
@@ -334,14 +342,17 @@ class LazyDiT:
     The weights are loaded without LoRAs, which are put to them here: other LoRAs or strengths load nothing again.
     """
 
-    def __init__(self, engine: Engine, file: DiTFile, recipe: ModelRecipe, device: torch.device):
-        self.engine = engine
+    def __init__(
+        self, engine: Engine, file: DiTFile, recipe: ModelRecipe, device: torch.device, callbacks: Callbacks = SILENT
+    ):
+        self.engine, self.callbacks = engine, callbacks
         self.file = file
         self.recipe = recipe
         self.device = device
         self._loras, self._step = recipe.loras_of(file), 0
         self._revision = 0  # of the weights that the text states belong to
         self._attention: str | None = None  # instead of the recipe's
+        self._watched = False  # whether a call ends where numbers stop being finite
         self._owner: weakref.ref[WanDiT] | None = None  # weak, so that the engine can release it during the run
         self._texts: dict[int, TextStates] = {}  # by the condition's key
 
@@ -374,7 +385,29 @@ class LazyDiT:
         text = self._text(dit, condition, len(x))
         if (against := condition.against) is not None:
             text = text.against(self._text(dit, against.condition, len(x)), against.nag)
-        return dit(x, t, text, on_block=on_block, skip=condition.skip).to(torch.float32)
+        self._choose_runner(dit)
+        with watched(dit) if self._watched else nullcontext():
+            return dit(x, t, text, on_block=on_block, skip=condition.skip).to(torch.float32)
+
+    def _choose_runner(self, dit: WanDiT) -> None:
+        """The model is the engine's, and keeps what was compiled from run to run."""
+        compiled = isinstance(dit.runner, CompiledRunner)
+        if compiled is not self.recipe.compile:
+            dit.runner = CompiledRunner() if self.recipe.compile else BlockRunner()
+        if isinstance(dit.runner, CompiledRunner):
+            dit.runner.tell, dit.runner.progress = self.callbacks.on_note, self.callbacks.on_progress
+            dit.runner.paused = self._watched
+
+    def first_not_finite(self, ask: Callable[[], object]) -> str | None:
+        """The first part whose answer is not finite while ``ask`` calls this model; None if there is none."""
+        self._watched = True
+        try:
+            ask()
+        except NotFinite as found:
+            return found.where
+        finally:
+            self._watched = False
+        return None
 
     def be_exact(self) -> str | None:
         """From now on attention is PyTorch's own, which rounds nothing more; the name of what it was, None if it was.
@@ -456,6 +489,7 @@ def _identity(recipe: ModelRecipe) -> Hashable:
         recipe.swap_blocks,
         recipe.prefetch,
         recipe.guidance,
+        recipe.compile,
     )
 
 

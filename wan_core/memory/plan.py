@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..recipe import ModelRecipe
 
 AUTO = "auto"
-_LATENTS = 9  # copies of the latent that solver, guidance and previews hold at once, float32
+_LATENTS = 12  # copies of the latent that solver, guidance, previews and the step before hold at once, float32
 _CACHED_LATENTS = 5  # of a step cache: two differences, two samples, an answer
 
 
@@ -338,6 +338,7 @@ def _layout(
         fused=_is_fused(device),
         whole_attention=takes_whole(recipe.attention),
         against=rules.nag is not None,
+        compiled=recipe.compile,
     )
 
     def lay(swapped: int, prefetch: int) -> Plan:

@@ -38,7 +38,7 @@ def denoise_in_memory(
     def attempt(recipe: ModelRecipe, planned: Plan) -> Tensor:
         if callbacks.on_plan and recipe.own:
             callbacks.on_plan(planned)
-        experts = engine.experts(recipe, guidance, device)
+        experts = engine.experts(recipe, guidance, device, callbacks)
         return denoise(reached.state, experts, run, replace(callbacks, on_step=reached)).x
 
     fitted, planned = engine.fit(recipe, x.shape, device, prompts=prompts)

@@ -7,7 +7,6 @@ quantisation, which spreads outliers; the same matrix turns them back.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -85,15 +84,14 @@ def scaled_product(
 
 def rotated(x: Tensor, group: int) -> Tensor:
     """Each group of columns times the Hadamard matrix; twice gives x again."""
-    turn = hadamard(group).to(x)
+    turn = hadamard(group, x.device).to(x.dtype)
     return (x.reshape(*x.shape[:-1], -1, group) @ turn).reshape(x.shape)
 
 
-@lru_cache(maxsize=4)
-def hadamard(size: int) -> Tensor:
+def hadamard(size: int, device: torch.device) -> Tensor:
     """The regular Hadamard matrix [size, size], normalised, float32; size is a power of 4."""
-    seed = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
-    matrix = torch.ones(1, 1)
+    seed = torch.ones(4, 4, device=device).sub_(torch.eye(4, device=device).flip(0), alpha=2)
+    matrix = torch.ones(1, 1, device=device)
     while len(matrix) < size:
         matrix = torch.kron(matrix, seed)
     return matrix / size**0.5

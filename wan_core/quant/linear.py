@@ -27,6 +27,7 @@ class QuantLinear(nn.Module):
     """
 
     bias: Tensor | None
+    compiles = False  # its formats decide by the device, and by what has failed, how to multiply
 
     def __init__(self, packed: Packed, bias: Tensor | None, scratch: Scratch) -> None:
         super().__init__()

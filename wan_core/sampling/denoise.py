@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..errors import Hint, WanError
 from ..lookup import look_up
 from .experts import Expert, Experts
+from .finite import Call, Verdict
 from .guidance import OnBlock, Side, entries
 from .guidance_rules import PLAIN, Guidance, Kept
 from .guidance_run import Guided
@@ -208,16 +210,19 @@ class Callbacks:
     """What is told of a run while it goes; the first two may raise to cancel it.
 
     Attributes:
-        on_step: called after each step.
+        on_step: called after each step, in their order, once its numbers are known to be finite: where the device
+            works by itself, that is while it computes the next one.
         on_block: called by the model at each block.
         on_plan: called with each layout in memory, before its weights are loaded.
         on_note: called with what the user should know.
+        on_progress: called with what is under way and takes long, such as compiling.
     """
 
     on_step: Callable[[StepReport], None] | None = None
     on_block: OnBlock | None = None
     on_plan: Callable[[Any], None] | None = None
     on_note: Callable[[str], None] = log.warning
+    on_progress: Callable[[str], None] = log.info
 
 
 SILENT = Callbacks()
@@ -243,37 +248,17 @@ def denoise(begin: Tensor | RunState, experts: Experts, run: Run, callbacks: Cal
     Raises:
         WanError: an unknown solver, a start past the end, a state of another step, or values that are not finite.
     """
-    step = _solver(run)
+    solver = _solver(run)
     state = begin if isinstance(begin, RunState) else RunState(begin, run.start)
     _check_range(run, state)
     cached = _cached(run, experts)
     _check_guidance(run, experts)
     x = _checked_finite(state.x.float())
     known = run.known.to(x.device) if run.known else None
-    velocity = _Velocity(experts, run, known, callbacks, cached)
     if known and known.clean:
         x = known.put_back(x)
     state = RunState(x, state.step, state.history.to(x.device), state.expert, state.kept)
-    turns = run.guidance.turns(run.schedule)  # a step cache does not extrapolate over them
-    for i in range(state.step, run.last):
-        experts.announce(i, run.schedule)
-        state = state.under(experts.at(i, run.schedule).name)
-        velocity.begin(i, _below("guidance.", state.kept))
-        if cached:
-            known_steps = {} if i in turns else _below("cache.", state.kept)
-            cached.memory = Memory.from_tensors(known_steps, x.device)
-        x, history = step(state.x, i, run.schedule, velocity, state.history)
-        sigma = run.schedule.sigmas[i + 1].item()
-        if known and (known.clean or sigma == 0):
-            x = known.put_back(x)
-        expert = experts.at(i, run.schedule).name
-        kept = dict(state.kept) if cached is None else _under("cache.", cached.memory.to_tensors())
-        state = RunState(x, i + 1, history, expert, kept | _under("guidance.", velocity.kept))
-        if callbacks.on_step:
-            assert velocity.x0 is not None  # every solver has called it
-            done, total = i + 1 - run.start, run.last - run.start
-            calls = velocity.guided.calls
-            callbacks.on_step(StepReport(i, done, total, sigma, expert, velocity.x0, state, calls > 0, calls))
+    state = _Walk(solver, experts, run, known, callbacks, cached).from_here(state)
     if cached:
         callbacks.on_note(cached.report())
     return state
@@ -312,23 +297,168 @@ def _check_guidance(run: Run, experts: Experts) -> None:
     run.guidance.check_sides(run.positive, run.negative, run.schedule.sigmas[run.start : run.last].tolist())
 
 
+@dataclass(frozen=True, eq=False)
+class _Taken:
+    """A step that was taken, whether or not its numbers are numbers.
+
+    Attributes:
+        before: the state to go back to if they are not. All that a step changes is in the state, but ``counts``.
+        counts: the step cache's, before it.
+    """
+
+    before: RunState
+    report: StepReport
+    verdict: Verdict
+    counts: Mapping[bool, int]
+
+    @property
+    def after(self) -> RunState:
+        return self.report.state
+
+
+class _NotFinite(Exception):
+    """A step was taken with an answer that is not finite; ends whatever was begun with it."""
+
+    def __init__(self, taken: _Taken, call: Call):
+        super().__init__()
+        self.taken, self.call = taken, call
+
+
+class _Walk:
+    """A run under way.
+
+    Whether a step's numbers are finite is known when the device has computed it, and the host does not wait: it gives
+    the device the next step meanwhile. A step is reported when its numbers are known to be good; where they are not,
+    the run goes back to before it. At most one step is open.
+    """
+
+    def __init__(
+        self,
+        solver: Solver,
+        experts: Experts,
+        run: Run,
+        known: KnownLatent | None,
+        callbacks: Callbacks,
+        cached: CachedSteps | None,
+    ):
+        self.solver, self.experts, self.run, self.schedule = solver, experts, run, run.schedule
+        self.known, self.callbacks, self.cached = known, callbacks, cached
+        self._velocity = _Velocity(experts, run, known, replace(callbacks, on_block=self._on_block), cached)
+        self._turns = run.guidance.turns(run.schedule)  # a step cache does not extrapolate over them
+        self._open: _Taken | None = None
+
+    def from_here(self, state: RunState) -> RunState:
+        """The state after the last step."""
+        while state.step < self.run.last or self._open:
+            try:
+                if state.step == self.run.last or self._changes_hands(state):
+                    self._close()
+                if state.step < self.run.last:
+                    state = self._on(state)
+            except _NotFinite as failed:
+                state = self._mended(failed.taken, failed.call)
+        return state
+
+    def _on(self, state: RunState) -> RunState:
+        """One step further."""
+        try:
+            taken = self._taken(state)
+        except RuntimeError:  # of memory, say: who goes on need not take the step before this one again
+            with suppress(_NotFinite):
+                self._close()
+            raise
+        self._close()
+        self._open = taken
+        if taken.verdict.is_known():
+            self._close()
+        return taken.after
+
+    def _taken(self, state: RunState) -> _Taken:
+        i, velocity, cached = state.step, self._velocity, self.cached
+        self.experts.announce(i, self.schedule)
+        expert = self.experts.at(i, self.schedule).name
+        before = state.under(expert)
+        counts = dict(cached.steps) if cached else {}
+        velocity.begin(i, _below("guidance.", before.kept))
+        if cached:
+            known_steps = {} if i in self._turns else _below("cache.", before.kept)
+            cached.memory = Memory.from_tensors(known_steps, before.x.device)
+        x, history = self.solver(before.x, i, self.schedule, velocity, before.history)
+        sigma = self.schedule.sigmas[i + 1].item()
+        if self.known and (self.known.clean or sigma == 0):
+            x = self.known.put_back(x)
+        kept = dict(before.kept) if cached is None else _under("cache.", cached.memory.to_tensors())
+        after = RunState(x, i + 1, history, expert, kept | _under("guidance.", velocity.kept))
+        assert velocity.x0 is not None  # every solver has called it
+        done, total, calls = i + 1 - self.run.start, self.run.last - self.run.start, velocity.guided.calls
+        report = StepReport(i, done, total, sigma, expert, velocity.x0, after, calls > 0, calls)
+        return _Taken(before, report, Verdict(velocity.calls), counts)
+
+    def _changes_hands(self, state: RunState) -> bool:
+        """Whether the other expert takes over: it has to be loaded, and going back would load the first one again."""
+        return state.expert not in (None, self.experts.at(state.step, self.schedule).name)
+
+    def _on_block(self, index: int) -> None:
+        if self._open and self._open.verdict.is_known():
+            self._close()
+        if self.callbacks.on_block:
+            self.callbacks.on_block(index)
+
+    def _close(self) -> None:
+        """Report the open step, if there is one.
+
+        Raises:
+            _NotFinite: its numbers are not finite.
+        """
+        taken, self._open = self._open, None
+        if taken is None:
+            return
+        if call := taken.verdict.failed():
+            raise _NotFinite(taken, call)
+        if self.callbacks.on_step:
+            self.callbacks.on_step(taken.report)
+
+    def _mended(self, taken: _Taken, call: Call) -> RunState:
+        """The state from which to go on after a step whose numbers are not finite.
+
+        Raises:
+            WanError: nothing can be computed more exactly.
+        """
+        self._open = None
+        expert = call.expert
+        expert.begin(call.step)
+        self._velocity.begin(taken.report.index, _below("guidance.", taken.before.kept))
+        where = expert.first_not_finite(lambda: self._velocity.asked(expert, call.x, call.t, call.step))
+        rounded = expert.be_exact()
+        if rounded is None:
+            raise WanError(_not_finite(call.step, self.schedule, expert, where))
+        self.callbacks.on_note(
+            f"Step {call.step + 1} of {self.schedule.steps}: with the attention {rounded!r} {_who(expert)} answered "
+            f"with NaN or infinity{_first(where)}. The step is done again with 'sdpa', and so are its next ones."
+        )
+        if self.cached:
+            self.cached.steps = dict(taken.counts)
+        return taken.before
+
+
 class _Velocity:
-    """What a solver calls: the guided model at a step, with what is known in place. Keeps its last clean estimate, and
-    what guidance keeps for the next step."""
+    """What a solver calls: the guided model at a step, with what is known in place. Keeps its last clean estimate, what
+    guidance keeps for the next step, and the step's calls."""
 
     def __init__(
         self, experts: Experts, run: Run, known: KnownLatent | None, callbacks: Callbacks, cached: CachedSteps | None
     ):
         self.experts, self.run, self.schedule = experts, run, run.schedule
-        self.known, self.callbacks, self.cached = known, callbacks, cached
+        self.known, self.cached = known, cached
         self.guided = Guided(run.guidance, run.positive, run.negative, callbacks.on_block, callbacks.on_note)
         self.kept: Kept = {}
         self.x0: Tensor | None = None
+        self.calls: list[Call] = []
 
     def begin(self, i: int, kept: Kept) -> None:
         """Step i comes; its calls find what guidance kept from the one before, however often they are made."""
         self._step, self._before, self.kept = i, kept, kept
-        self.guided.calls = 0
+        self.guided.calls, self.calls = 0, []
 
     def __call__(self, x: Tensor, i: int) -> Tensor:
         sigma = self.schedule.sigmas[i].item()
@@ -351,20 +481,12 @@ class _Velocity:
     def _computed(self, x: Tensor, t: Tensor, i: int) -> Tensor:
         expert = self.experts.at(i, self.schedule)
         expert.begin(i)
-        v = self._asked(expert, x, t, i)
-        if torch.isfinite(v).all():
-            return v
-        if (rounded := expert.be_exact()) is not None:
-            v = self._asked(expert, x, t, i)
-            if torch.isfinite(v).all():
-                self.callbacks.on_note(
-                    f"Step {i + 1} of {self.schedule.steps}: with the attention {rounded!r} {_who(expert)} answered "
-                    "with NaN or infinity. The step was done again with 'sdpa', and so are its next ones."
-                )
-                return v
-        raise WanError(_not_finite(i, self.schedule, expert))
+        v = self.asked(expert, x, t, i)
+        self.calls.append(Call(expert, x, t, i, torch.isfinite(v).all()))
+        return v
 
-    def _asked(self, expert: Expert, x: Tensor, t: Tensor, i: int) -> Tensor:
+    def asked(self, expert: Expert, x: Tensor, t: Tensor, i: int) -> Tensor:
+        """The guided answer of an expert for a step."""
         sigma = self.schedule.sigmas[i].item()
         if i == self._step:
             v, self.kept = self.guided.velocity(expert, x, t, sigma, self._before)
@@ -378,11 +500,15 @@ def _who(expert: Expert) -> str:
     return "the model" if expert.name == "only" else f"the {expert.name}-noise expert"
 
 
-def _not_finite(i: int, schedule: Schedule, expert: Expert) -> str:
+def _first(where: str | None) -> str:
+    return f", first in {where}" if where else ""
+
+
+def _not_finite(i: int, schedule: Schedule, expert: Expert, where: str | None) -> str:
     return (
         f"Step {i + 1} of {schedule.steps}: {_who(expert)} answered with NaN or infinity at timestep "
-        f"{schedule.timesteps[i].item():g}. Load it in bfloat16 or float32 instead of float16, choose the "
-        "attention 'sdpa', lower the LoRA strengths, and check that the file is complete."
+        f"{schedule.timesteps[i].item():g}{_first(where)}. Load it in bfloat16 or float32 instead of float16, choose "
+        "the attention 'sdpa', lower the LoRA strengths, and check that the file is complete."
     )
 
 

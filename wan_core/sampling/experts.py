@@ -28,6 +28,10 @@ class Expert:
         if hasattr(self.model, "begin"):
             self.model.begin(step)
 
+    def first_not_finite(self, ask: Callable[[], object]) -> str | None:
+        """The first part of the model whose answer is not finite when it is asked again; None if it cannot tell."""
+        return self.model.first_not_finite(ask) if hasattr(self.model, "first_not_finite") else None
+
     def be_exact(self) -> str | None:
         """Have the model compute without what it rounds for the sake of speed; its name, None if there is nothing."""
         return self.model.be_exact() if hasattr(self.model, "be_exact") else None

@@ -19,7 +19,7 @@ from ..memory.engine import Engine, LazyDiT
 from ..models.dit.dit import WanDiT
 from ..pipeline import Models, Request, generate
 from ..recipe import ModelRecipe, Network
-from ..sampling.denoise import StepReport
+from ..sampling.denoise import SILENT, Callbacks, StepReport
 from ..sampling.experts import Model
 from ..sampling.guidance import Condition
 from ..sampling.guidance_rules import PLAIN
@@ -125,7 +125,9 @@ class _Engine(Engine):
         super().__init__(keep_one=True)
         self.meters: dict[DiTFile, _Meter] = {}
 
-    def _network(self, file: Network, recipe: ModelRecipe, device: torch.device) -> Model:
+    def _network(
+        self, file: Network, recipe: ModelRecipe, device: torch.device, callbacks: Callbacks = SILENT
+    ) -> Model:
         assert isinstance(file, ModelFile)  # see ``only_own``
         return _MeasuredDiT(self, file, recipe, device, self.meters.setdefault(file, _Meter()))
 

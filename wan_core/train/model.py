@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from ..loading.build import load_strict
 from ..loading.dit import DiTFile
 from ..models.dit.dit import TextStates, WanDiT
 from ..models.dit.layers import PerSegment
+from ..models.dit.runner import BlockRunner
 from .precision import full_precision
 
 
@@ -116,20 +118,23 @@ def pad_texts(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return rows, bias
 
 
-def checkpoint_blocks(model: WanDiT, *, offload: bool = False) -> None:
-    """Forget what happens inside a block and compute it again for the gradients; ``offload`` keeps what goes into each
-    block in main memory instead of on the device."""
-    for block in model.blocks:
-        block.forward = partial(_checkpointed, block.forward, offload)
+class CheckpointedRunner(BlockRunner):
+    """Forgets what happens inside a block, the text's keys and values too, and computes it again for the gradients.
 
+    Args:
+        offload: what goes into each block is kept in main memory instead of on the device.
+    """
 
-def _checkpointed(forward: Callable[..., Tensor], offload: bool, *args: Any) -> Tensor:
-    if not torch.is_grad_enabled():
-        return forward(*args)
-    if offload:
-        with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
-            return checkpoint(forward, *args, use_reentrant=False)
-    return checkpoint(forward, *args, use_reentrant=False)
+    def __init__(self, *, offload: bool = False):
+        self.offload = offload
+
+    def step(self, *args: Any) -> Tensor:
+        plain = super().step
+        if not torch.is_grad_enabled():
+            return plain(*args)
+        kept = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()) if self.offload else nullcontext()
+        with kept:
+            return checkpoint(plain, *args, use_reentrant=False)
 
 
 def load_trained(

@@ -35,7 +35,7 @@ from .dit import Data, DiTTask, Recipe, check_variant
 from .folder import STATE, check_folder, forget, set_aside
 from .loop import Plan, StepReport, check_resumable, train
 from .lora import TARGETS, AdaptedLinear, add_lora, find_targets
-from .model import TrainedDiT, checkpoint_blocks, load_trained
+from .model import CheckpointedRunner, TrainedDiT, load_trained
 from .objective import NoiseRange, expert_range
 from .parallel import Processes
 from .precision import resolve_precision
@@ -449,7 +449,7 @@ def _model(request: Request, base: DiTFile, device: torch.device) -> tuple[Train
     if request.rank:
         adapted = add_lora(model, request.rank, request.targets, alpha=request.alpha, seed=request.seed)
     if request.checkpointing:
-        checkpoint_blocks(model, offload=request.checkpoint_offload)
+        model.runner = CheckpointedRunner(offload=request.checkpoint_offload)
     return model, adapted
 
 

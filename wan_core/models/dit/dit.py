@@ -6,6 +6,7 @@ Module names are the official checkpoint's key names.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +30,12 @@ from .layers import (
     linear_gelu,
     modulate,
     modulated_norm,
+    out_of_place,
     sinusoid,
 )
 from .nag import Nag, Opposite
-from .rope import rope_table, rotate
+from .rope import RopeTables, rotate
+from .runner import BlockRunner, Given
 
 Segments = list[tuple[int, int, Modulation]]
 TOKENS_AT_ONCE = 8192  # of a long video, where a whole second copy of the tokens would not fit
@@ -40,7 +43,7 @@ TOKENS_AT_ONCE = 8192  # of a long video, where a whole second copy of the token
 
 def over(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """``layer(x)`` for x [B, L, ...]; of a long x in inference, written over x some tokens at a time."""
-    if torch.is_grad_enabled() or x.shape[1] <= TOKENS_AT_ONCE:
+    if out_of_place() or x.shape[1] <= TOKENS_AT_ONCE:
         return layer(x)
     for part in x.split(TOKENS_AT_ONCE, dim=1):
         part.copy_(layer(part))
@@ -124,7 +127,7 @@ class SelfAttention(nn.Module):
         return q, k, split_heads(over(self.v, x), self.heads)
 
     def _rotated(self, norm: RMSNorm, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
+        if out_of_place():
             return rotate(split_heads(norm(x), self.heads), rope)
         return norm.apply_rotated_(x, rope, self.heads)
 
@@ -145,7 +148,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: torch.Tensor, sources: tuple[Source, ...], attend: Attend) -> torch.Tensor:
         """Tokens [B, L, dim] -> the sum of what they hear of each source."""
         q = self.q(x)
-        q = split_heads(self.norm_q(q) if torch.is_grad_enabled() else self.norm_q.apply_(q), self.heads)
+        q = split_heads(self.norm_q(q) if out_of_place() else self.norm_q.apply_(q), self.heads)
         first, *others = sources
         if not others and first.opposite is None:
             heard = attend(q, first.keys, first.values, kind=first.kind)
@@ -162,7 +165,7 @@ def _sum_of(q: torch.Tensor, sources: tuple[Source, ...], attend: Attend) -> tor
         answer = opposite.nag.steered(answer, attend(q, opposite.keys, opposite.values, kind=first.kind))
     for source in others:
         more = attend(q, source.keys, source.values, kind=source.kind)
-        answer = answer + more if torch.is_grad_enabled() else answer.add_(more)
+        answer = answer + more if out_of_place() else answer.add_(more)
     return answer
 
 
@@ -186,7 +189,7 @@ class FeedForward(nn.Sequential):
         super().__init__(Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), Linear(ffn_dim, dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
+        if out_of_place():
             return super().forward(x)
         return over(lambda part: self[2](linear_gelu(self[0], part)), x)
 
@@ -202,9 +205,14 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
 
     def forward(
-        self, x: torch.Tensor, timed: PerSegment, rope: torch.Tensor, text: TextStates, index: int, attend: Attend
+        self, x: torch.Tensor, timed: PerSegment, rope: torch.Tensor, sources: tuple[Source, ...], attend: Attend
     ) -> torch.Tensor:
-        """Tokens [B, L, dim] -> the same; overwrites x when no gradients are wanted."""
+        """Tokens [B, L, dim] -> the same; overwrites x unless ``out_of_place``.
+
+        Args:
+            timed: the six modulations of the timestep.
+            sources: keys and values of the text, and of what else is heard.
+        """
         attention, feed_forward = self._modulations(timed)
         # The hungriest moment: tokens, queries, keys and values. What attention answers takes the queries' place.
         q, k, v = self.self_attn.queries_keys_values(modulated_norm(x, attention, self.eps), rope)
@@ -215,8 +223,8 @@ class Block(nn.Module):
         del q, k, v
         x = add_gated(x, self.self_attn.o(seen), attention)
         del seen
-        heard = self.cross_attn(self.norm3(x), text.of_block(index, self.cross_attn), attend)
-        x = x + heard if torch.is_grad_enabled() else x.add_(heard)
+        heard = self.cross_attn(self.norm3(x), sources, attend)
+        x = x + heard if out_of_place() else x.add_(heard)
         del heard
         return add_gated(x, self.ffn(modulated_norm(x, feed_forward, self.eps)), feed_forward)
 
@@ -249,9 +257,9 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """Predicts the flow velocity (noise minus data) of a noisy latent video.
 
-    ``attend`` is the attention backend, replaceable after construction; ``swap`` brings a block's weights to the
-    device and takes them away again (``offload.BlockSwap``), or is None when all are resident. ``adaptation`` is what
-    LoRAs did to it, or None.
+    ``attend`` is the attention backend and ``runner`` how the blocks are gone through, both replaceable after
+    construction; ``swap`` brings a block's weights to the device and takes them away again (``BlockSwap``), or is None
+    when all are resident. ``adaptation`` is what LoRAs did to it, or None.
     """
 
     def __init__(self, config: Architecture):
@@ -267,6 +275,8 @@ class WanDiT(nn.Module):
         for feature in config.features:
             feature_of(feature).attach(self, feature)
         self.attend: Attend = sdpa
+        self.runner = BlockRunner()
+        self.rope = RopeTables(config.dim // config.heads)
         self.swap: Any = None  # memory/stream/swap.py's, further up
         self.adaptation: Any = None  # lora/apply.py's, further up
 
@@ -343,15 +353,8 @@ class WanDiT(nn.Module):
         x = _pad_to_patches(x)
         grid = (x.shape[2], x.shape[3] // PATCH[1], x.shape[4] // PATCH[2])
         timed, six = self._embed_time(t, grid)
-        rope = rope_table(grid, self.config.dim // self.config.heads, self.device)
-        tokens = self._embed_patches(x)
-        for index, block in enumerate(self.blocks):
-            if on_block:
-                on_block(index)
-            with self._weights_of(index):  # of a skipped one too: blocks that stream come in their order
-                if index in skip:
-                    continue
-                tokens = block(tokens, six, rope, text, index, self.attend)
+        given = Given(six, self.rope.of(grid, self.device), text, self.attend, self._weights_of, on_block, skip)
+        tokens = self.runner.run(self.blocks, self._embed_patches(x), given)
         patches = self.head(tokens, timed)
         return unpatchify(patches, grid)[..., :height, :width]
 
@@ -379,17 +382,8 @@ class WanDiT(nn.Module):
         six = linear_float32(self.time_projection[1], F.silu(e), parts=6).unflatten(-1, (6, -1))
         return PerSegment(bounds, e), PerSegment(bounds, six)
 
-    def _weights_of(self, index: int):
-        return self.swap.block(index) if self.swap else _ALWAYS_HERE
-
-
-class _AlwaysHere:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error) -> None: ...
-
-
-_ALWAYS_HERE = _AlwaysHere()
+    def _weights_of(self, index: int) -> AbstractContextManager:
+        return self.swap.block(index) if self.swap else nullcontext()
 
 
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Pieces of the diffusion transformer: norms, modulation by the timestep, and float32 islands.
 
 In inference the residual stream is updated in place and float32 copies are made slice by slice, so that no
-step needs a second copy of the activations. With gradients the same formulas run out of place.
+step needs a second copy of the activations. With gradients, and compiled, the same formulas run out of place.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from .rope import is_narrow, rotate_
 
 SLICE = 4096  # tokens in one float32 slice
 READ_AT_ONCE = 32 * 1024**2  # bytes of a half-precision matrix that are read from its file in one go
+
+
+def out_of_place() -> bool:
+    """Whether nothing may be written over, nor taken apart: for gradients, and for a compiler, which does it better."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 class Modulation(NamedTuple):
@@ -64,6 +69,10 @@ class Linear(nn.Linear):
 
     may_stay_in_file = True
     scratch: Scratch | None = None  # given where the matrix stays in the file
+
+    @property
+    def compiles(self) -> bool:
+        return self.scratch is None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]"""
@@ -145,7 +154,7 @@ class RMSNorm(nn.Module):
 
 def layer_norm(x: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Layer norm of x [B, L, dim] in float32, in x's dtype."""
-    if x.dtype == torch.float32 or torch.is_grad_enabled():
+    if x.dtype == torch.float32 or out_of_place():
         return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
     out = torch.empty_like(x)
     for sample, place in zip(x, out, strict=True):
@@ -163,9 +172,11 @@ def _normed_into(out: torch.Tensor, x: torch.Tensor, eps: float, weight: torch.T
 
 def modulated_norm(x: torch.Tensor, runs: list[tuple[int, int, Modulation]], eps: float) -> torch.Tensor:
     """``norm(x) * (1 + scale) + shift`` run by run, for x [B, L, dim]."""
-    if torch.is_grad_enabled() or (len(runs) == 1 and len(x) == 1 and x.dtype == torch.float32):
-        parts = [modulate(x[:, start:end], m.shift, m.scale, eps) for start, end, m in runs]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    if len(runs) == 1 and (out_of_place() or (len(x) == 1 and x.dtype == torch.float32)):
+        (_, _, m), *_ = runs
+        return modulate(x, m.shift, m.scale, eps)
+    if out_of_place():
+        return torch.cat([modulate(x[:, start:end], m.shift, m.scale, eps) for start, end, m in runs], dim=1)
     out = torch.empty_like(x)
     for start, end, m in runs:
         for i in range(len(x)):  # the modulation is the norm's own affine
@@ -175,7 +186,7 @@ def modulated_norm(x: torch.Tensor, runs: list[tuple[int, int, Modulation]], eps
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
     """``norm(x) * (1 + scale) + shift`` for x [B, L, dim], shift and scale [B, 1, dim]."""
-    if torch.is_grad_enabled():  # one graph for the batch
+    if out_of_place():  # one graph for the batch
         return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale).to(x.dtype)
     # One fused pass for each sample: the modulation is the norm's own affine.
     samples = [layer_norm(x[i : i + 1], eps, 1 + scale[i, 0], shift[i, 0]) for i in range(len(x))]
@@ -184,8 +195,9 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: flo
 
 def add_gated(x: torch.Tensor, y: torch.Tensor, runs: list[tuple[int, int, Modulation]]) -> torch.Tensor:
     """``x + y * gate`` run by run in float32; in place without gradients."""
-    if torch.is_grad_enabled():
-        return torch.cat([_gated(x[:, a:b], y[:, a:b], m.gate) for a, b, m in runs], dim=1)
+    if out_of_place():
+        parts = [_gated(x[:, a:b], y[:, a:b], m.gate) for a, b, m in runs] if len(runs) > 1 else []
+        return torch.cat(parts, dim=1) if parts else _gated(x, y, runs[0][2].gate)
     for start, end, m in runs:
         for i in range(len(x)):
             if not kernels.add_gated_(x[i, start:end], y[i, start:end], m.gate[i, 0]):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .layers import SLICE
+from .layers import SLICE, out_of_place
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Nag:
         The elements are rounded to their own dtype after each of three passes, each computed in float32; the norms are
         float32.
         """
-        if torch.is_grad_enabled():
+        if out_of_place():
             moved, share = self._moved(positive, negative)
             return torch.addcmul(positive * (1 - self.alpha), moved, share.to(positive.dtype))
         for part, other in zip(positive.split(SLICE, dim=1), negative.split(SLICE, dim=1), strict=True):

@@ -5,8 +5,6 @@ Sources: RoFormer (arXiv 2104.09864); official ``wan/modules/model.py``.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 _THETA = 10000.0
@@ -19,12 +17,34 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * side, side, side
 
 
-@lru_cache(maxsize=2)  # a 720p table is 39 MB of device memory
+class RopeTables:
+    """The tables of the last shapes that a model saw: held by the model, and freed with it.
+
+    Args:
+        most: how many; one of 720p is 39 MB of the device's memory.
+    """
+
+    def __init__(self, head_dim: int, most: int = 2):
+        self.head_dim, self.most = head_dim, most
+        self._made: dict[tuple, torch.Tensor] = {}  # the one used last is the last
+
+    def of(self, grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+        """See ``rope_table``."""
+        key = grid, device
+        table = self._made.pop(key, None)
+        if table is None:
+            while len(self._made) >= self.most:
+                del self._made[next(iter(self._made))]
+            table = rope_table(grid, self.head_dim, device)
+        self._made[key] = table
+        return table
+
+
 @torch.inference_mode(False)  # ComfyUI runs nodes in inference mode, whose tensors training could not use
 def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> torch.Tensor:
     """Cosine and sine of every token's rotations, for a grid (frames, rows, columns): float32 [L, 1, head_dim / 2, 2].
 
-    Angles are computed in float64 and kept for the next call with the same shape.
+    Angles are computed in float64.
     """
     axes = [_rotations(n, pairs) for n, pairs in zip(grid, axis_pairs(head_dim), strict=True)]
     t, h, w = grid
@@ -49,7 +69,7 @@ def _rotations(positions: int, pairs: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys [B, L, heads, head_dim]; computed in float32, returned in x's dtype."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if is_narrow(x.device):
+    if is_narrow(x.device) or torch.compiler.is_compiling():  # compilers leave complex numbers as they are
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
     else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -193,7 +192,6 @@ class Umt5Encoder(nn.Module):
         return Packing(tuple(lengths), {n: table.to(device) for n, table in buckets.items()}, Scratch())
 
 
-@lru_cache(maxsize=8)
 def distance_buckets(length: int, buckets: int, max_distance: int) -> Tensor:
     """The bucket of key position minus query position, [length, length] int64 on the CPU.
 
