@@ -103,7 +103,7 @@ def _labels(places: Sequence[tuple[Point, float, float]], colour: dict[str, str]
         width = 5.6 * len(point.name)
         sides = [x + 8] if x + 8 + width < WIDTH - RIGHT + 40 else []
         sides += [x - 8 - width] if x - 8 - width > LEFT or not sides else []
-        tries = [(y + 4 + down, left) for down in (0, 11, -11, 22, -22) for left in sides]
+        tries = [(y + 4 + down, left) for down in (0, 11, -11, 22, -22, 33, -33) for left in sides]
         free = (one for one in tries if not any(_meet(*one, width, other) for other in taken))
         row, left = next(free, tries[0])
         taken.append((row, left, left + width))
