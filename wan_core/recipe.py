@@ -201,9 +201,24 @@ def pair(high: ModelRecipe, low: ModelRecipe, switch: Switch) -> ModelRecipe:
     notes = tuple(note for note in high.notes + low.notes if note not in guesses) + _pair_notes(high.high, low.high)
     loras, merge = Loras(high.loras.high, low.loras.high), high.merge_loras or low.merge_loras
     side = high if high.own else low
+    notes += _lost_of(low if side is high else high, side)
     second = replace(low.high) if low.high is high.high else low.high  # see loras_of
     return replace(
         side, high=high.high, low=second, variant=variant, switch=switch, notes=notes, loras=loras, merge_loras=merge
+    )
+
+
+def _lost_of(other: ModelRecipe, side: ModelRecipe) -> tuple[str, ...]:
+    """What one expert was given that a pair has from the other."""
+    options = {"guidance rules": "guidance", "step cache": "step_cache"}
+    lost = [
+        words for words, name in options.items() if getattr(other, name) and getattr(other, name) != getattr(side, name)
+    ]
+    if not lost:
+        return ()
+    return (
+        f"Warning: the {' and the '.join(lost)} given to {other.high.path.name} alone are not used: a pair has those "
+        f"of {side.high.path.name}. Give them to both together, once they are joined.",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -55,6 +56,35 @@ def test_video_and_tensors(checkpoint: Path, tmp_path: Path):
     assert len(frames) == 5
     shown = torch.tensor(frames[2]).float() / 127.5 - 1
     assert (shown - saved["video"][:, 2].permute(1, 2, 0)).abs().mean() < 0.25  # lossy, and chroma at half size
+
+
+def test_guidance_rules(checkpoint: Path, tmp_path: Path, caplog, capsys):
+    """They change the latent; what they cost is said before, and what cannot be is one line."""
+    caplog.set_level(logging.INFO)
+    drawn = {}
+    for name, rules in {
+        "plain": [],
+        "merged": ["--cfg_merge"],
+        "two": ["--guidance", "apg:eta=0.5:momentum=-0.5", "--guidance", "interval:sigma_end=0.9"],
+    }.items():
+        file = tmp_path / f"{name}.safetensors"
+        out = ["--save_file", tmp_path / f"{name}.mp4", "--save_tensors", file]
+        assert generate("--ckpt_dir", checkpoint, "--base_seed", 3, *out, *rules) == 0
+        drawn[name] = load_file(file)["latent"]
+    assert (drawn["two"] - drawn["plain"]).abs().max() > 1e-4
+    torch.testing.assert_close(drawn["merged"], drawn["plain"], rtol=0.05, atol=0.05)  # bfloat16
+    assert "interval (sigma_start 1, sigma_end 0.9), apg" in caplog.text
+    assert "3 calls of the model in 2 steps instead of 4" in caplog.text
+    capsys.readouterr()
+    for rules, said in (
+        (["--cfg_merge", "--guidance", "nag"], "Choose one of cfg_merge and nag"),
+        (["--guidance", "slg:blocks=4"], "slg leaves out the blocks 4, but the model has 1"),
+        (["--guidance", "apg", "--sample_guide_scale", "1"], "The guidance is 1"),
+        (["--guidance", "interval:sigma_end=2"], "sigma_end is 2: expected 0 to 1"),
+    ):
+        assert generate("--ckpt_dir", checkpoint, "--save_file", tmp_path / "no.mp4", *rules) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1 and not (tmp_path / "no.mp4").exists()
 
 
 def test_a_seed_means_the_same_video(checkpoint: Path, tmp_path: Path):

@@ -23,7 +23,8 @@ from wan_core.memory.engine import Engine
 from wan_core.models.dit.features.clip_tokens import ClipTokens
 from wan_core.models.dit.inputs import Concat
 from wan_core.pipeline import Models, Request, check_run, generate, needs, read_models
-from wan_core.recipe import check_guidance, model_calls
+from wan_core.recipe import ModelRecipe, check_guidance, model_calls
+from wan_core.recipe import pair as join
 from wan_core.sampling.denoise import Callbacks, KnownLatent, RunState, StepReport, denoise
 from wan_core.sampling.experts import Expert, Experts, Switch
 from wan_core.sampling.guidance import Condition, Entry
@@ -548,6 +549,18 @@ def test_blocks_that_the_model_has_not_are_refused_before_weights_are_read(tiny:
         with pytest.raises(WanError, match="the blocks 9, but the model has 3"):
             call()
     assert engine.loads == 0
+
+
+def test_what_one_expert_was_given_alone_is_said(tiny: Models):
+    """The options of a pair are one side's: what the other had is not lost without a word."""
+    high, low = (ModelRecipe(file, dtype="float32", variant=tiny.dit.variant) for file in tiny.dit.files)
+    rules, cache = Guidance((APG,)), StepCache("every", 2)
+    with_rules = replace(low, guidance=rules, step_cache=cache)
+    joined = join(high, with_rules, Switch())
+    assert not joined.guidance and "guidance rules and the step cache given to" in joined.notes[-1]
+    for first, second in ((replace(high, guidance=rules), low), (replace(high, guidance=rules),) * 2):
+        both = join(first, second, Switch())
+        assert both.guidance == rules and not any("not used" in note for note in both.notes)
 
 
 def test_what_a_run_costs_is_said(tiny: Models):
