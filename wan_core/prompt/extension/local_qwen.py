@@ -127,7 +127,7 @@ class LocalQwen:
 
 
 def _first_line(error: Exception) -> str:
-    first = (safe_text(error, 200).splitlines() or [""])[0]
+    first = (safe_text(error, 200).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
