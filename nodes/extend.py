@@ -34,7 +34,6 @@ SETTINGS = {
     "openai": "OpenAI",
     "dashscope": "DashScope",
 }  # the middle of our settings' names in web/extension_settings.js
-_ENDS = {"url": "Address", "key": "Key"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _UNKNOWN = object()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from wan_core.layouts.dit import DIALECTS
@@ -254,3 +256,15 @@ DIALECTS_OF_LORA = {
     "boft_limited": Dialect(lambda w: boft(w, 5.0)),
     "set_weight": Dialect(replaced),
 }  # fmt: skip
+
+
+def merged_lora(weights: Weights, file: Path, strength: float = 1.0) -> dict[str, Tensor]:
+    """A state dict with a trained LoRA's file merged into it, by the formula."""
+    lora, merged = load_file(file), dict(weights)
+    for key in [key for key in lora if key.endswith(".lora_A.weight")]:
+        name = key.removesuffix(".lora_A.weight")
+        weight = name.removeprefix("diffusion_model.") + ".weight"
+        down, up = lora[key].float(), lora[name + ".lora_B.weight"].float()
+        scale = strength * lora[name + ".alpha"].item() / len(down)
+        merged[weight] = (merged[weight].float() + scale * (up @ down)).to(merged[weight].dtype)
+    return merged

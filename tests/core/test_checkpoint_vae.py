@@ -17,7 +17,8 @@ from wan_core.config import VAEConfig
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import open_checkpoint
 from wan_core.layouts.comfyui import VAES as COMFY_VAES
-from wan_core.layouts.vae import DIALECTS, diffusers_config, diffusers_dialect, names, read_config, recognise
+from wan_core.layouts.prefixes import find_places
+from wan_core.layouts.vae import DIALECTS, MARKS, diffusers_config, diffusers_dialect, names_in, read_config
 from wan_core.loading.vae import VAE_CLASSES, load_vae, read_vae
 from wan_core.models.vae.vae import VideoVAE, normalise
 from wan_core.tools.tiny import _random_weights
@@ -111,7 +112,8 @@ def test_renaming_is_reversible(dialect: str):
     theirs = [renames.to_theirs(key) for key in keys]
     assert len(set(theirs)) == len(keys)
     assert [renames.to_own(key) for key in theirs] == list(keys)
-    assert recognise(theirs) == dialect
+    (place,) = find_places(theirs, MARKS)
+    assert place.dialect == dialect
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,9 +144,9 @@ def test_real_dimensions():
 
 
 def test_other_models_are_not_recognised():
-    assert recognise(()) is None
-    assert recognise(("blocks.0.self_attn.q.weight", "patch_embedding.weight")) is None
-    assert recognise(("decoder.conv_in.weight", "decoder.mid_block.attentions.0.to_q.weight")) is None
+    assert not find_places((), MARKS)
+    assert not find_places(("blocks.0.self_attn.q.weight", "patch_embedding.weight"), MARKS)
+    assert not find_places(("decoder.conv_in.weight", "decoder.mid_block.attentions.0.to_q.weight"), MARKS)
 
 
 def test_a_file_without_a_vae_says_so(tmp_path: Path):
@@ -206,4 +208,5 @@ def test_dtype_of_the_computation(tmp_path: Path):
     path = write_comfyui(vae, tmp_path)
     assert load_vae(path).conv1.weight.dtype == torch.float32  # a float32 file on a CPU
     assert load_vae(path, dtype="bfloat16").conv1.weight.dtype == torch.bfloat16
-    assert names(open_checkpoint(path), "official") == {key: key for key in vae.state_dict()}
+    (place,) = find_places(open_checkpoint(path).tensors, MARKS)
+    assert names_in(place) == {key: key for key in vae.state_dict()}

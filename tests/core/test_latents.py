@@ -15,7 +15,6 @@ from wan_core.errors import WanError
 from wan_core.media import geometry as latents
 from wan_core.media.geometry import (
     condition_chunks,
-    condition_video,
     given_mask,
     i2v_size,
     image_tensor,
@@ -175,7 +174,7 @@ def test_the_mask_of_a_start_image_is_the_official_one():
 
 def test_given_frames_take_their_places_between_grey():
     frames = {0: torch.full((3, 4, 6), 0.5), -1: torch.full((3, 4, 6), -0.25), 6: torch.ones(3, 4, 6)}
-    video = condition_video(frames, 9)
+    video = torch.cat(list(condition_chunks(frames, 9)), 2)
     assert video.shape == (1, 3, 9, 4, 6)
     assert video[0, 0, :, 0, 0].tolist() == [0.5, 0, 0, 0, 0, 0, 1, 0, -0.25]
     chunks = list(condition_chunks(frames, 9))
@@ -188,12 +187,12 @@ def test_frames_outside_the_video_are_refused(frame: int):
     with pytest.raises(WanError, match="0 to 8"):
         given_mask([frame], 9, 2, 2)
     with pytest.raises(WanError, match="0 to 8"):
-        condition_video({frame: torch.zeros(3, 2, 2)}, 9)
+        list(condition_chunks({frame: torch.zeros(3, 2, 2)}, 9))
 
 
 def test_a_condition_without_an_image_is_refused():
     with pytest.raises(WanError, match="start image"):
-        condition_video({}, 9)
+        list(condition_chunks({}, 9))
 
 
 def test_a_seed_is_a_picture():

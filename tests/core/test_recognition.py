@@ -19,7 +19,7 @@ from wan_core.errors import WanError
 from wan_core.files.checkpoint import open_checkpoint
 from wan_core.files.unchanged import check_unchanged
 from wan_core.layouts.comfyui import NAMES
-from wan_core.layouts.detect import expect, part_of, parts_of
+from wan_core.layouts.detect import find, part_of, parts_of
 from wan_core.layouts.folder import find_parts
 from wan_core.loading.dit import read_dit
 from wan_core.loading.text import load_text_encoder, read_text_encoder
@@ -467,4 +467,4 @@ def test_parts_are_told_apart(layouts, parts, tmp_path: Path):
     for part, weights in parts.items():
         checkpoint = open_checkpoint(written(tmp_path / f"{part}.safetensors", weights))
         assert part_of(checkpoint) == part
-        assert expect(part, checkpoint) in ("official", "huggingface")
+        assert find(part, checkpoint).place.dialect in ("official", "huggingface")

@@ -16,6 +16,7 @@ from wan_core.config import TEXT_ENCODER_CHECKPOINT
 from wan_core.errors import WanError
 from wan_core.files.checkpoint import open_checkpoint
 from wan_core.layouts import text as layout
+from wan_core.layouts.prefixes import find_places
 from wan_core.loading.text import TextEncoder, load_text_encoder, read_text_encoder
 from wan_core.models.text.tokenizer import train_tiny_tokenizer, write_tokenizer_folder
 from wan_core.models.text.umt5 import clamp_float16, distance_buckets
@@ -284,8 +285,9 @@ def test_config_comes_from_the_shapes(encoder: TextEncoder):
 def test_names_go_both_ways(dialect: str, layouts: dict[str, Path]):
     path = layouts[{"official": "official", "huggingface": "comfyui", "llama.cpp": "llama.cpp"}[dialect]]
     checkpoint = open_checkpoint(path)
-    assert layout.recognise(checkpoint.tensors) == dialect
-    names = layout.names(checkpoint, dialect)
+    (place,) = find_places(checkpoint.tensors, layout.MARKS)
+    assert place.dialect == dialect
+    names = layout.names_in(place)
     assert {ours: layout.DIALECTS[dialect].to_theirs(ours) for ours in names} == names
     assert set(names.values()) == set(checkpoint.tensors) - {"spiece_model"}
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.core.lora_files import merged_lora
 from wan_core.__main__ import main
 from wan_core.config import VARIANTS, Architecture
 from wan_core.errors import WanError
@@ -28,7 +29,7 @@ from wan_core.train.cache import Entry, batches_of
 from wan_core.train.data import Frame, read_folder
 from wan_core.train.dit import Data, DiTTask, Recipe
 from wan_core.train.loop import Plan, _average, train
-from wan_core.train.lora import AdaptedLinear, add_lora, merge_lora
+from wan_core.train.lora import AdaptedLinear, add_lora
 from wan_core.train.model import CheckpointedRunner, TrainedDiT, load_trained, new_dit
 from wan_core.train.objective import (
     NoiseRange,
@@ -203,7 +204,7 @@ def test_a_merged_lora_is_the_applied_one(tmp_path: Path):
     task = DiTTask(model, random_data(), Recipe(T2V, NoiseRange(0, 1, 5.0)), adapted=adapted)
     task.save(tmp_path / "lora.safetensors")
     merged = new_dit(CONFIG, 0)
-    merged.load_state_dict(merge_lora(random_dit().state_dict(), tmp_path / "lora.safetensors"))
+    merged.load_state_dict(merged_lora(random_dit().state_dict(), tmp_path / "lora.safetensors"))
     x, t, text = torch.randn(1, 16, 2, 4, 4), torch.tensor([600.0]), torch.randn(1, 512, 32)
     with torch.no_grad():
         plain, applied, expected = random_dit()(x, t, text), model(x, t, text), merged(x, t, text)
@@ -240,7 +241,7 @@ def test_comfyui_reads_the_lora(in_comfyui, tmp_path: Path):
         lora=load_file(file),
         weights=weights,
     )
-    merged = merge_lora(weights, file, 0.7)
+    merged = merged_lora(weights, file, 0.7)
     assert set(found) == {f"{name}.weight" for name in adapted}
     for name, weight in found.items():
         assert torch.allclose(weight, merged[name], atol=1e-6), name

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.core.lora_files import merged_lora
 from tests.core.test_train import CONFIG, random_data
 from wan_core.__main__ import main
 from wan_core.config import CLIP_CHECKPOINT, VARIANTS, Architecture
@@ -23,14 +24,14 @@ from wan_core.loading.dit import load_dit, read_dit
 from wan_core.loading.vae import load_vae
 from wan_core.lora.apply import adaptation_of
 from wan_core.lora.files import read_lora
-from wan_core.media.geometry import condition_video, given_mask
+from wan_core.media.geometry import condition_chunks, given_mask
 from wan_core.media.video import save_video
 from wan_core.models.dit.features.clip_tokens import ClipTokens, ClipTokensConfig
 from wan_core.tools.tiny import TinySizes, write_tiny
 from wan_core.train.cache import Cache, Entry, Latents, batches_of
 from wan_core.train.data import Clip, Frame, read_folder
 from wan_core.train.dit import Data, DiTTask, Recipe
-from wan_core.train.lora import add_lora, lora_tensors, merge_lora
+from wan_core.train.lora import add_lora, lora_tensors
 from wan_core.train.model import CheckpointedRunner, TrainedDiT, new_dit
 from wan_core.train.objective import NoiseRange
 from wan_core.train.report import read_log
@@ -242,7 +243,7 @@ def test_which_pictures_are_seen(tmp_path: Path, vae: Path, task: str, given: di
     if task == "flf2v-14B":
         shown = {0: picture(seen[0]), -1: picture(seen[1])}
     assert torch.equal(entry.concat[:4], given_mask(list(shown), 5, 2, 2)[0])
-    assert torch.allclose(entry.concat[4:], model.encode(condition_video(shown, 5))[0], atol=1e-5)
+    assert torch.allclose(entry.concat[4:], model.encode(torch.cat(list(condition_chunks(shown, 5)), 2))[0], atol=1e-5)
     latents(clip_of(given))
     assert encoder.asked == 1
 
@@ -347,7 +348,7 @@ def test_the_command_with_samples(checkpoints: Path, clips: Path, tmp_path: Path
     assert len(image) == (4 if VARIANTS[task].clip else 0) and all(lora[key].abs().max() > 0 for key in image)
     base = files_in(checkpoints / task, task, "only").dit
     assert not read_lora(tmp_path / "lora.safetensors", read_dit(base)).unmatched
-    merged = merge_lora(load_dit(base).state_dict(), tmp_path / "lora.safetensors")
+    merged = merged_lora(load_dit(base).state_dict(), tmp_path / "lora.safetensors")
     assert set(merged) == set(load_dit(base).state_dict())
     assert Image.open(tmp_path / "sample_000003.png").size == (5 * 32, 2 * (32 + 14))
 

@@ -90,15 +90,6 @@ def _begins(key: str, roots: Sequence[str]) -> bool:
     return any(key.startswith(root) for root in roots)
 
 
-def expect(part: Part, checkpoint: Checkpoint) -> str:
-    """The dialect in which a checkpoint holds this part.
-
-    Raises:
-        WanError: see ``find``.
-    """
-    return find(part, checkpoint).place.dialect
-
-
 def part_of(checkpoint: Checkpoint) -> Part:
     """Which part of a model a checkpoint holds; the first of several.
 

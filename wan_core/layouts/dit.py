@@ -13,7 +13,7 @@ from ..files.checkpoint import Checkpoint, _some
 from ..models.dit import features
 from ..models.dit.features.clip_tokens import ClipTokensConfig
 from .keys import IDENTITY, Renames, count_blocks, refuse_empty
-from .prefixes import Marks, Place, find_places, own_names
+from .prefixes import Marks, Place, own_names
 
 _OUTSIDE_BLOCKS = [
     ("patch_embedding", "patch_embedding"),
@@ -90,17 +90,6 @@ _INPUT_WORDS = """
 """
 _INPUTS = frozenset(_INPUT_WORDS.split())
 _NO_INPUTS = frozenset(("rope", "rotary", "freqs", "norm_added_q"))  # tables of positions, and a norm that nobody uses
-
-
-def recognise(keys: Collection[str]) -> str | None:
-    """The dialect of these keys, or None when they are no Wan DiT."""
-    return next((place.dialect for place in find_places(keys, MARKS)), None)
-
-
-def names(checkpoint: Checkpoint, dialect: str) -> dict[str, str]:
-    """Our key -> the checkpoint's key, for every tensor of the model's place; unknown keys stand for themselves."""
-    place = next(place for place in find_places(checkpoint.tensors, MARKS) if place.dialect == dialect)
-    return names_in(place, checkpoint.path)
 
 
 def names_in(place: Place, path: Path, outside: Collection[str] = ()) -> dict[str, str]:

@@ -10,7 +10,7 @@ from ..config import TextConfig
 from ..errors import WanError
 from ..files.checkpoint import Checkpoint
 from .keys import IDENTITY, Renames, count_blocks, refuse_empty
-from .prefixes import Marks, Place, find_places, own_names
+from .prefixes import Marks, Place, own_names
 
 TABLE = "token_embedding.weight"
 SPIECE_MODEL = "spiece_model"  # the SentencePiece model, as bytes, inside ComfyUI's files
@@ -62,16 +62,6 @@ MARKS: Marks = {
 }
 # Of a whole sequence-to-sequence checkpoint only the encoder is of use.
 _SECOND_HALF = ("decoder.", "lm_head.", "dec.", "output.")
-
-
-def recognise(keys: Collection[str]) -> str | None:
-    """The dialect of a text encoder's keys, or None for another kind of file."""
-    return next((place.dialect for place in find_places(keys, MARKS)), None)
-
-
-def names(checkpoint: Checkpoint, dialect: str) -> dict[str, str]:
-    """Our key -> the checkpoint's key, for every weight of the encoder's place; unknown keys stand for themselves."""
-    return names_in(next(place for place in find_places(checkpoint.tensors, MARKS) if place.dialect == dialect))
 
 
 def names_in(place: Place, path: Path | None = None, outside: Collection[str] = ()) -> dict[str, str]:

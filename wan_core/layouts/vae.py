@@ -8,10 +8,9 @@ from typing import Any
 
 from ..config import VAES, VAEConfig, VAEKind
 from ..errors import WanError
-from ..files.checkpoint import Checkpoint
 from ..models.vae.vae import LATENT_MEAN, LATENT_STD, TEMPORAL
 from .keys import IDENTITY, Renames, count_blocks, refuse_empty
-from .prefixes import Marks, Place, find_places, own_names
+from .prefixes import Marks, Place, own_names
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -90,16 +89,6 @@ MARKS: Marks = {
 def diffusers_dialect(kind: VAEKind) -> str:
     """diffusers names the layers of the two autoencoders differently."""
     return {"wan2.1": "diffusers-2.1", "wan2.2": "diffusers-2.2"}[kind]
-
-
-def recognise(keys: Collection[str]) -> str | None:
-    """The dialect of a Wan VAE's keys, or None when they are not of one."""
-    return next((place.dialect for place in find_places(keys, MARKS)), None)
-
-
-def names(checkpoint: Checkpoint, dialect: str) -> dict[str, str]:
-    """Our key -> the checkpoint's key, for every tensor of the VAE's place; unknown keys stand for themselves."""
-    return names_in(next(place for place in find_places(checkpoint.tensors, MARKS) if place.dialect == dialect))
 
 
 def names_in(place: Place, path: Path | None = None, outside: Collection[str] = ()) -> dict[str, str]:

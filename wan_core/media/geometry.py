@@ -306,11 +306,6 @@ def given_mask(given: Collection[int], frames: int, height: int, width: int) -> 
     return folded[None, :, :, None, None].expand(-1, -1, -1, height, width).contiguous()
 
 
-def condition_video(given: Mapping[int, Tensor], frames: int) -> Tensor:
-    """[1,3,F,H,W]: the given frames ([3,H,W] each) in their places, mid-grey (0) everywhere else."""
-    return torch.cat(list(condition_chunks(given, frames)), dim=2)
-
-
 def condition_chunks(given: Mapping[int, Tensor], frames: int) -> Iterator[Tensor]:
     """The condition video piece by piece, as the VAE encodes it: one frame, then four at a time."""
     if not given:

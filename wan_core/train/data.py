@@ -25,7 +25,6 @@ from ..files.door import shown, some
 from ..media.geometry import image_tensor, latent_frames, open_image
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-VIDEOS = (".mp4", ".avi", ".mov", ".wmv", ".mkv", ".flv", ".webm")
 _LARGEST_TABLE = 64 * 1024**2  # bytes
 _FILE_COLUMNS = ("video", "image", "file_name")
 _IMAGE_COLUMNS = {"start_image": 0, "end_image": -1}  # and the frame that each is

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import WanError
@@ -121,24 +120,6 @@ def lora_tensors(adapted: Mapping[str, AdaptedLinear], dtype: torch.dtype = torc
 def save_lora(adapted: Mapping[str, AdaptedLinear], file: Path, metadata: Mapping[str, str]) -> None:
     with unfinished(file) as partial:
         save_tensors(lora_tensors(adapted), partial, {"format": "pt", **metadata})
-
-
-def merge_lora(weights: Mapping[str, Tensor], file: str | Path, strength: float = 1.0) -> dict[str, Tensor]:
-    """A DiT's state dict with a LoRA file of this trainer merged into it.
-
-    Raises:
-        WanError: the file updates layers that the model does not have.
-    """
-    lora, merged = load_file(file), dict(weights)
-    for key in [key for key in lora if key.endswith(".lora_A.weight")]:
-        name = key.removesuffix(".lora_A.weight")
-        weight = name.removeprefix(PREFIX) + ".weight"
-        if weight not in merged:
-            raise WanError(f"{file} updates {weight}, which this model does not have: it was made for another one.")
-        down, up = lora[key].float(), lora[name + ".lora_B.weight"].float()
-        scale = strength * lora[name + ".alpha"].item() / len(down)
-        merged[weight] = (merged[weight].float() + scale * (up @ down)).to(merged[weight].dtype)
-    return merged
 
 
 def _check_targets(targets: Sequence[str], layers: Mapping[str, nn.Linear]) -> None:

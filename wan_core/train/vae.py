@@ -71,9 +71,6 @@ class Phase:
     batch: int
 
 
-CURRICULUM = (Phase(0.4, 1, 128, 8), Phase(0.8, 5, 64, 8), Phase(1.0, 17, 128, 1))  # images, short clips, all
-
-
 @dataclass(frozen=True)
 class VAERecipe:
     phases: Sequence[Phase]

@@ -72,13 +72,14 @@ class CausalConv3d(nn.Conv3d):
         frames = t if past is None and t == 1 else PAST + t
         window = x.new_empty(b, frames, h, w, c).permute(0, 4, 1, 2, 3)
         if frames > t:
-            window[:, :, :PAST] = 0 if past is None else past
+            black = PAST if past is None else PAST - past.shape[2]
+            window[:, :, :black] = 0
+            if past is not None:
+                window[:, :, black:PAST] = past
         return window
 
     def remember(self, window: torch.Tensor, cache: FrameCache) -> None:
-        """Keep the last two frames of a filled window for the next chunk."""
-        if window.shape[2] == 1:
-            window = torch.cat([torch.zeros_like(window), window], 2)
+        """Keep the last two frames of a filled window for the next chunk; the only one, where it has no past."""
         cache.keep(self, window[:, :, -PAST:])
 
     def convolve(self, window: torch.Tensor) -> torch.Tensor:
