@@ -101,11 +101,11 @@ class StepCacheNode(WanNode):
 def describe(model: ModelRecipe, cache: StepCache) -> str:
     """What it brings at the variant's own steps, for the sampler's are not known here."""
     variant = model.variant
-    plan = schedule(AUTO, variant.steps, variant.shift_for(variant.size))
-    experts = working(model, plan)
+    timetable = schedule(AUTO, variant.steps, variant.shift_for(variant.size))
+    experts = working(model, timetable)
     try:
-        cache.check(plan, "unipc", experts)
+        cache.check(timetable, "unipc", experts)
     except WanError as error:
         return worded(error)
-    said = cache.forecast(plan, experts, 0, plan.steps)
-    return f"{said} That is for the official steps at shift {plan.shift:g}; Wan Sampler says it for its own."
+    said = cache.forecast(timetable, experts, 0, timetable.steps)
+    return f"{said} That is for the official steps at shift {timetable.shift:g}; Wan Sampler says it for its own."

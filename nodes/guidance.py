@@ -136,12 +136,12 @@ def _made(rule: str, settings: dict[str, Any]) -> Rule:
 def describe(model: ModelRecipe) -> str:
     """What it comes to at the variant's own steps and guidance, for the sampler's are not known here."""
     variant = model.variant
-    plan = schedule(AUTO, variant.steps, variant.shift_for(variant.size))
+    timetable = schedule(AUTO, variant.steps, variant.shift_for(variant.size))
     try:
-        notes = check_guidance(model, plan, variant.guidance)
+        notes = check_guidance(model, timetable, variant.guidance)
     except WanError as error:
         return worded(error)
-    return "\n".join([told_of_guidance(model, plan, variant.guidance), *notes])
+    return "\n".join([told_of_guidance(model, timetable, variant.guidance), *notes])
 
 
 # What does the same for ComfyUI's samplers, which do guidance themselves.

@@ -56,22 +56,20 @@ class Steps:
     """The callbacks of a run: progress, cancel, text and pictures. Use it in a ``with``."""
 
     def __init__(
-        self, node_id: str | None, model: ModelRecipe, guidance: PerExpert, plan: Schedule, start: int, end: int
+        self, node_id: str | None, model: ModelRecipe, guidance: PerExpert, timetable: Schedule, start: int, end: int
     ):
-        self.end, first = min(end, plan.steps), min(start, plan.steps - 1)  # the range is checked by ``denoise``
+        self.end = min(end, timetable.steps)  # the range is checked by ``denoise``
+        first = min(start, timetable.steps - 1)
         self.bar = ProgressBar(self.end - start)
-        experts, calls = working(model, plan), model_calls(model, plan, guidance)
-        if (
-            model.step_cache
-            and (computed := model.step_cache.planned(plan, experts, first, self.end, model.guidance.turns(plan)))
-            is not None
-        ):
-            calls = [count if i in computed else 0 for i, count in enumerate(calls)]
+        experts, calls = working(model, timetable), model_calls(model, timetable, guidance)
+        if cache := model.step_cache:
+            computed = cache.planned(timetable, experts, first, self.end, model.guidance.turns(timetable))
+            calls = [0 if computed and i not in computed else count for i, count in enumerate(calls)]
         self.pace = Pace(experts, guidance, calls=calls)
         self.screen = Screen(node_id)
         self.painter = Painter(_Picture(self.screen, model.variant.fps))
         self.skipped = 0
-        self.screen.say(Line(0, self.end - start, self.pace.experts[first], plan.sigmas[first].item(), None))
+        self.screen.say(Line(0, self.end - start, self.pace.experts[first], timetable.sigmas[first].item(), None))
 
     def block(self, *_: object) -> None:
         host.check_cancelled()

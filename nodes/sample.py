@@ -325,29 +325,29 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
     check_fits(model, raw.shape, device, prompts=2 if guided else 1, total=host.total_bytes(device))
     check_numbers(raw)
     raw = raw.cpu()
-    plan = settings.timetable()
+    timetable = settings.timetable()
     sides = {
         name: side(conditioning, name, model, raw.shape, device, settings.shift, notes.warned)
         for name, conditioning in (("positive", positive), ("negative", negative))
     }
     heard = sides if guided else {"positive": sides["positive"]}
     _check_clip(model, heard, notes)
-    _check_loras(model, settings, plan, notes)
-    _check_steps(model, settings, plan, notes)
-    _check_cache(model, settings, plan, notes)
-    _check_guidance(model, settings, plan, sides, notes)
+    _check_loras(model, settings, timetable, notes)
+    _check_steps(model, settings, timetable, notes)
+    _check_cache(model, settings, timetable, notes)
+    _check_guidance(model, settings, timetable, sides, notes)
     clean = raws.from_raw(raw, kind)
-    _check_content(clean, latent, settings, plan, notes)
+    _check_content(clean, latent, settings, timetable, notes)
     noise = _noise(settings.seed, latent, raw.shape)
     start = raws.first_sample(
-        clean, noise, plan, settings.start, add_noise=settings.add_noise, pure=settings.from_pure_noise
+        clean, noise, timetable, settings.start, add_noise=settings.add_noise, pure=settings.from_pure_noise
     )
-    steps = min(settings.end, plan.steps) - settings.start
-    if model.low is None and model.variant.experts == 2 and steps == plan.steps:
+    steps = min(settings.end, timetable.steps) - settings.start
+    if model.low is None and model.variant.experts == 2 and steps == timetable.steps:
         notes.hinted(f"One expert of {model} does all {steps} steps. Join both with Wan Expert Switch.")
     known = raws.kept(latent.get("noise_mask"), clean, noise, model.variant)
     run = Run(
-        plan,
+        timetable,
         settings.solver,
         sides["positive"],
         sides["negative"],
@@ -359,7 +359,7 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
         _fresh(settings.seed, latent, raw.shape),
     )
     warn_of_gaps(sides if model.guidance.nag else heard, run, notes.warned)
-    with Steps(notes.node_id, model, settings.guidance, plan, settings.start, settings.end) as shown:
+    with Steps(notes.node_id, model, settings.guidance, timetable, settings.start, settings.end) as shown:
         x = denoise_in_memory(
             host.engine(),
             model,
@@ -369,7 +369,7 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
             run,
             Callbacks(shown, shown.block, notes.planned, notes.warned, notes.hinted),
         )
-    sampled = raws.stored(x, plan, settings.end, kind)
+    sampled = raws.stored(x, timetable, settings.end, kind)
     return latent | {"samples": sampled.to(host.storage_device())}
 
 
@@ -429,9 +429,9 @@ def _hears_clip(condition: Condition) -> bool:
     return any(isinstance(one, ClipTokens) for one in condition.inputs)
 
 
-def _check_content(clean: torch.Tensor, latent: dict, settings: Settings, plan: Schedule, notes: Notes) -> None:
+def _check_content(clean: torch.Tensor, latent: dict, settings: Settings, timetable: Schedule, notes: Notes) -> None:
     """Say that a run which begins in the middle has nothing to begin with."""
-    first = plan.sigmas[min(settings.start, plan.steps - 1)].item()
+    first = timetable.sigmas[min(settings.start, timetable.steps - 1)].item()
     if settings.from_pure_noise or first > _NEARLY_ALL:
         return
     if raws.free_content(clean, latent.get("noise_mask")) < _NOTHING:
@@ -447,21 +447,21 @@ _NEARLY_ALL = 0.99  # of a sample that is noise: what is kept of the latent cann
 _NOTHING = 1e-4  # of a normalised latent, whose values are about 1: less than this is rounding
 
 
-def _check_loras(model: ModelRecipe, settings: Settings, plan: Schedule, notes: Notes) -> None:
+def _check_loras(model: ModelRecipe, settings: Settings, timetable: Schedule, notes: Notes) -> None:
     """Few steps without guidance need their LoRA on both experts; one that lacks it leaves blurred noise.
 
     Raises:
         WanError: only one has one, and the user does not insist.
     """
     said = unbalanced(model)
-    if said is None or plan.steps > _FEW_STEPS:
+    if said is None or timetable.steps > _FEW_STEPS:
         return
     bare = next(level for level in ("high", "low") if f"the {level}-noise expert (" in said)
-    works = bare in working(model, plan)[settings.start : settings.end]
+    works = bare in working(model, timetable)[settings.start : settings.end]
     if not works or getattr(settings.guidance, bare) != 1:
         return
-    found = f"{said} It cannot finish in {plan.steps} steps at cfg 1"
-    if not settings.force and plan.steps >= _TRIAL:
+    found = f"{said} It cannot finish in {timetable.steps} steps at cfg 1"
+    if not settings.force and timetable.steps >= _TRIAL:
         raise WanError(
             f"{found}. Set low_name of Wan LoRA to the other file of the pair, or raise steps and "
             f"cfg_{bare}; or switch force on to sample all the same."
@@ -469,7 +469,7 @@ def _check_loras(model: ModelRecipe, settings: Settings, plan: Schedule, notes: 
     notes.warned(f"Warning: {found}.")
 
 
-def _check_cache(model: ModelRecipe, settings: Settings, plan: Schedule, notes: Notes) -> None:
+def _check_cache(model: ModelRecipe, settings: Settings, timetable: Schedule, notes: Notes) -> None:
     """Say what a step cache will bring, where that is known.
 
     Raises:
@@ -477,35 +477,35 @@ def _check_cache(model: ModelRecipe, settings: Settings, plan: Schedule, notes: 
     """
     if model.step_cache is None:
         return
-    experts = working(model, plan)
-    model.step_cache.check(plan, settings.solver, experts)
-    end = min(settings.end, plan.steps)
+    experts = working(model, timetable)
+    model.step_cache.check(timetable, settings.solver, experts)
+    end = min(settings.end, timetable.steps)
     first = next((i for i in range(settings.start, end) if not model.guidance.rests(i)), settings.start)
-    notes.hinted(model.step_cache.forecast(plan, experts, first, end, model.guidance.turns(plan)))
+    notes.hinted(model.step_cache.forecast(timetable, experts, first, end, model.guidance.turns(timetable)))
 
 
-def _check_steps(model: ModelRecipe, settings: Settings, plan: Schedule, notes: Notes) -> None:
+def _check_steps(model: ModelRecipe, settings: Settings, timetable: Schedule, notes: Notes) -> None:
     """Few steps that distilled models were not trained with: guidance, and an unequal share of two experts.
 
     Raises:
         WanError: guidance on a distilled model's own steps, and the user does not insist.
     """
     try:
-        check_distilled(plan, settings.solver, settings.guidance, pair=model.low is not None)
+        check_distilled(timetable, settings.solver, settings.guidance, pair=model.low is not None)
     except WanError as error:
         if not settings.force:
             raise WanError(f"{error} Or switch force on to sample all the same.") from error
         notes.warned(f"Warning: {error}")
     guided = (settings.guidance.low, settings.guidance.high) != (1, 1)
     few = [use.file.path.name for use in model.loras if use.strength and is_few_step(use.file.path)]
-    if guided and few and plan.steps < _FEW_STEPS:
+    if guided and few and timetable.steps < _FEW_STEPS:
         notes.hinted(f"{few[0]} was trained without guidance, by its name: cfg 1 takes half the time.")
-    if share := uneven(working(model, plan), plan):
+    if share := uneven(working(model, timetable), timetable):
         notes.noted(share)
 
 
 def _check_guidance(
-    model: ModelRecipe, settings: Settings, plan: Schedule, sides: Mapping[str, Side], notes: Notes
+    model: ModelRecipe, settings: Settings, timetable: Schedule, sides: Mapping[str, Side], notes: Notes
 ) -> None:
     """Say what guidance rules bring, and where they do nothing.
 
@@ -514,13 +514,13 @@ def _check_guidance(
     """
     if not model.guidance:
         return
-    end = min(settings.end, plan.steps)
-    said = check_guidance(model, plan, settings.guidance, settings.start, end)
-    levels = plan.sigmas[settings.start : end].tolist()
+    end = min(settings.end, timetable.steps)
+    said = check_guidance(model, timetable, settings.guidance, settings.start, end)
+    levels = timetable.sigmas[settings.start : end].tolist()
     said += model.guidance.check_sides(sides["positive"], sides["negative"], levels)
     for note in said:
         notes.warned(note)
-    notes.hinted(f"Guidance: {told_of_guidance(model, plan, settings.guidance, settings.start, end)}")
+    notes.hinted(f"Guidance: {told_of_guidance(model, timetable, settings.guidance, settings.start, end)}")
 
 
 _FEW_STEPS = 10
