@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.core.test_compile import Notes, both, near
 from tests.core.test_dit import CLIP, I2V, T2V, TI2V, as_diffusers, assert_close, inputs, make
 from tests.core.test_plan import A14B, I2V_14B, TI2V_5B, counted_by_hand, recipe
 from wan_core.config import Architecture
@@ -124,6 +125,18 @@ def test_what_two_prompts_are_told_is_computed_once():
         model(x, t, states.against(other, NAG))
         model(x, t, other)
     assert len(calls) == 2 * T2V.layers
+
+
+def test_compiled_blocks_answer_the_same():
+    """One graph for the prompt that is heard against the other, whatever the step, and one for the other by itself."""
+    model, runner = make(T2V), Notes()
+    x, t, positive = inputs(T2V, 1, 3, 8, 8, text=512)
+    states, other = model.text_states(positive), model.text_states(torch.randn(1, 512, 96))
+    for step in (937.0, 400.0):
+        t = torch.tensor([step])
+        near(*both(model, runner, x, t, states.against(other, NAG)))
+        near(*both(model, runner, x, t, other, skip=(0,)))
+    assert runner.graphs == 2 and len(runner.told) == 2, runner.told
 
 
 def test_half_precision_stays_near_float32():
