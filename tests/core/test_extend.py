@@ -334,6 +334,29 @@ def test_cancelling_closes_the_connection(server, protocol: str) -> None:
     assert threading.active_count() <= before + 1  # the server's own, which may still end
 
 
+def test_a_name_that_nobody_answers_for_is_let_go(monkeypatch) -> None:
+    """The system's look-up cannot be cancelled; nobody waits for it."""
+    found, asked = threading.Event(), threading.Event()
+
+    def look_up(*_: object, **__: object) -> None:
+        asked.set()
+        found.wait(20)
+        raise OSError("nobody")
+
+    def check() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
+    hanging = ServerMethod(PROTOCOLS["openai"], Endpoint("https://hangs.invalid/v1", KEY), "m", 0.5)
+    start = time.monotonic()
+    assert "did not answer within 0.5 seconds" in PromptExtender().extend(hanging, "a cat").notes[0]
+    with pytest.raises(KeyboardInterrupt):
+        PromptExtender().extend(hanging, "a dog", check=check)
+    assert time.monotonic() - start < 5
+    found.set()
+
+
 def test_proxies_come_from_the_environment_but_not_for_this_machine(monkeypatch) -> None:
     for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
