@@ -29,10 +29,11 @@ from tests.core.language_server import (
     silent,
 )
 from wan_core.errors import WanError
+from wan_core.prompt.extension import STOP
 from wan_core.prompt.extension import post as posting
 from wan_core.prompt.extension.answer import prompt_of
 from wan_core.prompt.extension.endpoint import Endpoint, without_key
-from wan_core.prompt.extension.extend import STOP, Extended, PromptExtender
+from wan_core.prompt.extension.extend import Extended, PromptExtender
 from wan_core.prompt.extension.instructions import instructions
 from wan_core.prompt.extension.picture import AREA, encoded, small_size
 from wan_core.prompt.extension.question import Answer, AnswerFailed
