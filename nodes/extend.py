@@ -17,7 +17,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 
 from ..wan_core.errors import WanError
-from ..wan_core.prompt.extension.extend import KEEP, METHODS, ON_FAILURE, PromptExtender
+from ..wan_core.prompt.extension import KEEP, METHODS, ON_FAILURE
 from . import host
 from .base import WanNode
 from .pictures import pictures
@@ -25,6 +25,7 @@ from .pictures import pictures
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ..wan_core.prompt.extension.extend import PromptExtender
     from ..wan_core.prompt.extension.local_qwen import LocalQwen, Place
     from ..wan_core.prompt.extension.servers import ServerMethod
 
@@ -160,6 +161,8 @@ class PromptExtend(WanNode):
 @cache
 def extender() -> PromptExtender:
     """The process's one, which owns the last answers."""
+    from ..wan_core.prompt.extension.extend import PromptExtender
+
     return PromptExtender()
 
 

@@ -29,10 +29,11 @@ from tests.core.language_server import (
     silent,
 )
 from wan_core.errors import WanError
+from wan_core.prompt.extension import STOP
 from wan_core.prompt.extension import post as posting
 from wan_core.prompt.extension.answer import prompt_of
 from wan_core.prompt.extension.endpoint import Endpoint, without_key
-from wan_core.prompt.extension.extend import STOP, Extended, PromptExtender
+from wan_core.prompt.extension.extend import Extended, PromptExtender
 from wan_core.prompt.extension.instructions import instructions
 from wan_core.prompt.extension.picture import AREA, encoded, small_size
 from wan_core.prompt.extension.question import Answer, AnswerFailed
@@ -332,6 +333,29 @@ def test_cancelling_closes_the_connection(server, protocol: str) -> None:
         extend(server, protocol, seconds=60, check=check)
     assert time.monotonic() - start < 3 and server.broken_off.wait(3)
     assert threading.active_count() <= before + 1  # the server's own, which may still end
+
+
+def test_a_name_that_nobody_answers_for_is_let_go(monkeypatch) -> None:
+    """The system's look-up cannot be cancelled; nobody waits for it."""
+    found, asked = threading.Event(), threading.Event()
+
+    def look_up(*_: object, **__: object) -> None:
+        asked.set()
+        found.wait(20)
+        raise OSError("nobody")
+
+    def check() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
+    hanging = ServerMethod(PROTOCOLS["openai"], Endpoint("https://hangs.invalid/v1", KEY), "m", 0.5)
+    start = time.monotonic()
+    assert "did not answer within 0.5 seconds" in PromptExtender().extend(hanging, "a cat").notes[0]
+    with pytest.raises(KeyboardInterrupt):
+        PromptExtender().extend(hanging, "a dog", check=check)
+    assert time.monotonic() - start < 5
+    found.set()
 
 
 def test_proxies_come_from_the_environment_but_not_for_this_machine(monkeypatch) -> None:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..prompt.extension import KEEP, METHODS, STOP
 from .arguments import boolean, number
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from ..pipeline import Request
     from ..prompt.extension.question import Method
 
-_ON_FAILURE = {"keep": "keep prompt", "stop": "stop"}
+_ON_FAILURE = {"keep": KEEP, "stop": STOP}
 
 
 def add_extension_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +32,8 @@ def add_extension_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--prompt_extend_method",
-        choices=["local_qwen", "dashscope", "openai"],
-        default="local_qwen",
+        choices=METHODS,
+        default=METHODS[0],
         help="local_qwen: on this machine, with transformers; dashscope: with the key in DASH_API_KEY (and an address "
         "in DASH_API_URL); openai: any server of that kind, by OPENAI_BASE_URL and OPENAI_API_KEY",
     )

@@ -2,3 +2,7 @@
 
 ``extend.PromptExtender`` tells the story; ``servers`` asks over HTTP, ``local_qwen`` on this machine.
 """
+
+METHODS = ("local_qwen", "dashscope", "openai")
+KEEP, STOP = "keep prompt", "stop"
+ON_FAILURE = (KEEP, STOP)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ...errors import WanError
 from ...lookup import look_up
 from ..compose import has_chinese
+from . import KEEP, ON_FAILURE, STOP
 from .answer import prompt_of
 from .instructions import LANGUAGES, instructions, no_words
 from .picture import encoded
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-METHODS = ("local_qwen", "dashscope", "openai")
-KEEP, STOP = "keep prompt", "stop"
-ON_FAILURE = (KEEP, STOP)
 _KEPT = 64  # answers, of a few kilobytes each
 _LONGEST = 10_000  # characters of a prompt that is sent; what is longer needs no extension
 
