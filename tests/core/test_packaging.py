@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,3 +46,9 @@ def test_the_files_that_contributing_names_are_there() -> None:
     assert not set(missing) - beside
     way = re.search(r"One latent's way.*?:(.*?)\.\n\n", text, re.S)
     assert way and 0 < len(re.findall(r"`[\w/]+\.py`", way[1])) <= 12
+
+
+def test_without_comfyui_the_quick_part_leaves_out_what_compares_with_it() -> None:
+    without_parity = runpy.run_path(str(ROOT / "scripts/test.py"))["without_parity"]
+    assert without_parity(["tests/core", "-q"]) == ["-m", "not parity", "tests/core", "-q"]
+    assert without_parity(["tests/core", "-m", "not slow"]) == ["tests/core", "-m", "(not slow) and not parity"]
