@@ -14,7 +14,7 @@ from statistics import median
 
 import torch
 
-from . import parts
+from . import document, parts
 from .measure import MEMORY_ENVIRONMENT, MEMORY_METHOD, TIME_METHOD, Seconds, can_measure_memory, interleave, ratio
 from .parts import Part
 from .peers import COMFYUI, DIFFUSERS, OURS, PREPARED
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "bench" / "results" / "cpu.json"
 PEERS = (DIFFUSERS, COMFYUI)
 MIB = 1024 * 1024
+_BEGIN, _END = "<!-- cpu: written by python -m bench cpu -->", "<!-- end of cpu -->"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +43,10 @@ def run(options: argparse.Namespace) -> int:
         errors, samples = compete(part, rounds)
         report["parts"][part.name] = result = summarise(part, errors, samples, peaks)
         print(table(result), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.out == PUBLISHED and not options.only and options.memory_runs:
+        publish(report)
     return 0
 
 
@@ -125,6 +128,24 @@ def _memory_ratios(peaks: dict[str, float | None], ours: str) -> dict[str, float
         return None
     ratios = {peer: round(peaks[ours] / peaks[peer], 4) for peer in PEERS}
     return {**ratios, "best": max(ratios.values())}
+
+
+def publish(report: dict) -> None:
+    """Ours over the best peer, a row for each part."""
+    here, versions = report["machine"], ("torch", "diffusers", "comfyui")
+    lines = [
+        f"{here['processor']}, {here['threads']} threads, {', '.join(f'{name} {here[name]}' for name in versions)}.",
+        "",
+        "| | time | processor's time | peak memory | the same, MiB | the best peer's, MiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, part in report["parts"].items():
+        peers = [part["contenders"][peer]["peak_mib"] for peer in PEERS]
+        for ours, ratios in part["ratios"].items():
+            figures = "".join(f" {ratios[kind]['best']:.2f} |" for kind in ("time", "cpu", "memory"))
+            peak_mib = part["contenders"][ours]["peak_mib"]
+            lines.append(f"| {name}{ours.removeprefix(OURS)} |{figures} {peak_mib:.0f} | {min(peers):.0f} |")
+    document.publish("\n".join(lines) + "\n", _BEGIN, _END)
 
 
 def table(result: dict) -> str:

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..wan_core.recipe import ModelRecipe, pair
 from ..wan_core.sampling.experts import MODES, Switch
-from . import host
+from . import host, official
 from .base import WanNode
 from .types import WanModel
 
@@ -31,13 +31,13 @@ class ExpertSwitch(WanNode):
                     "mode",
                     options=list(MODES),
                     default="auto",
-                    tooltip="What decides the hand-over. auto: the official boundary of the model (0.875 for T2V, 0.9 "
-                    "for I2V); timestep: a fraction of the 1000 timesteps; step: a step number; snr: a signal-to-noise "
-                    "ratio.",
+                    tooltip="What decides the hand-over. auto: the official boundary of the model "
+                    f"({official.BOUNDARIES}); timestep: a fraction of the 1000 timesteps; step: a step number; snr: a "
+                    "signal-to-noise ratio.",
                 ),
                 io.Float.Input(
                     "boundary",
-                    default=0.875,
+                    default=official.T2V.boundary,
                     min=0.0,
                     max=10000.0,
                     step=0.001,

@@ -15,7 +15,7 @@ from ..wan_core.media import geometry as latents
 from ..wan_core.memory import capacity
 from ..wan_core.recipe import ModelRecipe
 from ..wan_core.sampling import raw
-from . import host
+from . import host, official
 from .base import WanNode
 from .clip_vision import Seen, look
 from .conditioning import clip_tokens
@@ -31,7 +31,7 @@ def _size_inputs() -> list[io.Input]:
     return [
         io.Int.Input(
             "width",
-            default=832,
+            default=official.WIDTH,
             min=16,
             max=16384,
             step=16,
@@ -39,7 +39,7 @@ def _size_inputs() -> list[io.Input]:
         ),
         io.Int.Input(
             "height",
-            default=480,
+            default=official.HEIGHT,
             min=16,
             max=16384,
             step=16,
@@ -47,11 +47,11 @@ def _size_inputs() -> list[io.Input]:
         ),
         io.Int.Input(
             "frames",
-            default=81,
+            default=official.T2V.frames,
             min=1,
             max=16385,
             step=4,
-            tooltip="Length in frames, 4n + 1. 81 frames are 5 s at 16 fps; for the 5B 121 frames are 5 s at 24 fps.",
+            tooltip=f"Length in frames, 4n + 1. {official.LENGTHS}.",
         ),
     ]
 

@@ -25,7 +25,7 @@ from ..wan_core.sampling.guidance import Condition, Side
 from ..wan_core.sampling.presets import PRESETS, Preset, check_distilled, replaced, uneven
 from ..wan_core.sampling.schedules import AUTO, SCHEDULES, Schedule, from_sigmas, schedule, truncate
 from ..wan_core.sampling.solvers import SOLVERS, Fresh, step_seed
-from . import host
+from . import host, official
 from .base import WanNode
 from .conditioning import conditions_of, side, warn_of_gaps, without_clip
 from .graph import check_decoders
@@ -66,8 +66,7 @@ class Sampler(WanNode):
                     default=20,
                     min=1,
                     max=1000,
-                    tooltip="Steps of the whole schedule. Official: 40 for A14B and I2V-14B, 50 for all others; 4 to "
-                    "8 with a 4-step LoRA.",
+                    tooltip=f"Steps of the whole schedule. Official: {official.STEPS}; 4 to 8 with a 4-step LoRA.",
                 ),
                 io.Float.Input(
                     "cfg_high",
@@ -76,8 +75,8 @@ class Sampler(WanNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Guidance of the high-noise expert. Official: T2V 4, I2V 3.5. 1 turns guidance off and "
-                    "halves the time.",
+                    tooltip=f"Guidance of the high-noise expert. Official: {official.CFG_HIGH}. 1 turns guidance off "
+                    "and halves the time.",
                 ),
                 io.Float.Input(
                     "cfg_low",
@@ -86,8 +85,8 @@ class Sampler(WanNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Guidance of the low-noise expert, and of a model that has only one. Official: T2V 3, I2V "
-                    "3.5, 5B and Wan2.1 5. 1 turns guidance off and halves the time.",
+                    tooltip="Guidance of the low-noise expert, and of a model that has only one. Official: "
+                    f"{official.CFG_LOW}. 1 turns guidance off and halves the time.",
                 ),
                 io.Float.Input(
                     "shift",
@@ -96,8 +95,7 @@ class Sampler(WanNode):
                     max=100.0,
                     step=0.01,
                     round=0.001,
-                    tooltip="Moves the steps towards noise. Official: T2V-A14B 12, I2V-A14B 5, TI2V-5B 5; Wan2.1: T2V "
-                    "5 (1.3B 8), I2V 5 (480p 3), FLF2V 16.",
+                    tooltip=f"Moves the steps towards noise. Official: {official.SHIFT}.",
                 ),
                 io.Combo.Input(
                     "solver",

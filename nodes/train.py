@@ -27,7 +27,7 @@ from ..wan_core.layouts.variants import candidates, choose
 from ..wan_core.loading.dit import DiTFile
 from ..wan_core.media.geometry import latent_frames
 from ..wan_core.recipe import ModelRecipe
-from . import host
+from . import host, official
 from .base import WanNode
 from .clip_vision import WanClipVision
 from .text import WanCLIP
@@ -81,7 +81,7 @@ class TrainLora(WanNode):
                 ),
                 io.Int.Input(
                     "width",
-                    default=832,
+                    default=official.WIDTH,
                     min=16,
                     max=4096,
                     step=16,
@@ -89,7 +89,7 @@ class TrainLora(WanNode):
                 ),
                 io.Int.Input(
                     "height",
-                    default=480,
+                    default=official.HEIGHT,
                     min=16,
                     max=4096,
                     step=16,

@@ -28,9 +28,17 @@ def main() -> int:
         return 0
     if alone:
         setup.say("no ComfyUI here: without the tests that compare with it (marked parity)")
-        arguments = ["-m", "not parity", *arguments]
+        arguments = without_parity(arguments)
     setup.say(f"pytest with {python}")
     return subprocess.run([python, "-m", "pytest", *arguments], env=env, cwd=setup.ROOT).returncode
+
+
+def without_parity(arguments: list[str]) -> list[str]:
+    """pytest heeds the last ``-m`` alone: what is asked for is narrowed, not replaced."""
+    if "-m" not in arguments[:-1]:
+        return ["-m", "not parity", *arguments]
+    place = arguments.index("-m") + 1
+    return [*arguments[:place], f"({arguments[place]}) and not parity", *arguments[place + 1 :]]
 
 
 def core_only(arguments: list[str]) -> bool:

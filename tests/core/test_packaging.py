@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,3 +26,29 @@ def test_what_is_called_slow_is_there() -> None:
         file, function = line.split("::")
         (found,) = ROOT.glob(f"tests/*/{file}.py")
         assert f"\ndef {function}(" in found.read_text(encoding="utf-8"), line
+
+
+def test_every_room_has_its_floor() -> None:
+    """What the list of floors leaves out, the linter does not look at."""
+    floors = re.search(r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
+    named = set(re.findall(r"wan_core\.(\w+)", floors[1])) if floors else set()
+    found = [path for path in (ROOT / "wan_core").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    rooms = {path.stem for path in found}
+    assert rooms - {"__init__"} == named
+
+
+def test_the_files_that_contributing_names_are_there() -> None:
+    """Also those of one latent's way, which are at most twelve."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:[\w]+/)*[\w]+\.(?:py|txt|toml))`", text)
+    missing = [name for name in named if not any((folder / name).exists() for folder in (ROOT, ROOT / "wan_core"))]
+    beside = {"clip_tokens.py", "registry.py"}  # within a sentence about their folder
+    assert not set(missing) - beside
+    way = re.search(r"One latent's way.*?:(.*?)\.\n\n", text, re.S)
+    assert way and 0 < len(re.findall(r"`[\w/]+\.py`", way[1])) <= 12
+
+
+def test_without_comfyui_the_quick_part_leaves_out_what_compares_with_it() -> None:
+    without_parity = runpy.run_path(str(ROOT / "scripts/test.py"))["without_parity"]
+    assert without_parity(["tests/core", "-q"]) == ["-m", "not parity", "tests/core", "-q"]
+    assert without_parity(["tests/core", "-m", "not slow"]) == ["tests/core", "-m", "(not slow) and not parity"]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from wan_core.config import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("en", "zh")
@@ -60,6 +63,48 @@ def test_help_pages_name_inputs_as_the_editor_does(language: str) -> None:
 
 HEAD_END = re.compile(r"[:：]| decides| 决定")
 OTHER_NAMES = {"en": {"cfg", "the menus"}, "zh": {"cfg", "各个菜单"}}
+
+
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+@pytest.mark.parametrize("name", ["nodeDefs.json", "settings.json", "main.json"])
+def test_chinese_says_the_same_numbers(name: str) -> None:
+    """The English texts are the nodes' own, whose official numbers are those of VARIANTS."""
+    for english, chinese in zip(*(leaves(texts(language, name)) for language in LANGUAGES), strict=True):
+        lost = Counter(NUMBER.findall(english)) - Counter(NUMBER.findall(chinese))
+        assert not lost, (english, chinese)
+
+
+@pytest.mark.parametrize("id", texts("en", "nodeDefs.json"))
+def test_help_pages_say_the_same_numbers(id: str) -> None:
+    english, chinese = (
+        set(NUMBER.findall((ROOT / f"web/docs/{id}/{language}.md").read_text(encoding="utf-8")))
+        for language in LANGUAGES
+    )
+    assert english == chinese
+
+
+def test_help_pages_say_the_official_boundaries_and_lengths() -> None:
+    high, start, dense = (VARIANTS[task] for task in ("t2v-A14B", "i2v-A14B", "ti2v-5B"))
+    page = (ROOT / "web/docs/WanCoreExpertSwitch/en.md").read_text(encoding="utf-8")
+    assert f"{high.boundary:g} for T2V, {start.boundary:g} for I2V" in page
+    page = (ROOT / "web/docs/WanCoreEmptyLatent/en.md").read_text(encoding="utf-8")
+    assert f"{high.frames} frames at {high.fps} fps" in page and f"{dense.frames} at {dense.fps} fps" in page
+    sizes = {size for variant in VARIANTS.values() for size in variant.sizes}
+    for width, height in re.findall(r"(\d+) × (\d+)", page):
+        assert (int(width), int(height)) in sizes
+
+
+def test_the_editors_own_numbers_are_official() -> None:
+    """What the browser offers by itself: sizes and lengths in web/presets.js, the first boundary of a mode."""
+    presets = (ROOT / "web/presets.js").read_text(encoding="utf-8")
+    offered = {(int(width), int(height)) for width, height in re.findall(r"width: (\d+), height: (\d+)", presets)}
+    assert offered == {size for variant in VARIANTS.values() for size in variant.sizes}
+    lengths = {(int(frames), int(fps)) for frames, fps in re.findall(r"\((\d+) frames at (\d+) fps\)", presets)}
+    assert lengths >= {(variant.frames, variant.fps) for variant in VARIANTS.values() if variant.frames > 1}
+    start = re.search(r"timestep: ([\d.]+)", (ROOT / "web/expert_switch.js").read_text(encoding="utf-8"))
+    assert start and float(start[1]) == VARIANTS["t2v-A14B"].boundary
 
 
 def leaves(tree: Any) -> list[str]:

@@ -13,7 +13,7 @@ from ..config import VAES, Architecture, TextConfig, VAEConfig, VAEKind, Variant
 from ..files.checkpoint import Checkpoint
 from ..files.marks import TensorInfo
 from ..models.dit.dit import WanDiT
-from ..models.dit.features.clip_tokens import ClipTokensConfig
+from ..models.dit.features.clip_tokens import PICTURE_TOKENS, ClipTokensConfig
 from ..models.text.umt5 import Umt5Encoder
 from .dit import DiTFile
 from .file import ModelFile
@@ -30,17 +30,16 @@ class Depth(NamedTuple):
 
 _DEPTHS = {5120: Depth(13824, 40), 3072: Depth(14336, 30), 1536: Depth(8960, 30)}
 VAE_CONFIGS: dict[VAEKind, VAEConfig] = {
-    "wan2.1": VAEConfig("wan2.1", 16, 96, 96),
-    "wan2.2": VAEConfig("wan2.2", 48, 160, 256),
+    "wan2.1": VAEConfig("wan2.1", VAES["wan2.1"].channels, 96, 96),
+    "wan2.2": VAEConfig("wan2.2", VAES["wan2.2"].channels, 160, 256),
 }
 TEXT_CONFIG = TextConfig(256384, 4096, 4096, 10240, heads=64, layers=24)  # umT5-XXL's encoder
-_CLIP_WIDTH, _TWO_PICTURES = 1280, 514
 
 
 def architecture_of(variant: Variant) -> Architecture:
     """The published dimensions of a variant."""
     depth = _DEPTHS[variant.dim]
-    pictures = ClipTokensConfig(_CLIP_WIDTH, _TWO_PICTURES if variant.clip == 2 else 0)
+    pictures = ClipTokensConfig(positions=2 * PICTURE_TOKENS if variant.clip == 2 else 0)
     return Architecture(
         variant.in_channels,
         VAES[variant.vae].channels,

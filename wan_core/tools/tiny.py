@@ -41,7 +41,7 @@ from ..layouts.keys import IDENTITY, Renames
 from ..loading.vae import VAE_CLASSES
 from ..models.clip.vit import MEAN, STD, ClipConfig, ClipVision
 from ..models.dit.dit import WanDiT
-from ..models.dit.features.clip_tokens import ClipTokensConfig
+from ..models.dit.features.clip_tokens import PICTURE_TOKENS, ClipTokensConfig
 from ..models.text.tokenizer import train_tiny_tokenizer, write_tokenizer_folder
 from ..models.text.umt5 import Umt5Encoder
 
@@ -98,12 +98,18 @@ def make_tiny(task: str, *, seed: int = 0, sizes: TinySizes | None = None) -> Ti
     spiece = train_tiny_tokenizer(_VOCABULARY_TEXTS)
     clip = (
         ClipConfig(
-            _CLIP_WIDTH, sizes.clip_mlp, _CLIP_WIDTH // 80, sizes.clip_layers, patch=14, positions=257, fused=False
+            _CLIP_WIDTH,
+            sizes.clip_mlp,
+            _CLIP_WIDTH // 80,
+            sizes.clip_layers,
+            patch=14,
+            positions=PICTURE_TOKENS,
+            fused=False,
         )
         if variant.clip
         else None
     )
-    pictures = () if clip is None else (ClipTokensConfig(_CLIP_WIDTH, 514 if variant.clip == 2 else 0),)
+    pictures = () if clip is None else (ClipTokensConfig(positions=2 * PICTURE_TOKENS if variant.clip == 2 else 0),)
     dit = Architecture(
         variant.in_channels,
         spec.channels,
@@ -200,7 +206,7 @@ def _diffusers(models: TinyModels, folder: Path) -> None:
     _save_json(folder / "model_index.json", _model_index(models.variant))
 
 
-_CLIP_WIDTH = 1280  # of the official image embedding, which knows no other
+_CLIP_WIDTH = ClipTokensConfig.width  # the official image embedding knows no other
 LAYOUTS = {"official": _official, "comfyui": _comfyui, "diffusers": _diffusers}
 
 
