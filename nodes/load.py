@@ -51,7 +51,7 @@ class LoadModel(WanNode):
                     default="auto",
                     tooltip="How self-attention is computed. auto is sdpa, PyTorch's own, or what ComfyUI was started "
                     "with (--use-sage-attention, --use-flash-attention). The others are faster on some GPUs and must "
-                    "be installed; sage, sage3 and kitchen round more.",
+                    "be installed; sage, sage3 and kitchen round more, and sol leaves things out in long videos.",
                 ),
                 io.Combo.Input(
                     "variant",

@@ -291,7 +291,7 @@ class WanAsNetwork(nn.Module):
         schedule = from_sigmas(sigmas)
         step = int((schedule.timesteps.float() - timestep).abs().argmin())
         expert = experts.at(step, schedule)
-        expert.begin(step)
+        expert.begin(step, schedule.steps)
         return expert
 
     def missing_bytes(self) -> int:

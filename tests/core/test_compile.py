@@ -270,7 +270,7 @@ def test_a_plan_counts_what_compiled_blocks_take():
     a14b = Architecture(16, 16, 5120, 13824, layers=40, text_dim=4096, freq_dim=256, heads=40)
     plain, compiled = (dit_activations(a14b, 1, 75600, torch.bfloat16, compiled=one) for one in (False, True))
     tokens, wide = 75600 * 5120 * 2, 75600 * 13824 * 2
-    assert plain + tokens < 2 * tokens + 2 * wide < compiled < 4 * tokens + 2 * wide
+    assert plain < 4 * tokens + wide < compiled < 11 * tokens
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.memory import of_one_call
@@ -25,8 +25,9 @@ from wan_core.loading.step_caches import step_cache
 from wan_core.memory.build import build_dit
 from wan_core.memory.engine import Engine
 from wan_core.memory.plan import plan
-from wan_core.models.dit.attention import BACKENDS
+from wan_core.models.dit.attention import BACKENDS, Backend
 from wan_core.models.dit.dit import WanDiT
+from wan_core.models.dit.runner import BlockRunner, CompiledRunner
 from wan_core.models.vae.tiles import Tiles, decode_tiled, encode_tiled
 from wan_core.models.vae.wan21 import Wan21VAE
 from wan_core.models.vae.wan22 import Wan22VAE
@@ -152,6 +153,62 @@ def test_guidance_rules_lead_where_they_lead_on_the_cpu(rules: str, tmp_path: Pa
     models = replace(models, dit=replace(models.dit, guidance=RULES[rules]))
     expected, ours = (generate(models, request, Engine(), device=device).latent for device in (CPU, CUDA))
     assert relative(ours, expected) < 1e-3
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_streamed_blocks_are_cast_on_the_device_to_the_same_bits(
+    stored: Path, tmp_path: Path, kept: torch.dtype, dtype: str
+):
+    """From files in other number formats than the computation's; loading casts on the device too."""
+    save_file({key: value.to(kept) for key, value in load_file(stored).items()}, tmp_path / "model.safetensors")
+    file, args = read_dit(tmp_path / "model.safetensors"), inputs()
+    resident = build_dit(file, device=CUDA, dtype=dtype)(*args)
+    for prefetch in (0, 2):
+        dit = build_dit(file, device=CUDA, dtype=dtype, swap_blocks=6, prefetch=prefetch)
+        assert all(torch.equal(dit(*args), resident) for _ in range(4)), prefetch
+        before = {name: value.cpu() for name, value in build_dit(file, dtype=dtype).blocks[5].named_parameters()}
+        with dit.swap.block(5):
+            for name, value in dit.blocks[5].named_parameters():
+                assert torch.equal(value.cpu(), before[name]), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("swapped", [0, 4])
+def test_compiled_blocks_answer_as_plain_ones(stored: Path, dtype: str, swapped: int):
+    """One graph for all blocks, resident and streamed; a second one for all other sizes."""
+    said: list[str] = []
+    dit = build_dit(read_dit(stored), device=CUDA, dtype=dtype, swap_blocks=swapped)
+    compiled, plain = CompiledRunner(), BlockRunner()
+    compiled.tell = compiled.progress = said.append
+    with torch.inference_mode():
+        for side in (32, 32, 16, 24):
+            args = inputs(side=side)
+            dit.runner = plain
+            expected = dit(*args)
+            dit.runner = compiled
+            assert relative(dit(*args), expected) < (0.02 if dtype == "bfloat16" else 1e-5)
+    assert compiled.graphs in (1, 2) and not [line for line in said if "cannot be compiled" in line], said
+
+
+def test_a_step_that_is_not_finite_is_found_while_the_next_one_runs(tmp_path: Path, monkeypatch, caplog):
+    """The device fails in the second step; the host learns of it later, goes back, names the block, ends the same."""
+    write_tiny(tmp_path / "model", "t2v-1.3B", layout="official", sizes=replace(SIZES, layers=4))
+    request = Request("a cat", "", size=(96, 64), frames=9, steps=4, seed=1, guidance=PerExpert(1.0, 1.0))
+    expected = generate(read_models(tmp_path / "model", "t2v-1.3B", dtype="float32"), request, Engine(), device=CUDA)
+    calls: list[int] = []
+
+    def unsound(q: Tensor, k: Tensor, v: Tensor, *, kind: str = "self") -> Tensor:
+        answer = BACKENDS["sdpa"].run(q, k, v, kind=kind)
+        calls.extend([1] if kind == "self" else [])
+        return answer * float("nan") if kind == "self" and len(calls) > 6 else answer
+
+    monkeypatch.setitem(BACKENDS, "flash2", Backend("flash2", unsound))
+    reports: list[int] = []
+    models = read_models(tmp_path / "model", "t2v-1.3B", dtype="float32", attention="flash2")
+    made = generate(models, request, Engine(), device=CUDA, on_step=lambda report: reports.append(report.index))
+    assert torch.equal(made.latent, expected.latent) and reports == [0, 1, 2, 3]
+    assert "Step 2 of 4" in caplog.text and "first in blocks." in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["fp8_scaled", "int8", "mxfp8", "nvfp4", "gguf:Q8_0", "gguf:Q4_0"])

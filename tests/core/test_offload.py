@@ -34,13 +34,14 @@ CONFIG = Architecture(16, 16, 128, 256, layers=LAYERS, text_dim=32, freq_dim=256
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One model, stored in float32 and in bfloat16."""
+    """One model, stored in float32, bfloat16 and float16."""
     folder = tmp_path_factory.mktemp("dit")
     weights = _random_weights(WanDiT, CONFIG, torch.Generator().manual_seed(0))
     rounded = {key: value.bfloat16() for key, value in weights.items()}
     save_file({key: value.float() for key, value in rounded.items()}, folder / "float32.safetensors")
     save_file(rounded, folder / "bfloat16.safetensors")
-    return {name: folder / f"{name}.safetensors" for name in ("float32", "bfloat16")}
+    save_file({key: value.half() for key, value in rounded.items()}, folder / "float16.safetensors")
+    return {name: folder / f"{name}.safetensors" for name in ("float32", "bfloat16", "float16")}
 
 
 @pytest.fixture
@@ -106,6 +107,45 @@ def test_half_precision_equals_resident(files: dict[str, Path]):
     assert torch.equal(resident(*inputs()), swapped(*inputs()))
     sizes = {item.dtype for item in swapped.swap._transfers[0].tensors}
     assert sizes == {torch.float32}  # bfloat16 matrices are used as they lie in the file
+
+
+def cast_on_the_way(calls: list[tuple[torch.dtype, torch.dtype]]) -> Callable[[Tensor, Tensor], None]:
+    """In place of what casts, noting from what to what."""
+    plain = offload._cast
+
+    def cast(stored: Tensor, place: Tensor) -> None:
+        calls.append((stored.dtype, place.dtype))
+        plain(stored, place)
+
+    return cast
+
+
+@pytest.mark.usefixtures("in_a_thread")
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("compute", ["bfloat16", "float16", "float32"])
+def test_blocks_travel_as_they_are_stored(
+    files: dict[str, Path], stored: str, compute: str, monkeypatch: pytest.MonkeyPatch
+):
+    """And are cast where they arrive, piece by piece, to the same bits as on the host; a stage holds stored bytes."""
+    calls: list[tuple[torch.dtype, torch.dtype]] = []
+    monkeypatch.setattr(offload, "_cast", cast_on_the_way(calls))
+    monkeypatch.setattr(offload, "PIECE", 5000)  # fewer bytes than a matrix, and no multiple of its numbers'
+    file = read_dit(files[stored])
+    resident = build_dit(file, dtype=compute)(*inputs())
+    dit = build_dit(file, dtype=compute, swap_blocks=LAYERS)
+    assert all(torch.equal(dit(*inputs()), resident) for _ in range(2))
+    kind, targets = getattr(torch, stored), {getattr(torch, compute), torch.float32}  # norms stay float32
+    assert set(calls) == {(kind, target) for target in targets - {kind}}
+    transfer = dit.swap._transfers[0]
+    assert transfer.staged_bytes == pytest.approx(sum(item.stored.nbytes for item in transfer.tensors), abs=256 * 40)
+    direct = torch.empty(transfer.bytes, dtype=torch.uint8)
+    stage, slot = (torch.empty(size, dtype=torch.uint8) for size in (transfer.staged_bytes, transfer.bytes))
+    transfer.read_into(direct)
+    transfer.read_as_stored(stage)
+    transfer.copy(stage, slot)
+    for item in transfer.tensors:
+        assert torch.equal(item.view(slot), item.view(direct)), item.name
+    dit.swap.close()
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, ()), (1, (4,)), (2, (2, 4)), (3, (1, 3, 4)), (5, (0, 1, 2, 3, 4))])

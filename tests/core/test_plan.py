@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -207,9 +208,14 @@ def test_auto_leaves_a_margin():
 def test_what_is_moved_each_step():
     both = plan(recipe(A14B, swap_blocks=10), SHAPE_720P, CUDA)
     alone = plan(recipe(A14B, swap_blocks=10), SHAPE_720P, CUDA, prompts=1)
-    block = weights_of(header(A14B), "bfloat16", CUDA).blocks[0]
-    assert both.moved == 2 * alone.moved == 20 * block
-    assert both.needs.stream == 2 * block
+    shapes = {name: info.shape for name, info in header(A14B).checkpoint.tensors.items() if "blocks.0." in name}
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    assert both.moved == 2 * alone.moved == 20 * 2 * numbers  # as stored: norms too are cast on the device
+    single = replace(recipe(A14B, swap_blocks=10), high=header(A14B, torch.float32))
+    wide = plan(single, SHAPE_720P, CUDA)
+    assert wide.moved == 2 * both.moved and wide.needs.stream == both.needs.stream
+    assert wide.needs.pinned == 2 * both.needs.pinned
+    assert both.needs.stream == 2 * weights_of(header(A14B), "bfloat16", CUDA).blocks[0]
 
 
 def test_a_cpu_uses_the_file_itself():

@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--attention",
         default="auto",
-        help="auto, sdpa, or what is installed of sage, sage3, kitchen, flash2, flash3, flash4",
+        help="auto, sdpa, or what is installed of sage, sage3, kitchen, flash2, flash3, flash4, sol",
     )
     add(
         "--compile",

@@ -349,7 +349,8 @@ class LazyDiT:
         self.file = file
         self.recipe = recipe
         self.device = device
-        self._loras, self._step = recipe.loras_of(file), 0
+        self._loras = recipe.loras_of(file)
+        self._step, self._steps = 0, 0  # of how many: 0 until that is told
         self._revision = 0  # of the weights that the text states belong to
         self._attention: str | None = None  # instead of the recipe's
         self._watched = False  # whether a call ends where numbers stop being finite
@@ -361,9 +362,14 @@ class LazyDiT:
     ) -> torch.Tensor:
         dit = self.engine.dit(self.file, self.recipe, self.device)
         self._adapt(dit)
-        if self._attention:
-            return self._attending(dit, BACKENDS[self._attention].run, x, t, condition, on_block)
+        if attention := self._attention or self._dense():
+            return self._attending(dit, BACKENDS[attention].run, x, t, condition, on_block)
         return self._call(dit, x, t, condition, on_block)
+
+    def _dense(self) -> str | None:
+        """In the first steps, which decide what the video shows, attention that may leave things out is dense."""
+        backend = BACKENDS.get(self.recipe.attention)
+        return "sdpa" if backend and self._step < math.ceil(backend.dense_steps * self._steps) else None
 
     def _attending(self, dit: WanDiT, attend: Attend, *args) -> torch.Tensor:
         """A call with another attention; the model is the engine's, and keeps its own."""
@@ -419,9 +425,9 @@ class LazyDiT:
         self._attention = "sdpa"
         return self.recipe.attention
 
-    def begin(self, step: int) -> None:
-        """The calls that follow are of this step of the schedule."""
-        self._step = step
+    def begin(self, step: int, steps: int | None = None) -> None:
+        """The calls that follow are of this step of the schedule, which has so many."""
+        self._step, self._steps = step, steps or 0
 
     def _adapt(self, dit: WanDiT) -> None:
         if not self._loras and dit.adaptation is None:

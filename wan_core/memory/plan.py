@@ -63,6 +63,7 @@ class Weights:
     scratch: int  # the buffer that a matrix is dequantised or read into
     slots: tuple[int, ...]  # of each block, what its slot holds while it streams
     small: tuple[int, ...]  # of each block, what is in memory also while it streams
+    staged: tuple[int, ...]  # of each block, what is copied while it streams: as it is stored
 
     @property
     def total(self) -> int:
@@ -137,7 +138,7 @@ def weights_of(
     compute, make = precision.on(device, file.checkpoint.dtype), precision.weights is not None
     on_cpu = device.type == "cpu"
     outside, scratch = 0, 0
-    blocks, slots, small = ([0] * file.config.layers for _ in range(3))
+    blocks, slots, small, staged = ([0] * file.config.layers for _ in range(4))
     for own, theirs in file.names.items():
         info = file.checkpoint.tensors[theirs]
         count = math.prod(info.shape)
@@ -158,11 +159,13 @@ def weights_of(
             scratch = max(scratch, rows_at_once(rows, columns, target) * columns * target.itemsize)
         if (block := block_of(own)) is not None and block < len(blocks):
             blocks[block] += size + beside
-            slots[block] += beside + (0 if fits or in_file else size)
+            comes = not (fits or in_file)
+            slots[block] += beside + comes * size
+            staged[block] += beside + comes * (size if packed or info.format else count * info.dtype.itemsize)
             small[block] += size if in_file or (fits and not read) else 0
         else:
             outside += beside + (0 if read else size)
-    return Weights(outside, tuple(blocks), scratch, tuple(slots), tuple(small))
+    return Weights(outside, tuple(blocks), scratch, tuple(slots), tuple(small), tuple(staged))
 
 
 def _packed_bytes(checkpoint: Checkpoint, key: str) -> int:
@@ -345,7 +348,7 @@ def _layout(
         weights = held_in_part if swapped else held_whole
         prefetch = _ahead(swapped, prefetch, device)
         needs = _placed(weights, swapped, prefetch, device)
-        moved = sum(weights.slots[i] for i in spread(swapped, config.layers))
+        moved = sum(weights.staged[i] for i in spread(swapped, config.layers))
         return Plan(
             device=str(device),
             dtype=dtype,
@@ -374,7 +377,7 @@ def _placed(weights: Weights, swapped: int, prefetch: int, device: torch.device)
     return Budget(
         weights.kept(spread(swapped, len(weights.blocks))),
         stream=(prefetch + 1) * largest,
-        pinned=STAGES * pinned_bytes(largest) if device.type in BACKENDS else 0,
+        pinned=STAGES * pinned_bytes(max(weights.staged)) if device.type in BACKENDS else 0,
     )
 
 
@@ -393,7 +396,7 @@ def _larger_expert(recipe: ModelRecipe, device: torch.device, *, streaming: bool
         weights_of(file, recipe.dtype, device, loras=recipe.loras_of(file), streaming=streaming) for file in recipe.own
     ]
     nothing = (0,) * recipe.high.config.layers
-    return max(each, key=lambda w: w.total, default=Weights(0, nothing, 0, nothing, nothing))
+    return max(each, key=lambda w: w.total, default=Weights(0, nothing, 0, *[nothing] * 3))
 
 
 def pinned_bytes(size: int) -> int:

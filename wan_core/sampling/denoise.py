@@ -426,7 +426,7 @@ class _Walk:
         """
         self._open = None
         expert = call.expert
-        expert.begin(call.step)
+        expert.begin(call.step, self.schedule.steps)
         self._velocity.begin(taken.report.index, _below("guidance.", taken.before.kept))
         where = expert.first_not_finite(lambda: self._velocity.asked(expert, call.x, call.t, call.step))
         rounded = expert.be_exact()
@@ -480,7 +480,7 @@ class _Velocity:
 
     def _computed(self, x: Tensor, t: Tensor, i: int) -> Tensor:
         expert = self.experts.at(i, self.schedule)
-        expert.begin(i)
+        expert.begin(i, self.schedule.steps)
         v = self.asked(expert, x, t, i)
         self.calls.append(Call(expert, x, t, i, torch.isfinite(v).all()))
         return v

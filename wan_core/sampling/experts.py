@@ -23,10 +23,11 @@ class Expert:
     guidance: float
     name: str
 
-    def begin(self, step: int) -> None:
-        """The model is about to be called for a step of the schedule; it is told if it wants to know."""
+    def begin(self, step: int, steps: int | None = None) -> None:
+        """The model is about to be called for a step of the schedule, which has so many; it is told if it wants to
+        know."""
         if hasattr(self.model, "begin"):
-            self.model.begin(step)
+            self.model.begin(step, steps)
 
     def first_not_finite(self, ask: Callable[[], object]) -> str | None:
         """The first part of the model whose answer is not finite when it is asked again; None if it cannot tell."""

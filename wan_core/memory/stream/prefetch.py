@@ -63,8 +63,8 @@ class Prefetcher:
     def _copy_on(self) -> None:
         while self.ring.may_copy():
             ticket = self.ring.copied
-            count = self.transfers[self.ring.block(ticket)].bytes
-            self.backend.copy(self.ring.stage(ticket), self.ring.slot(ticket), count)
+            transfer = self.transfers[self.ring.block(ticket)]
+            self.backend.copy(self.ring.stage(ticket), self.ring.slot(ticket), transfer)
             self.ring.copied += 1
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ class Prefetcher:
             error = None
             try:
                 self.check()
-                self.transfers[block].read_into(self.backend.stage(self.ring.stage(ticket)))
+                self.transfers[block].read_as_stored(self.backend.stage(self.ring.stage(ticket)))
             except BaseException as caught:  # the thread that computes must hear of it, whatever it is
                 error = caught
             self._report(era, error)

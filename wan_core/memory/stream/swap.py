@@ -152,7 +152,8 @@ class BlockSwap:
 
     def _running(self) -> Prefetcher:
         if self._prefetcher is None:
-            backend = self._backend(self.device, self.slots, STAGES, self.block_bytes)
+            staged = max(transfer.staged_bytes for transfer in self._transfers.values())
+            backend = self._backend(self.device, self.slots, STAGES, self.block_bytes, staged)
             ring = Ring(self.indices, slots=self.slots, stages=STAGES)
             self._prefetcher = Prefetcher(self._transfers, backend, ring, self._check_all)
             # The thread holds the prefetcher, never the swap: with the model goes the swap, and with it the thread.

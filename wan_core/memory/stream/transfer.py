@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...mapped import read_into
-from ...staging import pinned
+from ...staging import PIECE, pinned
 
 ALIGNMENT = 256  # bytes; a tensor's place in a slot
 
@@ -19,7 +19,8 @@ Key = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """One tensor of a block: where it comes from, where it goes, and where it lies in a slot."""
+    """One tensor of a block: where it comes from, where it goes, and where it lies in a stage, as it is stored, and in
+    a slot."""
 
     owner: nn.Module
     name: str
@@ -27,10 +28,23 @@ class TensorSlot:
     stored: torch.Tensor  # mapped
     dtype: torch.dtype  # on the device
     offset: int
+    staged: int = 0  # its offset in a stage
 
     @property
     def end(self) -> int:
         return self.offset + self.stored.numel() * self.dtype.itemsize
+
+    @property
+    def staged_end(self) -> int:
+        return self.staged + self.stored.nbytes
+
+    @property
+    def is_cast(self) -> bool:
+        return self.stored.dtype != self.dtype
+
+    def staged_view(self, stage: torch.Tensor) -> torch.Tensor:
+        """Its place in a stage of bytes, as a tensor."""
+        return stage[self.staged : self.staged_end].view(self.stored.dtype).view(self.stored.shape)
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         """Its place in a buffer of bytes, as a tensor."""
@@ -45,17 +59,35 @@ class TensorSlot:
 
 @dataclass(frozen=True)
 class BlockTransfer:
-    """All that one block brings to the device."""
+    """All that one block brings to the device; what is cast on the way comes last."""
 
     tensors: tuple[TensorSlot, ...]
 
     @property
     def bytes(self) -> int:
+        """On the device."""
         return self.tensors[-1].end if self.tensors else 0
+
+    @property
+    def staged_bytes(self) -> int:
+        """As it is stored, on its way."""
+        return self.tensors[-1].staged_end if self.tensors else 0
 
     def read_into(self, buffer: torch.Tensor) -> None:
         """Read from the file, in the device's dtypes."""
         read_into((item.stored, item.view(buffer)) for item in self.tensors)
+
+    def read_as_stored(self, stage: torch.Tensor) -> None:
+        """Read from the file into a stage."""
+        read_into((item.stored, item.staged_view(stage)) for item in self.tensors)
+
+    def copy(self, stage: torch.Tensor, slot: torch.Tensor) -> None:
+        """From a stage into a slot, in the device's dtypes: what is stored otherwise is cast there, piece by piece."""
+        alike = [item for item in self.tensors if not item.is_cast]
+        count = alike[-1].end if alike else 0
+        slot[:count].copy_(stage[:count], non_blocking=True)  # both are laid out alike so far
+        for item in self.tensors[len(alike) :]:
+            _cast(item.staged_view(stage), item.view(slot))
 
     def put(self, buffer: torch.Tensor) -> None:
         for item in self.tensors:
@@ -64,6 +96,13 @@ class BlockTransfer:
     def take_away(self) -> None:
         for item in self.tensors:
             item.put(torch.empty_like(item.stored, device="meta"))
+
+
+def _cast(stored: torch.Tensor, place: torch.Tensor) -> None:
+    """Fewer bytes, or as many, than converted ones, and a device casts faster."""
+    size = PIECE // stored.element_size()
+    for part, into in zip(stored.view(-1).split(size), place.view(-1).split(size), strict=True):
+        into.copy_(part.to(place.device, non_blocking=True))
 
 
 def transfer_of(block: nn.Module, device: torch.device, dtype: torch.dtype, keep_float32: Key) -> BlockTransfer:
@@ -85,11 +124,11 @@ def transfer_of(block: nn.Module, device: torch.device, dtype: torch.dtype, keep
 
 
 def laid_out(tensors: Iterable[TensorSlot]) -> BlockTransfer:
-    """Each tensor at a place of its own in the slot."""
-    placed, offset = [], 0
-    for item in tensors:
-        placed.append(replace(item, offset=offset))
-        offset = -(-placed[-1].end // ALIGNMENT) * ALIGNMENT
+    """Each tensor at a place of its own, in slot and stage."""
+    placed, offset, staged = [], 0, 0
+    for item in sorted(tensors, key=lambda item: item.is_cast):
+        placed.append(replace(item, offset=offset, staged=staged))
+        offset, staged = (-(-end // ALIGNMENT) * ALIGNMENT for end in (placed[-1].end, placed[-1].staged_end))
     return BlockTransfer(tuple(placed))
 
 
@@ -102,7 +141,10 @@ def _target_dtype(
 
 
 class TransferBackend(Protocol):
-    """The memory that blocks pass through, and how one place waits for another. Calls but ``stage`` return at once."""
+    """The memory that blocks pass through, and how one place waits for another. Calls but ``stage`` return at once.
+
+    Made of a device, the number of slots and of stages, and the bytes of each slot and of each stage.
+    """
 
     @property
     def slots(self) -> Sequence[torch.Tensor]: ...
@@ -110,8 +152,8 @@ class TransferBackend(Protocol):
     def stage(self, index: int) -> torch.Tensor:
         """A staging buffer, once nothing reads from it any more."""
 
-    def copy(self, stage: int, slot: int, count: int) -> None:
-        """Begin to copy so many bytes, after the last computation with the slot."""
+    def copy(self, stage: int, slot: int, transfer: BlockTransfer) -> None:
+        """Begin to copy a block, after the last computation with the slot."""
 
     def enter(self, slot: int) -> None:
         """Let the computation that follows wait for the copy."""
@@ -127,15 +169,15 @@ class HostBackend:
     """Plain memory and copies that are done when they return: for any device without streams."""
 
     @torch.inference_mode(False)  # ComfyUI runs nodes in inference mode, and another thread writes into these
-    def __init__(self, device: torch.device, slots: int, stages: int, size: int):
+    def __init__(self, device: torch.device, slots: int, stages: int, size: int, staged: int):
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
-        self.stages = [torch.empty(size, dtype=torch.uint8) for _ in range(stages)]
+        self.stages = [torch.empty(staged, dtype=torch.uint8) for _ in range(stages)]
 
     def stage(self, index: int) -> torch.Tensor:
         return self.stages[index]
 
-    def copy(self, stage: int, slot: int, count: int) -> None:
-        self.slots[slot][:count].copy_(self.stages[stage][:count])
+    def copy(self, stage: int, slot: int, transfer: BlockTransfer) -> None:
+        transfer.copy(self.stages[stage], self.slots[slot])
 
     def enter(self, slot: int) -> None: ...
 
@@ -148,10 +190,10 @@ class CudaBackend:
     """Pinned staging buffers and a stream of its own for copies; events order it and the computation."""
 
     @torch.inference_mode(False)
-    def __init__(self, device: torch.device, slots: int, stages: int, size: int):
+    def __init__(self, device: torch.device, slots: int, stages: int, size: int, staged: int):
         self.device = device
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
-        self.stages = [pinned(size) for _ in range(stages)]
+        self.stages = [pinned(staged) for _ in range(stages)]
         self.stream = torch.cuda.Stream(device)
         self._ready = [torch.cuda.Event() for _ in range(slots)]  # the slot's copy is done
         self._free = [torch.cuda.Event() for _ in range(slots)]  # the slot's last computation is done
@@ -163,10 +205,10 @@ class CudaBackend:
         self._drained[index].synchronize()
         return self.stages[index]
 
-    def copy(self, stage: int, slot: int, count: int) -> None:
+    def copy(self, stage: int, slot: int, transfer: BlockTransfer) -> None:
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self._free[slot])
-            self.slots[slot][:count].copy_(self.stages[stage][:count], non_blocking=True)
+            transfer.copy(self.stages[stage], self.slots[slot])
             self._ready[slot].record(self.stream)
             self._drained[stage].record(self.stream)
 
@@ -181,4 +223,4 @@ class CudaBackend:
 
 
 # Of devices that prefetch.
-BACKENDS: dict[str, Callable[[torch.device, int, int, int], TransferBackend]] = {"cuda": CudaBackend}
+BACKENDS: dict[str, Callable[[torch.device, int, int, int, int], TransferBackend]] = {"cuda": CudaBackend}

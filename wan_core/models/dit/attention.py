@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import WanError
+from .order import Order, morton
 
 Attend = Callable[..., torch.Tensor]  # (q, k, v, *, kind)
 KIND = Literal["self", "text", "image"]
@@ -37,6 +38,9 @@ class Backend:
         devices, dtypes: None: any.
         runs_on: whether a CUDA device of this compute capability will do; ``cards`` says in words which do.
         whole: it prepares all keys and values at each call, so that queries must not come a part at a time.
+        dense_blocks, dense_steps: how many of a model's first blocks, and which part of a run's first steps, PyTorch's
+            own attention does.
+        order: in which order it wants the tokens of a grid, see ``order.py``; None for frame by frame, row by row.
     """
 
     name: str
@@ -49,6 +53,9 @@ class Backend:
     runs_on: Callable[[Capability], bool] = lambda capability: True
     cards: str = "any card"
     whole: bool = False
+    dense_blocks: int = 0
+    dense_steps: float = 0.0
+    order: Order | None = None
 
     @property
     def installed(self) -> bool:
@@ -74,6 +81,7 @@ def _importable(package: str, name: str | None) -> bool:
 
 
 BACKENDS: dict[str, Backend] = {}
+DENSE_BLOCKS, ORDER = "dense_blocks", "order"  # attributes of a way to attend, as of its ``Backend``
 WHOLE = "whole"  # the attribute by which a model knows that it must not ask for a part at a time
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -87,6 +95,8 @@ def backend(name: str, **constraints) -> Callable[[Attend], Attend]:
             return run(q, k, v) if kind == "self" else sdpa(q, k, v)
 
         setattr(attend, WHOLE, constraints.get("whole", False))
+        setattr(attend, DENSE_BLOCKS, constraints.get("dense_blocks", 0))
+        setattr(attend, ORDER, constraints.get("order"))
         BACKENDS[name] = Backend(name, attend, **constraints)
         return attend
 
@@ -214,6 +224,35 @@ def _flash4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     from flash_attn.cute import flash_attn_func
 
     return _first(flash_attn_func(q, k, v))
+
+
+SOL_TOKENS = 12_288  # below these the dense kernels are as fast
+SOL_HEAD = 128  # numbers in a head
+SOL_TAU = 1.0  # higher is faster and further off: standard deviations above which a block of keys is heard exactly
+
+
+@backend(
+    "sol",
+    package="comfy_kitchen",
+    needs="sol_attn",
+    install="pip install -U comfy-kitchen (0.2.40 or newer; newer versions of ComfyUI bring it)",
+    devices=("cuda",),
+    dtypes=_HALF,
+    runs_on=lambda capability: capability >= (8, 0),
+    cards="Ampere or newer",
+    whole=True,
+    dense_blocks=1,
+    dense_steps=0.2,
+    order=morton,
+)
+def _sol(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """comfy-kitchen's Sol-Attn (arXiv 2607.24027): 64 tokens together hear some blocks of keys exactly, and of all
+    others a summary. The first steps, the first block of the model and short videos are dense."""
+    from comfy_kitchen import sol_attn
+
+    if q.shape[1] < SOL_TOKENS or q.shape[-1] != SOL_HEAD:
+        return sdpa(q, k, v)
+    return sol_attn(q, k, v, tau=SOL_TAU)
 
 
 def _first(answer: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ...config import PATCH, Architecture
 from ...errors import Hint, WanError
-from .attention import WHOLE, Attend, sdpa
+from .attention import ORDER, WHOLE, Attend, sdpa
 from .features import FEATURES, Branch, feature_of
 from .layers import (
     SLICE,
@@ -353,9 +353,16 @@ class WanDiT(nn.Module):
         x = _pad_to_patches(x)
         grid = (x.shape[2], x.shape[3] // PATCH[1], x.shape[4] // PATCH[2])
         timed, six = self._embed_time(t, grid)
-        given = Given(six, self.rope.of(grid, self.device), text, self.attend, self._weights_of, on_block, skip)
-        tokens = self.runner.run(self.blocks, self._embed_patches(x), given)
+        tokens, numbers, places = self._embed_patches(x), None, None
+        if (order := getattr(self.attend, ORDER, None)) and len(six.bounds) == 1:  # else segments would be mixed
+            rope, numbers, places = self.rope.in_order(grid, self.device, order)
+            tokens = tokens[:, numbers]
+        else:
+            rope = self.rope.of(grid, self.device)
+        given = Given(six, rope, text, self.attend, self._weights_of, on_block, skip)
+        tokens = self.runner.run(self.blocks, tokens, given)
         patches = self.head(tokens, timed)
+        patches = patches if places is None else patches[:, places]
         return unpatchify(patches, grid)[..., :height, :width]
 
     def _check(self, x: torch.Tensor, t: torch.Tensor) -> None:

@@ -5,7 +5,11 @@ Sources: RoFormer (arXiv 2104.09864); official ``wan/modules/model.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from .order import Grid, Order
 
 _THETA = 10000.0
 SLICE = 4096  # tokens in one float32 slice
@@ -26,18 +30,31 @@ class RopeTables:
 
     def __init__(self, head_dim: int, most: int = 2):
         self.head_dim, self.most = head_dim, most
-        self._made: dict[tuple, torch.Tensor] = {}  # the one used last is the last
+        self._made: dict[tuple, tuple[torch.Tensor, ...]] = {}  # the one used last is the last
 
-    def of(self, grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    def of(self, grid: Grid, device: torch.device) -> torch.Tensor:
         """See ``rope_table``."""
-        key = grid, device
-        table = self._made.pop(key, None)
-        if table is None:
+        return self._kept((grid, device, None), lambda: (rope_table(grid, self.head_dim, device),))[0]
+
+    def in_order(self, grid: Grid, device: torch.device, order: Order) -> tuple[torch.Tensor, ...]:
+        """The table of tokens that stand in another order; their numbers [L] in that order; where each stands [L]."""
+
+        def made() -> tuple[torch.Tensor, ...]:
+            numbers = order(grid)
+            table = rope_table(grid, self.head_dim, numbers.device)[numbers]
+            return tuple(part.to(device) for part in (table, numbers, numbers.argsort()))
+
+        return self._kept((grid, device, order), made)
+
+    def _kept(self, key: tuple, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        made = self._made.pop(key, None)
+        if made is None:
             while len(self._made) >= self.most:
                 del self._made[next(iter(self._made))]
-            table = rope_table(grid, self.head_dim, device)
-        self._made[key] = table
-        return table
+            with torch.inference_mode(False):  # see ``rope_table``
+                made = make()
+        self._made[key] = made
+        return made
 
 
 @torch.inference_mode(False)  # ComfyUI runs nodes in inference mode, whose tensors training could not use

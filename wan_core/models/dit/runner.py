@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .attention import BACKENDS, Attend, sdpa
+from .attention import BACKENDS, DENSE_BLOCKS, Attend, sdpa
 from .layers import PerSegment
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ class Given:
     on_block: Callable[[int], None] | None = None
     skip: Collection[int] = ()
 
+    def attend_in(self, index: int) -> Attend:
+        """A way to attend that leaves things out does not do so in the first blocks."""
+        return sdpa if index < getattr(self.attend, DENSE_BLOCKS, 0) else self.attend
+
 
 class BlockRunner:
     """Calls block after block as they are; others of its kind call them in other ways."""
@@ -59,7 +63,8 @@ class BlockRunner:
 
     def step(self, block: Block, index: int, x: torch.Tensor, given: Given) -> torch.Tensor:
         """One block, whose weights are on the device."""
-        return block(x, given.timed, given.rope, given.text.of_block(index, block.cross_attn), given.attend)
+        sources = given.text.of_block(index, block.cross_attn)
+        return block(x, given.timed, given.rope, sources, given.attend_in(index))
 
 
 class CompiledRunner(BlockRunner):
@@ -104,7 +109,7 @@ class CompiledRunner(BlockRunner):
         sources = given.text.of_block(index, block.cross_attn)
         x = x if x._base is None else x.clone()  # the first block's is a view, which would ask for a graph of its own
         try:
-            return self._compiled()(block, x, given.timed, given.rope, sources, operator_of(given.attend))
+            return self._compiled()(block, x, given.timed, given.rope, sources, operator_of(given.attend_in(index)))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of the tracer, the compiler, its C compiler; an error of the block's comes again
