@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType
 from typing import TYPE_CHECKING
 
@@ -156,14 +157,19 @@ def _first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-@torch.library.custom_op("wan_core::attend", mutates_args=())
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str, kind: str) -> torch.Tensor:
-    return BACKENDS[backend].run(q, k, v, kind=kind).contiguous()
+@cache
+def _opaque() -> Callable[..., torch.Tensor]:
+    """Attention by a backend's name, into which the compiler does not look. Made when first needed: it takes long."""
 
+    @torch.library.custom_op("wan_core::attend", mutates_args=())
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str, kind: str) -> torch.Tensor:
+        return BACKENDS[backend].run(q, k, v, kind=kind).contiguous()
 
-@_attend.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str, kind: str) -> torch.Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    @attend.register_fake
+    def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str, kind: str) -> torch.Tensor:
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+    return attend
 
 
 _operators: dict[str, Attend] = {}
@@ -175,5 +181,6 @@ def operator_of(attend: Attend) -> Attend:
     if attend is sdpa or name is None:
         return attend
     if name not in _operators:
-        _operators[name] = lambda q, k, v, *, kind="self": _attend(q, k, v, name, kind)
+        opaque = _opaque()
+        _operators[name] = lambda q, k, v, *, kind="self": opaque(q, k, v, name, kind)
     return _operators[name]
