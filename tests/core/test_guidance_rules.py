@@ -456,6 +456,11 @@ def test_what_makes_no_sense_is_refused(make_it: Callable[[], object], message: 
         make_it()
 
 
+def test_rules_without_a_negative_prompt_are_refused():
+    with pytest.raises(WanError, match="Guidance 4.0 needs a negative prompt"):
+        sampled(APG, experts=Experts.dense(Toy(), W), negative=None)
+
+
 def test_an_expert_without_guidance_is_said():
     names = ["high"] * 4 + ["low"] * 8
     rules = Guidance((ZeroStar(), Interval(), NormalisedAttention()))

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WanError
+from .arguments import boolean
 
 if TYPE_CHECKING:
     from ..sampling.guidance_rules import Guidance, Rule
@@ -25,7 +26,13 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         "cfg_zero_star:zero_steps=1",
     )
     parser.add_argument(
-        "--cfg_merge", action="store_true", help="compute both prompts as one batch: more memory, fewer calls"
+        "--cfg_merge",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="True|False",
+        help="compute both prompts as one batch: more memory, fewer calls",
     )
 
 

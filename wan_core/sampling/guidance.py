@@ -130,6 +130,16 @@ def _on(weight: float | Tensor, x: Tensor) -> float | Tensor:
     return weight.to(x.device, torch.float32) if isinstance(weight, Tensor) else weight
 
 
+def given(negative: Side | None, scale: float) -> Side:
+    """
+    Raises:
+        WanError: there is no negative side.
+    """
+    if negative is None:
+        raise WanError(f"Guidance {scale} needs a negative prompt: give one (it may be empty), or set guidance to 1.")
+    return negative
+
+
 def guided(
     model: Model,
     x: Tensor,
@@ -151,7 +161,5 @@ def guided(
     cond = predicted(model, x, t, sigma, positive, on_block)
     if scale == 1:
         return cond
-    if negative is None:
-        raise WanError(f"Guidance {scale} needs a negative prompt: give one (it may be empty), or set guidance to 1.")
-    uncond = predicted(model, x, t, sigma, negative, on_block)
+    uncond = predicted(model, x, t, sigma, given(negative, scale), on_block)
     return uncond + scale * (cond - uncond)

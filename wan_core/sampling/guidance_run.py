@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config import TEXT_LENGTH
-from ..errors import WanError
 from .experts import Expert, Model
-from .guidance import Condition, OnBlock, Side, active, guided, predicted
+from .guidance import Condition, OnBlock, Side, active, given, guided, predicted
 from .guidance_rules import Answers, Guidance, Kept
 
 
@@ -57,7 +56,7 @@ class Guided:
             positive = rule.positive(positive, self.negative, sigma)
         if expert.guidance == 1 or not self.guidance.asks_both(sigma):
             return predicted(model, x, t, sigma, positive, self.on_block), kept
-        c, u = self._both(model, x, t, sigma, positive)
+        c, u = self._both(model, x, t, sigma, positive, given(self.negative, expert.guidance))
         for rule in self.guidance.rules:
             u = rule.unconditional(c, u)
         answers = Answers(c, u, expert.guidance, x, sigma)
@@ -66,10 +65,9 @@ class Guided:
                 return joined
         return u + expert.guidance * (c - u), kept
 
-    def _both(self, model: Model, x: Tensor, t: Tensor, sigma: float, positive: Side) -> tuple[Tensor, Tensor]:
-        negative = self.negative
-        if negative is None:
-            raise WanError("Guidance needs a negative prompt: give one (it may be empty), or set guidance to 1.")
+    def _both(
+        self, model: Model, x: Tensor, t: Tensor, sigma: float, positive: Side, negative: Side
+    ) -> tuple[Tensor, Tensor]:
         for rule in self.guidance.rules:
             negative = rule.negative(negative, sigma)
         both = self._in_one(positive, negative, sigma, x) if self.guidance.merges else None
