@@ -133,8 +133,14 @@ def _memory_ratios(peaks: dict[str, float | None], ours: str) -> dict[str, float
 def publish(report: dict) -> None:
     """Ours over the best peer, a row for each part."""
     here, versions = report["machine"], ("torch", "diffusers", "comfyui")
+    busy = bool(here["load"]) and here["load"][0] > here["cores"]
+    about = f"{here['processor']}, {here['threads']} threads, {', '.join(f'{name} {here[name]}' for name in versions)}."
+    if busy:  # then the clock on the wall tells what else ran
+        about += (
+            f" Other programs were at work (load {here['load'][0]}): of the times only the processor's tells anything."
+        )
     lines = [
-        f"{here['processor']}, {here['threads']} threads, {', '.join(f'{name} {here[name]}' for name in versions)}.",
+        about,
         "",
         "| | time | processor's time | peak memory | the same, MiB | the best peer's, MiB |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -142,7 +148,9 @@ def publish(report: dict) -> None:
     for name, part in report["parts"].items():
         peers = [part["contenders"][peer]["peak_mib"] for peer in PEERS]
         for ours, ratios in part["ratios"].items():
-            figures = "".join(f" {ratios[kind]['best']:.2f} |" for kind in ("time", "cpu", "memory"))
+            shown = {"time": "–" if busy else f"{ratios['time']['best']:.2f}"}
+            shown |= {kind: f"{ratios[kind]['best']:.2f}" for kind in ("cpu", "memory")}
+            figures = "".join(f" {shown[kind]} |" for kind in ("time", "cpu", "memory"))
             peak_mib = part["contenders"][ours]["peak_mib"]
             lines.append(f"| {name}{ours.removeprefix(OURS)} |{figures} {peak_mib:.0f} | {min(peers):.0f} |")
     document.publish("\n".join(lines) + "\n", _BEGIN, _END)
