@@ -137,12 +137,16 @@ def test_blocks_travel_as_they_are_stored(
     kind, targets = getattr(torch, stored), {getattr(torch, compute), torch.float32}  # norms stay float32
     assert set(calls) == {(kind, target) for target in targets - {kind}}
     transfer = dit.swap._transfers[0]
-    assert transfer.staged_bytes == pytest.approx(sum(item.stored.nbytes for item in transfer.tensors), abs=256 * 40)
-    direct = torch.empty(transfer.bytes, dtype=torch.uint8)
-    stage, slot = (torch.empty(size, dtype=torch.uint8) for size in (transfer.staged_bytes, transfer.bytes))
+    parts = [part for piece in transfer.pieces for part in piece.parts]
+    assert len(transfer.pieces) > 5 or stored == compute  # then a CPU's matrices stay where they are
+    assert max((piece.bytes for piece in transfer.pieces), default=0) <= 5000
+    assert sum(part.stored.nbytes for part in parts) == sum(item.stored.nbytes for item in transfer.tensors)
+    direct, slot = torch.empty(transfer.bytes, dtype=torch.uint8), torch.empty(transfer.bytes, dtype=torch.uint8)
+    stage = torch.empty(5000, dtype=torch.uint8)
     transfer.read_into(direct)
-    transfer.read_as_stored(stage)
-    transfer.copy(stage, slot)
+    for piece in transfer.pieces:
+        piece.read_into(stage)
+        piece.copy(stage, slot)
     for item in transfer.tensors:
         assert torch.equal(item.view(slot), item.view(direct)), item.name
     dit.swap.close()
@@ -239,11 +243,15 @@ class FakeClock:
         if {"read", "copy"} <= ticket.keys():
             assert self.ring.stage(ticket["read"]) != self.ring.stage(ticket["copy"])
         if {"copy", "compute"} <= ticket.keys():
-            assert self.ring.slot(ticket["copy"]) != self.ring.slot(ticket["compute"])
+            block, _ = self.ring.of_piece(ticket["copy"])
+            assert self.ring.slot(block) != self.ring.slot(ticket["compute"])
 
 
-def simulate(blocks: int = 80, *, slots: int, stages: int = 2, read: float, copy: float, compute: float) -> FakeClock:
-    clock = FakeClock(Ring(range(40), slots=slots, stages=stages), {"read": read, "copy": copy, "compute": compute})
+def simulate(
+    blocks: int = 80, *, slots: int, stages: int = 2, pieces: int = 1, read: float, copy: float, compute: float
+) -> FakeClock:
+    ring = Ring(range(40), slots=slots, stages=stages, pieces=pieces)
+    clock = FakeClock(ring, {"read": read / pieces, "copy": copy / pieces, "compute": compute})
     clock.run(blocks)
     return clock
 
@@ -254,6 +262,19 @@ def test_copies_hide_behind_the_computation():
     assert clock.now == pytest.approx(0.10 + 0.03 + 80 * 0.28)
     resident = 80 * 0.28
     assert resident / clock.now > 0.97
+
+
+@pytest.mark.parametrize(("pieces", "stages"), [(22, 8), (22, 2), (3, 8), (1, 8)])
+def test_in_pieces_a_small_ring_hides_them_as_well(pieces: int, stages: int):
+    """Reading and copying overlap within a block too: only the first block's last piece is copied by itself."""
+    clock = simulate(slots=2, stages=stages, pieces=pieces, read=0.10, copy=0.03, compute=0.28)
+    assert clock.now == pytest.approx(0.10 + 0.03 / pieces + 80 * 0.28)
+
+
+@pytest.mark.parametrize("stages", [2, 8])
+def test_in_pieces_a_slow_disk_sets_the_pace(stages: int):
+    clock = simulate(slots=2, stages=stages, pieces=22, read=0.5, copy=0.03, compute=0.28)
+    assert clock.now == pytest.approx(80 * 0.5 + 0.03 / 22 + 0.28)
 
 
 def test_without_prefetch_every_copy_is_waited_for():
@@ -304,6 +325,16 @@ def test_a_restart_goes_on_anywhere():
     ring.restart(3)
     assert (ring.copied, ring.released) == (4, 4)
     assert [ring.block(ticket) for ticket in range(4, 9)] == [3, 4, 1, 3, 4]
+    assert ring.may_read() and not ring.may_copy() and not ring.may_compute()
+
+
+@pytest.mark.parametrize("read", [12, 13, 14])
+def test_a_restart_in_the_midst_of_a_block_begins_with_its_first_piece(read: int):
+    ring = Ring([1, 3, 4], slots=2, stages=8, pieces=3)
+    ring.read, ring.copied, ring.released = read, 11, 2
+    ring.restart(3)
+    assert ring.of_piece(ring.read) == (ring.released, 0) and ring.read == ring.copied >= read
+    assert [ring.block(ring.released + n) for n in range(4)] == [3, 4, 1, 3]
     assert ring.may_read() and not ring.may_copy() and not ring.may_compute()
 
 

@@ -26,6 +26,7 @@ from ..models.dit.dit import keeps_float32, may_stay_in_file
 from ..models.dit.features import feature_of
 from ..models.dit.layers import rows_at_once
 from ..recipe import LoraUse
+from ..staging import PIECE
 from .activations import dit_activations, vae_budget
 from .budget import GB, WORKSPACE, Budget
 from .devices import total_bytes
@@ -377,7 +378,7 @@ def _placed(weights: Weights, swapped: int, prefetch: int, device: torch.device)
     return Budget(
         weights.kept(spread(swapped, len(weights.blocks))),
         stream=(prefetch + 1) * largest,
-        pinned=STAGES * pinned_bytes(max(weights.staged)) if device.type in BACKENDS else 0,
+        pinned=STAGES * pinned_bytes(min(PIECE, max(weights.staged))) if device.type in BACKENDS else 0,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .ring import Ring
-from .transfer import BlockTransfer, TransferBackend
+from .transfer import BlockTransfer, Piece, TransferBackend
 
 
 class Prefetcher:
@@ -63,26 +63,35 @@ class Prefetcher:
     def _copy_on(self) -> None:
         while self.ring.may_copy():
             ticket = self.ring.copied
-            transfer = self.transfers[self.ring.block(ticket)]
-            self.backend.copy(self.ring.stage(ticket), self.ring.slot(ticket), transfer)
+            block, _ = self.ring.of_piece(ticket)
+            if piece := self._piece(ticket):
+                self.backend.copy(self.ring.stage(ticket), self.ring.slot(block), piece)
             self.ring.copied += 1
+
+    def _piece(self, ticket: int) -> Piece | None:
+        """What comes with a piece's ticket; nothing where a block has fewer pieces than others."""
+        block, number = self.ring.of_piece(ticket)
+        pieces = self.transfers[self.ring.block(block)].pieces
+        return pieces[number] if number < len(pieces) else None
 
     @torch.no_grad()
     def _read_on(self) -> None:
         while (task := self._next_task()) is not None:
-            era, ticket, block = task
+            era, ticket, piece = task
             error = None
             try:
-                self.check()
-                self.transfers[block].read_as_stored(self.backend.stage(self.ring.stage(ticket)))
+                if self.ring.of_piece(ticket)[1] == 0:
+                    self.check()
+                if piece:
+                    piece.read_into(self.backend.stage(self.ring.stage(ticket)))
             except BaseException as caught:  # the thread that computes must hear of it, whatever it is
                 error = caught
             self._report(era, error)
 
-    def _next_task(self) -> tuple[int, int, int] | None:
+    def _next_task(self) -> tuple[int, int, Piece | None] | None:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or (self._error is None and self.ring.may_read()))
-            return None if self._closed else (self._era, self.ring.read, self.ring.block(self.ring.read))
+            return None if self._closed else (self._era, self.ring.read, self._piece(self.ring.read))
 
     def _report(self, era: int, error: BaseException | None) -> None:
         with self._changed:

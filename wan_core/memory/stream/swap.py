@@ -152,9 +152,10 @@ class BlockSwap:
 
     def _running(self) -> Prefetcher:
         if self._prefetcher is None:
-            staged = max(transfer.staged_bytes for transfer in self._transfers.values())
+            pieces = [transfer.pieces for transfer in self._transfers.values()]
+            staged = max(piece.bytes for each in pieces for piece in each)
             backend = self._backend(self.device, self.slots, STAGES, self.block_bytes, staged)
-            ring = Ring(self.indices, slots=self.slots, stages=STAGES)
+            ring = Ring(self.indices, slots=self.slots, stages=STAGES, pieces=max(map(len, pieces)))
             self._prefetcher = Prefetcher(self._transfers, backend, ring, self._check_all)
             # The thread holds the prefetcher, never the swap: with the model goes the swap, and with it the thread.
             self._stop = weakref.finalize(self, self._prefetcher.close)

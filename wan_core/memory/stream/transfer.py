@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -19,8 +20,7 @@ Key = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """One tensor of a block: where it comes from, where it goes, and where it lies in a stage, as it is stored, and in
-    a slot."""
+    """One tensor of a block: where it comes from, where it goes, and where it lies in a slot."""
 
     owner: nn.Module
     name: str
@@ -28,7 +28,40 @@ class TensorSlot:
     stored: torch.Tensor  # mapped
     dtype: torch.dtype  # on the device
     offset: int
-    staged: int = 0  # its offset in a stage
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.stored.numel() * self.dtype.itemsize
+
+    @property
+    def is_cast(self) -> bool:
+        return self.stored.dtype != self.dtype
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Its place in a buffer of bytes, as a tensor."""
+        return buffer[self.offset : self.end].view(self.dtype).view(self.stored.shape)
+
+    def put(self, tensor: torch.Tensor) -> None:
+        if self.is_parameter:
+            self.owner._parameters[self.name] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            self.owner._buffers[self.name] = tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some consecutive numbers of a tensor.
+
+    Attributes:
+        stored: [N], as they lie in the file.
+        dtype: on the device.
+        offset, staged: of their bytes in the slot, and in the stage.
+    """
+
+    stored: torch.Tensor
+    dtype: torch.dtype
+    offset: int
+    staged: int = 0
 
     @property
     def end(self) -> int:
@@ -43,18 +76,32 @@ class TensorSlot:
         return self.stored.dtype != self.dtype
 
     def staged_view(self, stage: torch.Tensor) -> torch.Tensor:
-        """Its place in a stage of bytes, as a tensor."""
-        return stage[self.staged : self.staged_end].view(self.stored.dtype).view(self.stored.shape)
+        return stage[self.staged : self.staged_end].view(self.stored.dtype)
 
-    def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Its place in a buffer of bytes, as a tensor."""
-        return buffer[self.offset : self.end].view(self.dtype).view(self.stored.shape)
 
-    def put(self, tensor: torch.Tensor) -> None:
-        if self.is_parameter:
-            self.owner._parameters[self.name] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            self.owner._buffers[self.name] = tensor
+@dataclass(frozen=True)
+class Piece:
+    """What passes through a stage at once: parts that are all cast on the device, or all not."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def bytes(self) -> int:
+        """In the stage."""
+        return self.parts[-1].staged_end
+
+    def read_into(self, stage: torch.Tensor) -> None:
+        """Read from the file, as it is stored."""
+        read_into((part.stored, part.staged_view(stage)) for part in self.parts)
+
+    def copy(self, stage: torch.Tensor, slot: torch.Tensor) -> None:
+        """From a stage into a slot, in the device's dtypes."""
+        first, last = self.parts[0], self.parts[-1]
+        if not first.is_cast:  # stage and slot are laid out alike
+            slot[first.offset : last.end].copy_(stage[first.staged : last.staged_end], non_blocking=True)
+            return
+        for part in self.parts:
+            _cast(part.staged_view(stage), slot[part.offset : part.end].view(part.dtype))
 
 
 @dataclass(frozen=True)
@@ -68,26 +115,22 @@ class BlockTransfer:
         """On the device."""
         return self.tensors[-1].end if self.tensors else 0
 
-    @property
-    def staged_bytes(self) -> int:
-        """As it is stored, on its way."""
-        return self.tensors[-1].staged_end if self.tensors else 0
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """In their order, none of more than ``PIECE`` bytes."""
+        made: list[list[Part]] = []
+        for part in (part for item in self.tensors for part in _parts(item)):
+            last = made[-1][-1] if made else None
+            begin = -(-last.staged_end // ALIGNMENT) * ALIGNMENT if last else 0
+            if last is None or part.is_cast != last.is_cast or begin + part.stored.nbytes > PIECE:
+                made.append([part])
+            else:
+                made[-1].append(replace(part, staged=begin))
+        return tuple(Piece(tuple(parts)) for parts in made)
 
     def read_into(self, buffer: torch.Tensor) -> None:
         """Read from the file, in the device's dtypes."""
         read_into((item.stored, item.view(buffer)) for item in self.tensors)
-
-    def read_as_stored(self, stage: torch.Tensor) -> None:
-        """Read from the file into a stage."""
-        read_into((item.stored, item.staged_view(stage)) for item in self.tensors)
-
-    def copy(self, stage: torch.Tensor, slot: torch.Tensor) -> None:
-        """From a stage into a slot, in the device's dtypes: what is stored otherwise is cast there, piece by piece."""
-        alike = [item for item in self.tensors if not item.is_cast]
-        count = alike[-1].end if alike else 0
-        slot[:count].copy_(stage[:count], non_blocking=True)  # both are laid out alike so far
-        for item in self.tensors[len(alike) :]:
-            _cast(item.staged_view(stage), item.view(slot))
 
     def put(self, buffer: torch.Tensor) -> None:
         for item in self.tensors:
@@ -100,9 +143,15 @@ class BlockTransfer:
 
 def _cast(stored: torch.Tensor, place: torch.Tensor) -> None:
     """Fewer bytes, or as many, than converted ones, and a device casts faster."""
-    size = PIECE // stored.element_size()
-    for part, into in zip(stored.view(-1).split(size), place.view(-1).split(size), strict=True):
-        into.copy_(part.to(place.device, non_blocking=True))
+    place.copy_(stored.to(place.device, non_blocking=True))
+
+
+def _parts(item: TensorSlot) -> Iterator[Part]:
+    """A tensor in parts that fit into a piece; whole pieces but for the last, so that what follows stays aligned."""
+    offset, most = item.offset, PIECE // ALIGNMENT * ALIGNMENT
+    for some in item.stored.contiguous().view(-1).split(most // item.stored.element_size()):
+        yield Part(some, item.dtype, offset)
+        offset += some.numel() * item.dtype.itemsize
 
 
 def transfer_of(block: nn.Module, device: torch.device, dtype: torch.dtype, keep_float32: Key) -> BlockTransfer:
@@ -124,11 +173,11 @@ def transfer_of(block: nn.Module, device: torch.device, dtype: torch.dtype, keep
 
 
 def laid_out(tensors: Iterable[TensorSlot]) -> BlockTransfer:
-    """Each tensor at a place of its own, in slot and stage."""
-    placed, offset, staged = [], 0, 0
+    """Each tensor at a place of its own in the slot."""
+    placed, offset = [], 0
     for item in sorted(tensors, key=lambda item: item.is_cast):
-        placed.append(replace(item, offset=offset, staged=staged))
-        offset, staged = (-(-end // ALIGNMENT) * ALIGNMENT for end in (placed[-1].end, placed[-1].staged_end))
+        placed.append(replace(item, offset=offset))
+        offset = -(-placed[-1].end // ALIGNMENT) * ALIGNMENT
     return BlockTransfer(tuple(placed))
 
 
@@ -152,11 +201,11 @@ class TransferBackend(Protocol):
     def stage(self, index: int) -> torch.Tensor:
         """A staging buffer, once nothing reads from it any more."""
 
-    def copy(self, stage: int, slot: int, transfer: BlockTransfer) -> None:
-        """Begin to copy a block, after the last computation with the slot."""
+    def copy(self, stage: int, slot: int, piece: Piece) -> None:
+        """Begin to copy part of a block, after the last computation with the slot."""
 
     def enter(self, slot: int) -> None:
-        """Let the computation that follows wait for the copy."""
+        """Let the computation that follows wait for the copies that have begun."""
 
     def leave(self, slot: int) -> None:
         """The computation that has been asked for so far is the last with this slot's present content."""
@@ -176,8 +225,8 @@ class HostBackend:
     def stage(self, index: int) -> torch.Tensor:
         return self.stages[index]
 
-    def copy(self, stage: int, slot: int, transfer: BlockTransfer) -> None:
-        transfer.copy(self.stages[stage], self.slots[slot])
+    def copy(self, stage: int, slot: int, piece: Piece) -> None:
+        piece.copy(self.stages[stage], self.slots[slot])
 
     def enter(self, slot: int) -> None: ...
 
@@ -195,7 +244,7 @@ class CudaBackend:
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
         self.stages = [pinned(staged) for _ in range(stages)]
         self.stream = torch.cuda.Stream(device)
-        self._ready = [torch.cuda.Event() for _ in range(slots)]  # the slot's copy is done
+        self._ready = [torch.cuda.Event() for _ in range(slots)]  # the slot's latest copy is done
         self._free = [torch.cuda.Event() for _ in range(slots)]  # the slot's last computation is done
         self._drained = [torch.cuda.Event(blocking=True) for _ in range(stages)]  # the stage's copy is done
         for event in self._free:  # a slot may be memory that kernels under way still use for something else
@@ -205,10 +254,10 @@ class CudaBackend:
         self._drained[index].synchronize()
         return self.stages[index]
 
-    def copy(self, stage: int, slot: int, transfer: BlockTransfer) -> None:
+    def copy(self, stage: int, slot: int, piece: Piece) -> None:
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self._free[slot])
-            transfer.copy(self.stages[stage], self.slots[slot])
+            piece.copy(self.stages[stage], self.slots[slot])
             self._ready[slot].record(self.stream)
             self._drained[stage].record(self.stream)
 
