@@ -37,15 +37,19 @@ export function readLine(line) {
 }
 
 /**
- * Term ids of the palette's widget; what is no term is passed over, and told of when the node is queued.
+ * Term ids of the palette's widget, and what in it is no term: an error when the node is queued.
  * @param {string} text
  */
 export function parsePalette(text) {
-  const names = text.split(SEPARATORS).map(plain).filter(Boolean)
-  const named = (/** @type {string} */ name) =>
-    TERMS.find(({ id }) => known.get(id)?.names.includes(name)) ??
+  const parts = text.split(SEPARATORS).map((part) => part.trim()).filter(Boolean)
+  const found = parts.map((part) => named(plain(part)))
+  return { ids: [...new Set(found.flatMap((row) => (row ? [row.id] : [])))], unknown: parts.filter((_, place) => !found[place]) }
+}
+
+/** @param {string} name plain */
+function named(name) {
+  return TERMS.find(({ id }) => known.get(id)?.names.includes(name)) ??
     TERMS.find(({ id }) => known.get(id)?.synonyms.includes(name))
-  return [...new Set(names.map(named).flatMap((row) => (row ? [row.id] : [])))]
 }
 
 /**

@@ -172,9 +172,9 @@ def test_the_editor_does_the_same() -> None:
         const {{ queries, texts, seeds, pairs, palettes, styles }} = JSON.parse(said)
         console.log(JSON.stringify([
             queries.map(findTerms), seeds.map(roll), pairs.filter((pair) => conflicts(pair).length),
-            palettes.map(parsePalette),
+            palettes.map((palette) => parsePalette(palette).ids),
             texts.flatMap((text) => palettes.flatMap((palette) => styles.map(
-                ([language, place]) => compose(text, parsePalette(palette), language, place))))]))
+                ([language, place]) => compose(text, parsePalette(palette).ids, language, place))))]))
     """  # noqa: E501
     done = node.node(
         ["--no-warnings", "--input-type=module", "-e", script],
