@@ -1,10 +1,11 @@
-"""Wan Aesthetic Prompt: words that Wan was trained to understand, chosen from menus."""
+"""Wan Aesthetic Prompt: words that Wan was trained to understand, chosen from menus or the palette."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
 from ..wan_core.prompt.compose import LANGUAGES, NONE, PLACEMENTS, choices_for, compose
+from ..wan_core.prompt.palette import parse_palette
 from ..wan_core.prompt.vocabulary import GROUPS, Group
 from .base import WanNode
 
@@ -39,13 +40,26 @@ class AestheticPrompt(WanNode):
                     default="before",
                     tooltip="Where the terms go: before the text, as in Wan's examples, or after it.",
                 ),
+                io.String.Input(
+                    "palette",
+                    optional=True,
+                    default="",
+                    tooltip="Further terms, separated by commas, in either language: golden hour, rim light, low "
+                    "angle shot. The editor writes them here as chips.",
+                ),
             ],
             outputs=[io.String.Output(display_name="prompt")],
         )
 
     @classmethod
-    def execute(cls, text: str, language: str, placement: str, **choices: str) -> io.NodeOutput:
-        return io.NodeOutput(compose(text, choices, language, placement))
+    def check_inputs(cls, palette: str | None = None) -> None:
+        parse_palette(palette or "")
+
+    @classmethod
+    def execute(
+        cls, text: str, language: str, placement: str, palette: str | None = None, **choices: str
+    ) -> io.NodeOutput:
+        return io.NodeOutput(compose(text, choices, language, placement, palette or ""))
 
 
 def _menu(group: Group) -> io.Input:

@@ -4,6 +4,7 @@ import { watchExpertSwitch } from './expert_switch.js'
 import { extensionSettings } from './extension_settings.js'
 import { watchGuidance } from './guidance.js'
 import { openPresets, presetsOf } from './menus.js'
+import { addPalette, paletteSettings } from './palette.js'
 import { addPreview, watchPreviews } from './preview.js'
 import { watchPreset } from './sampler_preset.js'
 import { addText, restoreTexts, showOutputs, watchTexts } from './says.js'
@@ -17,7 +18,7 @@ let restored = false
 app.registerExtension({
   name: 'wan_core.Nodes',
 
-  settings: extensionSettings,
+  settings: [...extensionSettings, ...paletteSettings],
 
   commands: [
     { id: 'wan_core.Presets', label: 'Wan: presets', icon: 'pi pi-sliders-h', function: openPresets }
@@ -26,6 +27,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass === 'WanCoreExpertSwitch') watchExpertSwitch(node)
     if (node.comfyClass === 'WanCoreSampler') addPreview(node)
+    if (node.comfyClass === 'WanCoreAestheticPrompt') addPalette(node)
     if (node.comfyClass?.startsWith('WanCore')) {
       listAsText(node)
       addText(node)

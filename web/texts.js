@@ -11,7 +11,22 @@ const TEXTS = {
     step: 'step {0} of {1}',
     extrapolated: 'extrapolated',
     skipped: '{0} steps left out',
-    left: '{0} left'
+    left: '{0} left',
+    palette: {
+      find: 'Find terms: rim light, low angle…',
+      looks: 'Looks',
+      dice: 'Roll the dice',
+      menus: 'Show or hide the menus',
+      chosen: 'Chosen terms',
+      prompt: 'The finished prompt',
+      conflict: 'These contradict each other',
+      remove: 'Remove',
+      unknown: 'No such term:',
+      save: 'Name for the chosen terms',
+      keep: 'Save as look',
+      seed: 'Seed',
+      roll: 'Roll'
+    }
   },
   zh: {
     settings: 'Wan：预设',
@@ -23,12 +38,30 @@ const TEXTS = {
     step: '第 {0} 步，共 {1} 步',
     extrapolated: '外推',
     skipped: '已省略 {0} 步',
-    left: '剩余 {0}'
+    left: '剩余 {0}',
+    palette: {
+      find: '查找词语：轮廓光，低角度…',
+      looks: '风格',
+      dice: '掷骰子',
+      menus: '显示或隐藏菜单',
+      chosen: '已选词语',
+      prompt: '完整提示词',
+      conflict: '以下词语互相矛盾',
+      remove: '移除',
+      unknown: '没有这个词语：',
+      save: '为所选词语命名',
+      keep: '存为风格',
+      seed: '种子',
+      roll: '掷'
+    }
   }
 }
 
 /** Short texts in the language of the interface, which ComfyUI's own translations do not reach. */
 export function texts() {
-  const language = String(app.extensionManager.setting.get('Comfy.Locale') ?? 'en')
-  return language.startsWith('zh') ? TEXTS.zh : TEXTS.en
+  return inChinese() ? TEXTS.zh : TEXTS.en
+}
+
+export function inChinese() {
+  return String(app.extensionManager.setting.get('Comfy.Locale') ?? 'en').startsWith('zh')
 }

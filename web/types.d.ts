@@ -3,7 +3,7 @@
 declare module '*/scripts/app.js' {
   export const app: {
     registerExtension(extension: Extension): void
-    extensionManager: { setting: { get(id: string): unknown } }
+    extensionManager: { setting: { get(id: string): unknown; set(id: string, value: unknown): Promise<void> } }
     canvas: {
       canvas: HTMLCanvasElement
       ds: { scale: number; offset: [number, number] }
@@ -50,22 +50,27 @@ interface Extension {
 interface Setting {
   id: string
   name: string
-  category: string[]
-  tooltip: string
-  defaultValue: string
-  sortOrder: number
-  type(name: string, set: (value: string) => void, value: string): HTMLElement
+  category?: string[]
+  tooltip?: string
+  defaultValue: unknown
+  sortOrder?: number
+  type: 'hidden' | ((name: string, set: (value: string) => void, value: string) => HTMLElement)
 }
 
 interface GraphNode {
   comfyClass?: string
+  title: string
   pos: [number, number]
   size: [number, number]
   widgets?: Widget[]
+  inputs?: { name: string; link?: unknown }[]
+  properties: Record<string, unknown>
   subgraph?: Graph
   computeSize(): [number, number]
   setSize(size: [number, number]): void
   addDOMWidget(name: string, type: string, element: HTMLElement, options: DOMWidgetOptions): Widget
+  onConnectionsChange?: (...args: unknown[]) => void
+  onRemoved?: (...args: unknown[]) => void
   onConfigure?: (...args: unknown[]) => void
   setDirtyCanvas(foreground: boolean, background?: boolean): void
 }
@@ -78,7 +83,9 @@ interface Widget {
   label?: string
   disabled?: boolean
   serialize?: boolean
-  options: { margin?: number }
+  hidden?: boolean
+  computeSize?: () => [number, number]
+  options: { margin?: number; hidden?: boolean }
   callback?: (...args: unknown[]) => unknown
 }
 

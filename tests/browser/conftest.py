@@ -19,7 +19,7 @@ from comfy_server import PACK, Server
 from playwright.sync_api import Browser, ConsoleMessage, Page, Response, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
-SCREENSHOTS = ROOT / ".cache/screenshots"
+SCREENSHOTS = Path(os.environ.get("WAN_TEST_SCREENSHOTS") or ROOT / ".cache/screenshots")
 FRONTENDS = ("pinned", "newest")  # the one ComfyUI pins; the one that users of a current ComfyUI have
 ROOM = 10  # pixels of the graph that shipped nodes keep between them
 SCREEN = {"width": 1600, "height": 1000}

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from ..errors import WanError
+from .palette import TERMS, in_order, parse_palette
 from .vocabulary import GROUPS, Group, Term
 
 NONE = "none"  # the first entry of every menu
@@ -19,13 +20,16 @@ _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fff
 _SENTENCE_ENDS = (".", "!", "?", "。", "！", "？", "…")
 
 
-def compose(text: str, choices: Mapping[str, str | None], language: str = "auto", placement: str = "before") -> str:
+def compose(
+    text: str, choices: Mapping[str, str | None], language: str = "auto", placement: str = "before", palette: str = ""
+) -> str:
     """A prompt with aesthetic terms.
 
     Args:
         choices: group id -> term id; None or "none" chooses nothing. Terms appear in the vocabulary's order.
         language: of the terms; "auto" is Chinese when the text contains Chinese characters.
         placement: of the terms, before or after the text.
+        palette: further terms, as `parse_palette` reads them; several of one group if need be.
 
     A term that the text already contains, in either language, is not said again.
 
@@ -35,7 +39,7 @@ def compose(text: str, choices: Mapping[str, str | None], language: str = "auto"
     _one_of(language, LANGUAGES, "language")
     _one_of(placement, PLACEMENTS, "placement")
     said = _terms_in(text)
-    terms = [term for term in _chosen(choices) if term.id not in said]
+    terms = [term for term in _chosen(choices, palette) if term.id not in said]
     chinese = language == "zh" or (language == "auto" and has_chinese(text))
     if not terms or not text.strip():
         return _listed(terms, chinese) or text
@@ -69,9 +73,9 @@ def has_chinese(text: str) -> bool:
     return _HAN.search(text) is not None
 
 
-def _chosen(choices: Mapping[str, str | None]) -> list[Term]:
-    wanted = {group: parse_choice(group, choice or NONE) for group, choice in choices.items()}
-    return [group[term] for group in GROUPS.values() if (term := wanted.get(group.id))]
+def _chosen(choices: Mapping[str, str | None], palette: str) -> list[Term]:
+    chosen = [parse_choice(group, choice or NONE) for group, choice in choices.items()]
+    return [TERMS[id] for id in in_order([*filter(None, chosen), *parse_palette(palette)])]
 
 
 def _find_group(id: str) -> Group:
