@@ -31,7 +31,7 @@ def load_sharded(file: DiTFile, processes: Processes, device: torch.device) -> T
     check_fit(model, file.checkpoint, file.names)
     mesh = init_device_mesh(device.type, (processes.count,))
     for block in model.blocks:
-        for name, layer in block.cross_attn.named_children():
+        for name, layer in block.get_submodule("cross_attn").named_children():
             if name.startswith(("k", "v", "norm_k")):  # what a block hears is computed before the block is called
                 fully_shard(layer, mesh=mesh)
         fully_shard(block, mesh=mesh)
