@@ -277,11 +277,11 @@ class Palette {
     })
   }
 
+  /** Nodes 2.0 of ComfyUI 0.3.75 reads what is hidden once: there it shows when the workflow is opened next. */
   toggleMenus() {
     const { node } = this
     node.properties[MENUS_SHOWN] = !node.properties[MENUS_SHOWN]
     this.hideMenus()
-    node.title = node.title // by which Nodes 2.0 of older frontends learns that something has changed
     node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])])
   }
 

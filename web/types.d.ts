@@ -59,7 +59,6 @@ interface Setting {
 
 interface GraphNode {
   comfyClass?: string
-  title: string
   pos: [number, number]
   size: [number, number]
   widgets?: Widget[]
