@@ -181,6 +181,7 @@ class NativeExpert:
     def __init__(self, patcher: Any) -> None:
         self.patcher = patcher
         self._options: Any = None  # dict, once something is loaded
+        self._cleanup: weakref.finalize | None = None
         self._prompts: dict[int, uuid.UUID] = {}
 
     def __call__(
@@ -220,8 +221,15 @@ class NativeExpert:
         samplers.cast_to_load_options(options, self.patcher.load_device, self.patcher.model_dtype())
         if self._options is None:
             self.patcher.pre_run()
-            weakref.finalize(self, self.patcher.cleanup).atexit = False
+            self._cleanup = weakref.finalize(self, self.patcher.cleanup)
+            self._cleanup.atexit = False
         self._options = options
+
+    def end(self) -> None:
+        """As ComfyUI does after a run. Not later: another sampler may be at work with the same network by then."""
+        if self._cleanup:
+            self._cleanup()
+        self._options = self._cleanup = None
 
     def _told(self, condition: Condition, t: Tensor) -> dict[str, Any]:
         """ComfyUI's notes for patches of the network: which half of the guidance this is, and the noise level."""

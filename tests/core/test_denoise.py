@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -394,3 +397,24 @@ def test_video_to_video_starts_between_noise_and_latent():
     along = from_sigmas([0.6, 0.3, 0.0])
     made = denoise(noised(latent, white, 0.6), exact, Run(along, "unipc", POSITIVE)).x
     torch.testing.assert_close(made, latent, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_what_a_run_held_goes_with_it(cancelled: bool):
+    """Not when a collection comes: a sample may be half of a card's memory, and ComfyUI lends its models for a run."""
+
+    def stop(report: StepReport) -> None:
+        if cancelled:
+            raise KeyboardInterrupt
+
+    model = Toy()
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(KeyboardInterrupt):
+            denoise(normal(0), Experts.dense(model, 3.0), walk(), Callbacks(on_step=stop, on_block=lambda index: None))
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()

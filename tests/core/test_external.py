@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,3 +105,26 @@ def test_running_out_of_memory_there_is_not_mended_here(files: list[DiTFile]) ->
 
     with pytest.raises(WanError, match="memory ran out"):
         sampled(ModelRecipe(held(files[0], connect=lambda device: full)))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_it_is_told_when_the_run_is_over(files: list[DiTFile], fails: bool) -> None:
+    """At once: its owner may use it for something else from then on."""
+
+    class Lent:
+        def __init__(self, device: torch.device):
+            self.own, self.ended = held(files[0]).connect(device), 0
+            lent.append(self)
+
+        def __call__(self, *args: object, **options: object) -> torch.Tensor:
+            if fails:
+                raise KeyboardInterrupt
+            return self.own(*args, **options)
+
+        def end(self) -> None:
+            self.ended += 1
+
+    lent: list[Lent] = []
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        sampled(ModelRecipe(held(files[0], connect=Lent)))
+    assert [one.ended for one in lent] == [1]

@@ -39,7 +39,10 @@ def denoise_in_memory(
         if callbacks.on_plan and recipe.own:
             callbacks.on_plan(planned)
         experts = engine.experts(recipe, guidance, device, callbacks)
-        return denoise(reached.state, experts, run, replace(callbacks, on_step=reached)).x
+        try:
+            return denoise(reached.state, experts, run, replace(callbacks, on_step=reached)).x
+        finally:
+            experts.end()
 
     fitted, planned = engine.fit(recipe, x.shape, device, prompts=prompts)
     tight = False

@@ -349,15 +349,18 @@ class _Walk:
 
     def from_here(self, state: RunState) -> RunState:
         """The state after the last step."""
-        while state.step < self.run.last or self._open:
-            try:
-                if state.step == self.run.last or self._changes_hands(state):
-                    self._close()
-                if state.step < self.run.last:
-                    state = self._on(state)
-            except _NotFinite as failed:
-                state = self._mended(failed.taken, failed.call)
-        return state
+        try:
+            while state.step < self.run.last or self._open:
+                try:
+                    if state.step == self.run.last or self._changes_hands(state):
+                        self._close()
+                    if state.step < self.run.last:
+                        state = self._on(state)
+                except _NotFinite as failed:
+                    state = self._mended(failed.taken, failed.call)
+            return state
+        finally:
+            del self._velocity  # which calls back here: tensors and models go with the run, not with a collection
 
     def _on(self, state: RunState) -> RunState:
         """One step further."""

@@ -98,6 +98,12 @@ class Experts:
             return self.high
         return self.high if self._is_high(i, schedule) else self.low
 
+    def end(self) -> None:
+        """The run is over: models that want to know are told, once each."""
+        for expert in {id(one): one for one in (self.high, self.low)}.values():
+            if hasattr(expert.model, "end"):
+                expert.model.end()
+
     def announce(self, i: int, schedule: Schedule) -> None:
         """Before step i: another expert that follows it is told that its turn is near, if it wants to know."""
         if i + 1 == schedule.steps or (coming := self.at(i + 1, schedule)) is self.at(i, schedule):
