@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def queue(url: str, *options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-I", ROOT / "examples/queue.py", *options, "--url", url]
+    command = [sys.executable, "-I", ROOT / "workflows/api/queue_workflow.py", *options, "--url", url]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
 
 

@@ -52,3 +52,9 @@ def test_without_comfyui_the_quick_part_leaves_out_what_compares_with_it() -> No
     without_parity = runpy.run_path(str(ROOT / "scripts/test.py"))["without_parity"]
     assert without_parity(["tests/core", "-q"]) == ["-m", "not parity", "tests/core", "-q"]
     assert without_parity(["tests/core", "-m", "not slow"]) == ["tests/core", "-m", "(not slow) and not parity"]
+
+
+def test_comfyui_finds_the_workflows_in_one_folder() -> None:
+    """It looks for templates under five names, lists what lies in any of them, and serves the first that is there."""
+    names = ("example_workflows", "example", "examples", "workflow", "workflows")
+    assert [name for name in names if (ROOT / name).exists()] == ["workflows"]
