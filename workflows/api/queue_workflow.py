@@ -1,6 +1,6 @@
 """Queue a workflow of this pack on a running ComfyUI, with words, picture, seed and size of your own.
 
-    python workflows/api/queue_workflow.py workflows/api/wan22_i2v_a14b.json --prompt "A cat yawns." --image cat.png --size 832*480
+    python queue_workflow.py wan22_i2v_a14b.json --prompt "A cat yawns." --image cat.png --size 832*480
 
 Standard library only. Prints the prompt's id; ComfyUI tells at /history/ID what became of it.
 """
