@@ -329,7 +329,7 @@ def test_nothing_that_holds_tensors_outlives_its_owner():
     """No function of the pack keeps tensors for later calls: those that keep something are listed here."""
     keep = {"_importable", "available", "_read", "_problem_of_file", "_passes_cudnn_by", "_wordings", "block_type",
             "type_numbers", "curves_of", "_stream", "_wide_font", "_terms", "_traced", "text_activations",
-            "clip_activations", "vae_budget", "_opaque", "_contradicting"}  # fmt: skip
+            "clip_activations", "vae_budget", "_opaque", "_contradicting", "_names"}  # fmt: skip
     package = importlib.import_module("wan_core")
     for found in pkgutil.walk_packages(package.__path__, "wan_core."):
         if found.name in ("wan_core.__main__", "wan_core.kernels.rows"):
