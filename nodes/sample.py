@@ -319,7 +319,7 @@ def sample(model: ModelRecipe, positive: list, negative: list, latent: dict, set
     """
     device, kind = host.device(), model.variant.vae
     raw = samples_for(latent, model.variant)
-    guided = (settings.guidance.low, settings.guidance.high) != (1, 1)
+    guided = settings.guidance.guided
     check_fits(model, raw.shape, device, prompts=2 if guided else 1, total=host.total_bytes(device))
     check_numbers(raw)
     raw = raw.cpu()
@@ -494,7 +494,7 @@ def _check_steps(model: ModelRecipe, settings: Settings, timetable: Schedule, no
         if not settings.force:
             raise WanError(f"{error} Or switch force on to sample all the same.") from error
         notes.warned(f"Warning: {error}")
-    guided = (settings.guidance.low, settings.guidance.high) != (1, 1)
+    guided = settings.guidance.guided
     few = [use.file.path.name for use in model.loras if use.strength and is_few_step(use.file.path)]
     if guided and few and timetable.steps < _FEW_STEPS:
         notes.hinted(f"{few[0]} was trained without guidance, by its name: cfg 1 takes half the time.")

@@ -108,6 +108,11 @@ class PerExpert:
     low: float
     high: float
 
+    @property
+    def guided(self) -> bool:
+        """Of guidance scales: whether either expert asks the negative prompt too."""
+        return (self.low, self.high) != (1, 1)
+
 
 @dataclass(frozen=True)
 class Variant:

@@ -503,4 +503,4 @@ def _vae_place(
 
 
 def _prompts(request: Request) -> int:
-    return 1 if (request.guidance.low, request.guidance.high) == (1, 1) else 2
+    return 2 if request.guidance.guided else 1

@@ -32,7 +32,7 @@ def denoise_in_memory(
     Raises:
         WanError: see ``denoise`` and ``plan``; or the device's memory ran out with the smaller plan too.
     """
-    prompts = run.prompts((guidance.low, guidance.high) != (1, 1))
+    prompts = run.prompts(guidance.guided)
     reached = _Reached(RunState(x.to(device), run.start), callbacks)
 
     def attempt(recipe: ModelRecipe, planned: Plan) -> Tensor:
